@@ -1,0 +1,77 @@
+"""What is learned: the interface between a synthetic set and the loop, the objectives and the artifact."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from speedk.geometry import Geometry
+
+if TYPE_CHECKING:
+    from speedk.data import RealData
+
+
+class Parameterization(nn.Module):
+    """A synthetic set of N images as a differentiable function of learned tensors.
+
+    A method is one file in this folder: a subclass, a frozen dataclass `Spec` of its recipe fields (built from JSON
+    types alone), and `PLUGIN = <the class>` at the end. `N` counts decoded images, not stored ones: a method that
+    decodes several images from one stored tensor (IDC), or every pair of a basis and a hallucinator (HaBa), numbers
+    its decoded images 0 to N - 1. A second network that learns against the first gets a parameter group of its own
+    with `maximize=True` and its term in `penalty`; learned labels are a parameter that `decode` returns and
+    `storage` names "labels". An objective with its own path from synthetic data to gradients (a backward through
+    training, a kernel regression) needs nothing more than `decode`.
+    """
+
+    Spec: ClassVar[type]
+    name: ClassVar[str]
+
+    classes: Tensor
+    """int64 [N], a buffer: the class that each decoded image stands for, class by class (0 0 0 1 1 1 ...)."""
+
+    def __init__(self, spec: Any, geometry: Geometry, ipc: int) -> None:
+        super().__init__()
+        self.spec, self.geometry, self.ipc = spec, geometry, ipc
+
+    def initialise(self, real: RealData, generator: torch.Generator, progress=None) -> None:
+        """Set the starting values; everything random comes from `generator` (on the CPU)."""
+        raise NotImplementedError
+
+    def decode(self, index: Tensor) -> tuple[Tensor, Tensor]:
+        """Images [B, C, H, W], normalised, and labels (int64 [B] or float [B, classes]) of int64 `index` [B]."""
+        raise NotImplementedError
+
+    def penalty(self, images: Tensor | None = None, features: Tensor | None = None) -> Tensor | None:
+        """A term of the outer loss over the whole set (SPEED: lambda times the sum of |A|), or None."""
+        return None
+
+    def param_groups(self) -> list[dict[str, Any]]:
+        """Groups for torch.optim: each with "name", "params", "lr", and whatever else that optimiser takes."""
+        raise NotImplementedError
+
+    def finalize(self) -> None:
+        """Become what is stored: from here on `decode` gives exactly what a reader of the file gets."""
+
+    def storage(self) -> dict[str, Tensor]:
+        """The tensors that are counted and saved, contiguous, on the CPU; valid after `finalize`."""
+        raise NotImplementedError
+
+    @classmethod
+    def from_storage(cls, spec: Any, geometry: Geometry, ipc: int, labels: list[int],
+                     tensors: Mapping[str, Tensor]) -> Parameterization:
+        """Rebuild from `storage`; `labels` counts the images of each class. Raises ArtifactError where shapes,
+        dtypes, names or indices are not what `spec` says."""
+        raise NotImplementedError
+
+    @classmethod
+    def planned_storage(cls, spec: Any, geometry: Geometry, ipc: int) -> dict[str, float]:
+        """Parts and their float32-equivalents that a recipe will store (Eq. 7), without building anything."""
+        raise NotImplementedError
+
+    @property
+    def size(self) -> int:
+        """N, the number of decoded images."""
+        return self.classes.numel()

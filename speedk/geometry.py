@@ -1,0 +1,23 @@
+"""The shape of a labelled image set, and the storage that a number of images per class buys."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """What a parameterization must know of the data: `classes`, `channels` (1 or 3) and `resolution` (side, pixels)."""
+
+    classes: int
+    channels: int
+    resolution: int
+
+    @property
+    def pixels(self) -> int:
+        """Values of one image, C H W: the L J of Eq. 7."""
+        return self.channels * self.resolution**2
+
+    def budget(self, ipc: int) -> int:
+        """float32 numbers that `ipc` plain images per class hold: the c n L J of Eq. 7."""
+        return self.classes * ipc * self.pixels

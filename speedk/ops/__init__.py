@@ -1,0 +1,27 @@
+"""The operations of SPEED, usable on their own: `from speedk.ops import mhsc, sparsify, ...`."""
+
+from speedk.ops.add_layer_norm import add_layer_norm
+from speedk.ops.coo import coo_decode, coo_encode, index_dtype, mhsc_coo
+from speedk.ops.freenet import BlockWeights, FReeNetWeights, freenet, freenet_block, freenet_coo
+from speedk.ops.mhsc import mhsc
+from speedk.ops.patches import patchify, tokens_to_images, unpatchify
+from speedk.ops.topk import sparsify, topk_mask
+
+__all__ = [
+    "BlockWeights",
+    "FReeNetWeights",
+    "add_layer_norm",
+    "coo_decode",
+    "coo_encode",
+    "freenet",
+    "freenet_block",
+    "freenet_coo",
+    "index_dtype",
+    "mhsc",
+    "mhsc_coo",
+    "patchify",
+    "sparsify",
+    "tokens_to_images",
+    "topk_mask",
+    "unpatchify",
+]
