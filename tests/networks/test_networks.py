@@ -1,0 +1,103 @@
+"""Networks: the published parameter counts, the maths of a block, reproducible starts."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from speedk import networks
+from speedk.errors import ConfigError
+from speedk.geometry import Geometry
+from speedk.networks._norm_act_pool import norm_act_pool
+
+CIFAR10, CIFAR100, TINY = Geometry(10, 3, 32), Geometry(100, 3, 32), Geometry(200, 3, 64)
+IMAGENET128, IMAGENET256, DIGITS = Geometry(10, 3, 128), Geometry(10, 3, 256), Geometry(10, 1, 32)
+
+
+@pytest.mark.parametrize(("name", "geometry", "count"), [
+    ("convnet", CIFAR10, 320_010),
+    ("convnet", CIFAR100, 504_420),
+    ("convnet", TINY, 857_160),
+    ("convnet", IMAGENET128, 615_690),
+    ("convnet", IMAGENET256, 763_530),
+    ("mlp", CIFAR10, 411_146),
+    ("mlp", CIFAR100, 422_756),
+    ("mlp", TINY, 1_615_304),
+])
+def test_published_parameter_counts(name, geometry, count):
+    assert networks.parameter_count(networks.build(name, geometry)) == count
+
+
+@pytest.mark.parametrize(("resolution", "depth"), [(8, 1), (16, 2), (28, 3), (32, 3), (64, 4), (128, 5), (256, 6)])
+def test_depth_follows_the_resolution(resolution, depth):
+    assert len(networks.build("convnet", Geometry(2, 1, resolution), width=4).convolutions) == depth
+
+
+@pytest.mark.parametrize("name", networks.names())
+@pytest.mark.parametrize("geometry", [DIGITS, CIFAR10])
+def test_the_classifier_reads_the_features(name, geometry):
+    network = networks.fresh(name, geometry, seed=0).eval()
+    assert network.__doc__
+    images = torch.randn(3, geometry.channels, geometry.resolution, geometry.resolution)
+    features, logits = network.features(images), network(images)
+    assert features.dim() == 2 and features.shape[0] == 3
+    assert logits.shape == (3, geometry.classes)
+    torch.testing.assert_close(logits, network.classifier(features))
+    logits.square().sum().backward()
+    for key, p in network.named_parameters():
+        assert p.grad is not None, key
+        assert p.dim() == 1 or p.grad.abs().sum() > 0, key  # a bias before a norm has no gradient
+
+
+def test_overrides_and_their_errors():
+    network = networks.build("convnet", CIFAR10, depth=2, width=8)
+    assert network(torch.randn(1, 3, 32, 32)).shape == (1, 10)
+    assert network.features(torch.randn(1, 3, 32, 32)).shape == (1, 8 * 8 * 8)
+    with pytest.raises(ConfigError, match="'widht'.*did you mean 'width'"):
+        networks.build("convnet", CIFAR10, widht=8)
+    with pytest.raises(ConfigError, match="'convnt'.*did you mean 'convnet'"):
+        networks.build("convnt", CIFAR10)
+    with pytest.raises(ConfigError, match="depth 6 needs .* 64 pixels"):
+        networks.build("convnet", CIFAR10, depth=6)
+
+
+def test_fresh_is_a_function_of_its_seed_alone():
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    first = networks.fresh("convnet", DIGITS, seed=3, width=8).state_dict()
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.manual_seed(6)
+    again = networks.fresh("convnet", DIGITS, seed=3, width=8).state_dict()
+    other = networks.fresh("convnet", DIGITS, seed=4, width=8).state_dict()
+    assert all(torch.equal(first[k], again[k]) for k in first)
+    assert not torch.equal(first["classifier.weight"], other["classifier.weight"])
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 8, 8), (1, 1, 7, 5), (3, 5, 2, 2)])
+def test_norm_act_pool_against_loops(shape):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(shape, generator=generator, dtype=torch.float64) * 3 + 1
+    weight, bias = (torch.randn(shape[1], generator=generator, dtype=torch.float64) for _ in range(2))
+    b, c, h, w = shape
+    expected = torch.empty(b, c, h // 2, w // 2, dtype=torch.float64)
+    for i in range(b):
+        for j in range(c):
+            plane = x[i, j]
+            mean = plane.sum() / plane.numel()
+            variance = ((plane - mean) ** 2).sum() / plane.numel()
+            plane = ((plane - mean) / (variance + 1e-5) ** 0.5 * weight[j] + bias[j]).clamp(min=0)
+            for r in range(h // 2):
+                for s in range(w // 2):
+                    expected[i, j, r, s] = plane[2 * r:2 * r + 2, 2 * s:2 * s + 2].sum() / 4
+    torch.testing.assert_close(norm_act_pool(x, weight, bias), expected, rtol=1e-12, atol=1e-12)
+
+
+def test_norm_act_pool_is_instance_norm_and_differentiates_twice():
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(2, 2, 4, 4, generator=generator, dtype=torch.float64, requires_grad=True)
+    weight, bias = (torch.randn(2, generator=generator, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    expected = F.avg_pool2d(F.relu(F.instance_norm(x, weight=weight, bias=bias, eps=1e-5)), 2)
+    torch.testing.assert_close(norm_act_pool(x, weight, bias), expected, rtol=1e-12, atol=1e-12)
+    assert torch.autograd.gradcheck(norm_act_pool, (x, weight, bias))
+    assert torch.autograd.gradgradcheck(norm_act_pool, (x, weight, bias))
