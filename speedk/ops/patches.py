@@ -42,8 +42,8 @@ def unpatchify(tokens: Tensor, channels: int, patch: int) -> Tensor:
     Raises ValueError where J is not square or L does not fit.
     """
     if tokens.ndim != 3 or tokens.shape[2] != patch * patch * channels:
-        raise ValueError(f"tokens must be [N, J, {patch * patch * channels}] for {channels} channels and patch={patch}, "
-                         f"got {tuple(tokens.shape)}")
+        raise ValueError(f"tokens must be [N, J, {patch * patch * channels}] for {channels} channels and "
+                         f"patch={patch}, got {tuple(tokens.shape)}")
     side = int(tokens.shape[1] ** 0.5 + 0.5)
     if side * side != tokens.shape[1]:
         raise ValueError(f"J={tokens.shape[1]} patches do not make a square image")
