@@ -2,47 +2,82 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from torch import nn
+import torch
+
+from speedk.errors import ConfigError
 
 if TYPE_CHECKING:
     from speedk.data import RealData
     from speedk.distillation.parameterizations.base import Parameterization
 
+OPTIMIZERS = ("sgd", "adam")
+
+
+@dataclass(frozen=True)
+class ObjectiveSpec:
+    """Recipe fields that every objective has.
+
+    steps: outer iterations. optimizer: "sgd" or "adam", of the outer loop. momentum: of SGD. rates: the outer learning
+    rate of each parameter group by its name, where it is not the group's own default. network: the student.
+    """
+
+    steps: int = 20000
+    optimizer: str = "sgd"
+    momentum: float = 0.5
+    rates: dict[str, float] = field(default_factory=dict)
+    network: str = "convnet"
+
+    def check(self) -> None:
+        if self.steps < 0:
+            raise ConfigError(f"steps={self.steps} must not be negative")
+        if self.optimizer not in OPTIMIZERS:
+            raise ConfigError(f"optimizer={self.optimizer!r} is not one of {', '.join(OPTIMIZERS)}")
+        if not 0 <= self.momentum < 1:
+            raise ConfigError(f"momentum={self.momentum} must be at least 0 and below 1")
+        for name, rate in self.rates.items():
+            if rate < 0:
+                raise ConfigError(f"rates.{name}={rate} must not be negative")
+
 
 class Objective:
-    """One matching objective. An objective is one file in this folder: a subclass, a frozen dataclass `Spec` of its
-    recipe fields, and `PLUGIN = <the class>` at the end.
+    """One matching objective.
 
-    All that is random in step t must come from `speedk.distillation.seeds.generator(seed, t, ...)`, so that a run that
-    resumes at t draws what the uninterrupted run drew; whatever else lives from step to step goes in `state_dict`.
+    An objective is one file in this folder: a subclass, a frozen dataclass `Spec` of its recipe fields that extends
+    `ObjectiveSpec`, and `PLUGIN = <the class>` at the end. All that is random in step t must come from
+    `speedk.distillation.seeds` with the run's seed and t, so that a run that resumes at t draws what the uninterrupted
+    run drew; whatever else lives from step to step goes in `state_dict`.
     """
 
     Spec: ClassVar[type]
     name: ClassVar[str]
 
-    def __init__(self, spec: Any, recipe: Any, real: RealData, device: Any) -> None:
-        self.spec, self.recipe, self.real, self.device = spec, recipe, real, device
+    def __init__(self, spec: Any, real: RealData, seed: int, device: torch.device) -> None:
+        self.spec, self.real, self.seed, self.device = spec, real, seed, device
 
     def step(self, synthetic: Parameterization, step: int) -> dict[str, float]:
-        """One outer iteration: add the gradients of the matching loss to the parameters of `synthetic` and to
-        `learned()`, without touching the optimiser; return the numbers to log ("loss" among them)."""
+        """One outer iteration: add the gradients of the matching loss to the parameters of `synthetic` (through
+        `synthetic.accumulate`) and to `learned()`, without touching the optimiser.
+
+        Returns the numbers to log, "loss" among them.
+        """
         raise NotImplementedError
 
     def learned(self) -> list[dict[str, Any]]:
         """Optimiser groups of the objective's own (the synthetic learning rate of trajectory matching)."""
         return []
 
-    def modules(self) -> dict[str, nn.Module]:
-        """Networks that live across steps, for the checkpoint."""
-        return {}
+    def after_update(self) -> None:
+        """Called after each optimiser step: clip what must stay in a range."""
 
     def state_dict(self) -> dict[str, Any]:
+        """Nested dicts of tensors, numbers and strings that the next step depends on."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        pass
+        """Take back what `state_dict` gave."""
 
     def artifact_fields(self) -> dict[str, float]:
         """What evaluation needs from the objective, stored in the artifact ("lr": the rate to train at)."""

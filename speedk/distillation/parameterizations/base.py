@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from speedk.errors import ArtifactError
 from speedk.geometry import Geometry
 
 if TYPE_CHECKING:
@@ -44,6 +45,18 @@ class Parameterization(nn.Module):
         """Images [B, C, H, W], normalised, and labels (int64 [B] or float [B, classes]) of int64 `index` [B]."""
         raise NotImplementedError
 
+    def accumulate(self, index: Tensor, d_images: Tensor, d_labels: Tensor | None = None) -> None:
+        """Add to the gradients of the learned tensors those of sum(images * d_images) (+ sum(labels * d_labels)).
+
+        An objective decodes without a graph, differentiates its loss down to the images, and hands the result here, in
+        as many pieces as memory asks for; so no graph of the decoder outlives a piece.
+        """
+        images, labels = self.decode(index)
+        outputs, gradients = [images], [d_images]
+        if d_labels is not None and labels.requires_grad:
+            outputs, gradients = [images, labels], [d_images, d_labels]
+        torch.autograd.backward(outputs, gradients)
+
     def penalty(self, images: Tensor | None = None, features: Tensor | None = None) -> Tensor | None:
         """A term of the outer loss over the whole set (SPEED: lambda times the sum of |A|), or None."""
         return None
@@ -75,3 +88,21 @@ class Parameterization(nn.Module):
     def size(self) -> int:
         """N, the number of decoded images."""
         return self.classes.numel()
+
+
+def class_labels(counts: list[int]) -> Tensor:
+    """int64 [N]: counts[0] zeros, counts[1] ones, ..."""
+    return torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts, dtype=torch.int64))
+
+
+def expect_tensors(tensors: Mapping[str, Tensor], expected: Mapping[str, tuple[tuple[int, ...], torch.dtype]]) -> None:
+    """Raise ArtifactError unless `tensors` are exactly the `expected` names, shapes and dtypes, all values finite."""
+    if unknown := sorted(set(tensors) ^ set(expected)):
+        state = "is missing" if unknown[0] in expected else "does not belong here"
+        raise ArtifactError(f"tensor {unknown[0]!r} {state}")
+    for name, (shape, dtype) in expected.items():
+        tensor = tensors[name]
+        if tuple(tensor.shape) != tuple(shape) or tensor.dtype != dtype:
+            raise ArtifactError(f"tensor {name!r} is {tensor.dtype} {list(tensor.shape)}, expected {dtype} {list(shape)}")
+        if dtype.is_floating_point and not bool(torch.isfinite(tensor).all()):
+            raise ArtifactError(f"tensor {name!r} holds a value that is not finite")

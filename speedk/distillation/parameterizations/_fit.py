@@ -1,0 +1,80 @@
+"""A start for SPEED from real images: tokens, codes and decoder fitted by least squares with the top-k active."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from speedk import ops
+from speedk.errors import ConfigError
+
+if TYPE_CHECKING:
+    from speedk.distillation.parameterizations.speed import Speed
+
+JOINT = 2048
+"""Images fitted together with the tokens and the decoder; the codes of any others follow, as many at a time."""
+
+RATES = {"saet": 0.02, "scm": 0.02, "freenet": 0.01}
+ANNEAL = 0.6
+"""Share of the steps in which the number of active entries falls from a quarter of the code to k."""
+
+
+@torch.enable_grad()
+def fit(synthetic: Speed, real, generator: torch.Generator, progress=None) -> float:
+    """Fit `synthetic` to images_per_class training images of each class, drawn by `generator`, and return the mean
+    squared error that is left (normalised units, top-k active).
+
+    Adam on the squared error of the decoded images. Only the entries of largest magnitude of each code are active: from
+    a quarter of them down to k, geometrically, so that the dictionary forms before the codes are sparse.
+    `progress(done, total, error)` is called after each step.
+    """
+    spec, device = synthetic.spec, synthetic.saet.device
+    targets = []
+    for label in range(synthetic.geometry.classes):
+        drawn = real.sample(label, spec.images_per_class, generator)
+        if not len(drawn):
+            raise ConfigError(f"class {label} has no training image to fit")
+        targets.append(drawn[torch.arange(spec.images_per_class, device=drawn.device) % len(drawn)])
+    images = torch.cat(targets).to(device)
+    order = torch.randperm(len(images), generator=generator).to(device)
+    shared = [synthetic.saet, *synthetic.freenet.parameters()]
+    pieces = order.split(JOINT)
+    error = 0.0
+    for number, index in enumerate(pieces):
+        def report(step: int, loss: Tensor, number: int = number) -> None:
+            if progress is not None:
+                progress(number * spec.fit_steps + step, len(pieces) * spec.fit_steps, loss)
+        error += _fit_piece(synthetic, index, images[index], shared if number == 0 else [], report) * len(index)
+    return error / len(images)
+
+
+def _fit_piece(synthetic: Speed, index: Tensor, images: Tensor, shared: list[Tensor], report) -> float:
+    spec, steps = synthetic.spec, synthetic.spec.fit_steps
+    codes = synthetic.scm.detach()[index].requires_grad_()
+    size = codes[0, 0].numel()
+    groups = [{"params": [codes], "lr": RATES["scm"]}]
+    if shared:
+        groups += [{"params": shared[:1], "lr": RATES["saet"]}, {"params": shared[1:], "lr": RATES["freenet"]}]
+    optimizer = torch.optim.Adam(groups, betas=(0.9, 0.99))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5 + 0.5 * math.cos(math.pi * step / steps))
+    first = max(spec.k, size // 4)
+    loss = torch.zeros(())
+    for step in range(steps):
+        part = min(1.0, step / (ANNEAL * steps))
+        active = round(first ** (1 - part) * max(spec.k, 1) ** part) if spec.k else 0
+        decoded = synthetic.freenet(ops.sparsify(codes, active), synthetic.saet)
+        loss = (decoded - images).square().mean()
+        gradients = torch.autograd.grad(loss, [codes, *shared])
+        for tensor, gradient in zip([codes, *shared], gradients, strict=True):
+            tensor.grad = gradient
+        optimizer.step()
+        schedule.step()
+        report(step + 1, loss)
+    with torch.no_grad():
+        synthetic.scm[index] = ops.sparsify(codes, spec.k)
+    for tensor in shared:
+        tensor.grad = None
+    return float(loss.detach())

@@ -1,0 +1,191 @@
+"""SPEED: tokens shared by all patches, sparse codes for each image, and a small recurrent decoder."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from speedk import ops
+from speedk.distillation.budget import speed_storage
+from speedk.distillation.freenet import FReeNet
+from speedk.distillation.parameterizations._fit import fit
+from speedk.distillation.parameterizations.base import Parameterization, class_labels, expect_tensors
+from speedk.errors import ArtifactError, ConfigError
+from speedk.geometry import Geometry
+from speedk.ops.freenet import NORMS
+
+INITS = ("random", "fit")
+SPARSE = ("end", "always")
+
+
+@dataclass(frozen=True)
+class Spec:
+    """Recipe fields; sizes are the paper's letters.
+
+    images_per_class: N/c, decoded images of a class. D: dimension of a token. K: tokens. H: heads. R: blocks.
+    k: entries kept of each code. patch: side of a patch, pixels. penalty: lambda of Eq. 5; a negative value means the
+    paper's rule 0.064 / (N H J). norm: where LN1 stands (see FReeNet). init: "random", the paper's, or "fit", a least
+    squares fit to real images. sparse: "end", the paper's top-k after training, or "always", top-k in every decode with
+    the gradient passed to all entries (straight-through).
+    """
+
+    images_per_class: int
+    D: int
+    K: int
+    H: int
+    R: int
+    k: int
+    patch: int
+    penalty: float = -1.0
+    norm: str = "branch"
+    init: str = "fit"
+    sparse: str = "end"
+    fit_steps: int = 600
+
+    def check(self, geometry: Geometry) -> None:
+        """Raise ConfigError where the sizes do not go together."""
+        for name in ("images_per_class", "D", "K", "H", "R", "patch"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name}={getattr(self, name)} must be at least 1")
+        for name, allowed in (("norm", NORMS), ("init", INITS), ("sparse", SPARSE)):
+            if getattr(self, name) not in allowed:
+                raise ConfigError(f"{name}={getattr(self, name)!r} is not one of {', '.join(allowed)}")
+        if geometry.resolution % self.patch:
+            raise ConfigError(f"patch={self.patch} does not divide a resolution of {geometry.resolution}")
+        if self.D % self.H:
+            raise ConfigError(f"D={self.D} is not a multiple of H={self.H} heads")
+        J = self.patches(geometry)
+        if max(J, self.K) > 65536:
+            raise ConfigError(f"J={J} patches and K={self.K} tokens must be at most 65,536: coordinates have 16 bits")
+        if not 0 <= self.k <= J * self.K:
+            raise ConfigError(f"k={self.k} is outside 0 to J K = {J * self.K}")
+        if self.fit_steps < 0:
+            raise ConfigError(f"fit_steps={self.fit_steps} must not be negative")
+
+    def patches(self, geometry: Geometry) -> int:
+        return (geometry.resolution // self.patch) ** 2
+
+    def weight(self, geometry: Geometry) -> float:
+        """lambda, by the paper's rule (appendix I) unless given."""
+        images = self.images_per_class * geometry.classes
+        return self.penalty if self.penalty >= 0 else 0.064 / (images * self.H * self.patches(geometry))
+
+
+class Speed(Parameterization):
+    """N = classes * images_per_class images as FReeNet(E, A_i) (Eq. 2)."""
+
+    Spec = Spec
+    name = "speed"
+
+    def __init__(self, spec: Spec, geometry: Geometry, ipc: int, labels: list[int] | None = None) -> None:
+        super().__init__(spec, geometry, ipc)
+        spec.check(geometry)
+        counts = [spec.images_per_class] * geometry.classes if labels is None else labels
+        self.register_buffer("classes", class_labels(counts), persistent=False)
+        self.patches = spec.patches(geometry)
+        self.saet = nn.Parameter(torch.zeros(spec.K, spec.D))
+        self.freenet = FReeNet(spec.D, spec.R, geometry.channels, spec.patch, self.patches, spec.norm)
+        self.scm: nn.Parameter | None = None
+        if labels is None:
+            self.scm = nn.Parameter(torch.zeros(self.size, spec.H, self.patches, spec.K))
+        self.stored: tuple[Tensor, Tensor, Tensor] | None = None
+
+    @torch.no_grad()
+    def initialise(self, real, generator: torch.Generator, progress=None) -> None:
+        self.saet.normal_(0, 0.2, generator=generator)
+        self.scm.normal_(0, 0.2, generator=generator)
+        self.freenet.reset(generator)
+        if self.spec.init == "fit" and self.spec.fit_steps:
+            fit(self, real, generator, progress)
+
+    def codes(self, index: Tensor | None = None) -> Tensor:
+        """The dense codes that are decoded in training: all of them, or those of `index`."""
+        scm = self.scm if index is None else self.scm[index]
+        return _TopK.apply(scm, self.spec.k) if self.spec.sparse == "always" else scm
+
+    def decode(self, index: Tensor) -> tuple[Tensor, Tensor]:
+        labels = self.classes[index]
+        if self.stored is None:
+            return self.freenet(self.codes(index), self.saet), labels
+        values, rows, cols = (part[index.to(part.device)] for part in self.stored)
+        return ops.freenet_coo(values, rows, cols, self.saet, self.freenet.weights()), labels
+
+    def accumulate(self, index: Tensor, d_images: Tensor, d_labels: Tensor | None = None) -> None:
+        # A gather's own backward fills a gradient as large as all codes each time; a leaf of its rows does not.
+        rows = self.scm.detach()[index].requires_grad_()
+        codes = _TopK.apply(rows, self.spec.k) if self.spec.sparse == "always" else rows
+        self.freenet(codes, self.saet).backward(d_images)
+        if self.scm.grad is None:
+            self.scm.grad = torch.zeros_like(self.scm)
+        self.scm.grad.index_add_(0, index, rows.grad)
+
+    def penalty(self, images: Tensor | None = None, features: Tensor | None = None) -> Tensor | None:
+        """lambda times the sum of |A| over all codes (Eq. 5)."""
+        return self.spec.weight(self.geometry) * self.scm.abs().sum()
+
+    def param_groups(self) -> list[dict[str, Any]]:
+        return [
+            {"name": "saet", "params": [self.saet], "lr": 0.01},
+            {"name": "scm", "params": [self.scm], "lr": 0.01},
+            {"name": "freenet", "params": list(self.freenet.parameters()), "lr": 0.001},
+        ]
+
+    @torch.no_grad()
+    def finalize(self) -> None:
+        if self.stored is None:
+            self.stored = ops.coo_encode(self.scm, self.spec.k)
+            self.scm = None
+
+    def storage(self) -> dict[str, Tensor]:
+        values, rows, cols = self.stored
+        tensors = {"saet": self.saet, "scm.values": values, "scm.rows": rows, "scm.cols": cols}
+        tensors |= {f"freenet.{name}": tensor for name, tensor in self.freenet.named_parameters()}
+        return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+
+    @classmethod
+    def from_storage(cls, spec: Spec, geometry: Geometry, ipc: int, labels: list[int],
+                     tensors: Mapping[str, Tensor]) -> Speed:
+        J, entries = spec.patches(geometry), (sum(labels), spec.H, spec.k)
+        index = ops.index_dtype(max(J, spec.K))
+        with torch.device("meta"):
+            shapes = {f"freenet.{name}": (tuple(p.shape), torch.float32) for name, p in
+                      FReeNet(spec.D, spec.R, geometry.channels, spec.patch, J, spec.norm).named_parameters()}
+        expect_tensors(tensors, shapes | {
+            "saet": ((spec.K, spec.D), torch.float32),
+            "scm.values": (entries, torch.float32), "scm.rows": (entries, index), "scm.cols": (entries, index),
+        })
+        rows, cols = tensors["scm.rows"].long(), tensors["scm.cols"].long()
+        if rows.numel() and (int(rows.max()) >= J or int(cols.max()) >= spec.K):
+            raise ArtifactError(f"a coordinate is out of range: rows must be below J={J} and cols below K={spec.K}")
+        if spec.k > 1 and bool(((rows * spec.K + cols).diff(dim=-1) <= 0).any()):
+            raise ArtifactError("the coordinates of a code are not in order, or one is there twice")
+        loaded = cls(spec, geometry, ipc, labels)
+        loaded.saet = nn.Parameter(tensors["saet"])
+        loaded.freenet.load_state_dict({name.removeprefix("freenet."): tensors[name] for name in shapes}, assign=True)
+        loaded.stored = tensors["scm.values"], tensors["scm.rows"], tensors["scm.cols"]
+        return loaded.requires_grad_(False)
+
+    @classmethod
+    def planned_storage(cls, spec: Spec, geometry: Geometry, ipc: int) -> dict[str, float]:
+        spec.check(geometry)
+        return speed_storage(N=spec.images_per_class * geometry.classes, D=spec.D, K=spec.K, H=spec.H, R=spec.R, k=spec.k,
+                             J=spec.patches(geometry), L=spec.patch**2 * geometry.channels)
+
+
+class _TopK(torch.autograd.Function):
+    """`ops.sparsify` whose backward lets the gradient of every entry through (straight-through)."""
+
+    @staticmethod
+    def forward(ctx, scm: Tensor, k: int) -> Tensor:
+        return ops.sparsify(scm, k)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None
+
+
+PLUGIN = Speed
