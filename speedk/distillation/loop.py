@@ -1,0 +1,197 @@
+"""The loop: one for every parameterization and every objective, resumable at any step to the same bits."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import signal
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from speedk import registry
+from speedk.data import RealData
+from speedk.distillation import artifact, checkpoint, objectives, parameterizations, seeds
+from speedk.distillation.objectives.base import Objective
+from speedk.distillation.parameterizations.base import Parameterization
+from speedk.distillation.recipe import Recipe
+from speedk.distillation.rundir import RunDir
+from speedk.errors import TrainingError
+
+CHECKPOINT_SECONDS = 30.0
+
+
+class Interrupted(Exception):
+    """The run was asked to stop and has saved what it had."""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What the loop tells whoever watches. fit: (step, steps, error) while the start is fitted. step: (step, steps,
+    numbers) after each outer iteration. say: a line worth reading."""
+
+    fit: Callable[[int, int, float], None] = lambda *_: None
+    step: Callable[[int, int, dict[str, float]], None] = lambda *_: None
+    say: Callable[[str], None] = lambda _: None
+
+
+class Run:
+    """A synthetic set, its objective and its optimiser: the state that a checkpoint holds."""
+
+    def __init__(self, recipe: Recipe, real: RealData, device: torch.device) -> None:
+        self.recipe, self.real, self.device = recipe, real.to(device), device
+        method = registry.find(parameterizations, recipe.method)
+        objective = registry.find(objectives, recipe.objective_name)
+        recipe.budget(real.geometry)
+        self.synthetic: Parameterization = method(recipe.parameterization, real.geometry, recipe.data.ipc).to(device)
+        self.objective: Objective = objective(recipe.objective, self.real, recipe.run.seed, device)
+        self.optimizer = _optimizer(recipe, [*self.synthetic.param_groups(), *self.objective.learned()])
+        self.done = 0
+
+    def initialise(self, progress: Progress) -> None:
+        """Step 0: the starting values of the synthetic set."""
+        self.synthetic.initialise(self.real, seeds.generator(self.recipe.run.seed, "initialise"), progress.fit)
+
+    def advance(self) -> dict[str, float]:
+        """One outer iteration. Raises TrainingError, before anything is updated, where the loss is not finite."""
+        self.optimizer.zero_grad(set_to_none=False)
+        numbers = self.objective.step(self.synthetic, self.done)
+        penalty = self.synthetic.penalty()
+        if penalty is not None:
+            penalty.backward()
+            numbers["penalty"] = float(penalty.detach())
+        for name, value in numbers.items():
+            if not math.isfinite(value):
+                raise TrainingError(f"the {name} is {value} at step {self.done + 1}: the rates are too high for this set "
+                                    "(lower them, as in rates.scm=0.001)")
+        self.optimizer.step()
+        self.objective.after_update()
+        self.done += 1
+        return numbers
+
+    def state(self) -> dict[str, Any]:
+        return {"synthetic": dict(self.synthetic.state_dict()), "optimizer": self.optimizer.state_dict(),
+                "objective": self.objective.state_dict()}
+
+    def restore(self, done: int, state: dict[str, Any]) -> None:
+        self.synthetic.load_state_dict(state["synthetic"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.objective.load_state_dict(state["objective"])
+        self.done = done
+
+    def header(self, chosen: str) -> dict[str, Any]:
+        """What the artifact says of its making."""
+        recipe = self.recipe
+        return {
+            "recipe": recipe.to_dict(),
+            "class_names": list(self.real.class_names),
+            "normaliser": self.real.normaliser.describe(),
+            "data": self.real.describe(),
+            "seed": recipe.run.seed,
+            "protocol": recipe.run.protocol,
+            "objective": {"name": recipe.objective_name, **self.objective.artifact_fields()},
+            "chosen": chosen,
+            "budget_off": recipe.data.budget == "off",
+        }
+
+
+def distill(recipe: Recipe, real: RealData, out: str | Path, *, resume: bool = False, device: str | torch.device = "cpu",
+            chosen: str = "", progress: Progress | None = None) -> Path:
+    """Distil `real` as `recipe` says into the run directory `out`; return the path of the artifact.
+
+    With `resume` a run that was stopped at any instant goes on, and on the CPU, with as many threads, ends in the bytes
+    of a run that was never stopped. chosen: why this objective, for the artifact's header.
+    Raises ConfigError (a recipe that cannot be run, a directory in use), TrainingError (a loss that is not finite, no
+    space), and Interrupted after Ctrl-C or SIGTERM, with a checkpoint saved.
+    """
+    progress = progress or Progress()
+    run = Run(recipe, real, torch.device(device))
+    with RunDir(out, recipe, real, resume) as folder:
+        found = checkpoint.load_newest(folder.checkpoints, run.device)
+        if found is not None:
+            run.restore(*found)
+            progress.say(f"resuming at step {run.done:,} of {recipe.objective.steps:,}")
+        else:
+            run.initialise(progress)
+            checkpoint.save(folder.checkpoints, 0, run.state())
+        with folder.log(run.done) as log, _stop_signals() as stopped:
+            _iterate(run, folder, log, stopped, progress)
+        return _finish(run, folder, chosen)
+
+
+def _iterate(run: Run, folder: RunDir, log, stopped: list[int], progress: Progress) -> None:
+    steps, every = run.recipe.objective.steps, run.recipe.run.preview_every
+    saved, saved_at = run.done, time.monotonic()
+    while run.done < steps:
+        try:
+            numbers = run.advance()
+        except TrainingError as error:
+            raise TrainingError(f"{error}; {folder.last_good(saved)}") from None
+        log.write(run.done, numbers)
+        progress.step(run.done, steps, numbers)
+        if every and run.done % every == 0:
+            folder.preview(run.synthetic, run.real)
+        if stopped or run.done == steps or time.monotonic() - saved_at > CHECKPOINT_SECONDS:
+            log.flush()
+            checkpoint.save(folder.checkpoints, run.done, run.state())
+            saved, saved_at = run.done, time.monotonic()
+        if stopped and run.done < steps:
+            raise Interrupted(f"stopped at step {run.done:,} of {steps:,}, all of it saved in {folder.path}")
+
+
+def _finish(run: Run, folder: RunDir, chosen: str) -> Path:
+    run.synthetic.finalize()
+    folder.preview(run.synthetic, run.real)
+    artifact.save(folder.artifact, run.synthetic, run.header(chosen))
+    return folder.artifact
+
+
+def _optimizer(recipe: Recipe, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+    spec = recipe.objective
+    names = [group["name"] for group in groups]
+    for name in spec.rates:
+        if name not in names:
+            raise registry_error(name, names)
+    for group in groups:
+        group["lr"] = spec.rates.get(group["name"], group["lr"])
+    if spec.optimizer == "adam":
+        return torch.optim.Adam(groups)
+    return torch.optim.SGD(groups, lr=0.0, momentum=spec.momentum)
+
+
+def registry_error(name: str, names: list[str]) -> Exception:
+    from speedk.errors import ConfigError
+
+    return ConfigError(f"rates.{name}: there is no parameter group {name!r}, only {', '.join(names)}"
+                       f"{registry.nearest(name, names)}")
+
+
+@contextlib.contextmanager
+def _stop_signals() -> Iterator[list[int]]:
+    """A list that Ctrl-C and SIGTERM are noted in, so that a step is never torn; a second one stops at once."""
+    noted: list[int] = []
+
+    def note(number: int, frame) -> None:
+        if noted:
+            raise KeyboardInterrupt
+        noted.append(number)
+
+    previous = {}
+    with contextlib.suppress(ValueError):  # not the main thread: signals are somebody else's
+        previous = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield noted
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """The lines of a log.jsonl."""
+    with open(path, encoding="utf-8") as file:
+        return [json.loads(line) for line in file]

@@ -1,0 +1,149 @@
+"""A run directory: what a run leaves behind, and who may write to it."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+import torch
+
+from speedk import pictures
+from speedk.data import RealData
+from speedk.distillation import recipe as recipes
+from speedk.distillation.parameterizations.base import Parameterization
+from speedk.distillation.recipe import Recipe
+from speedk.errors import ConfigError
+from speedk.files import sweep, unwritable, write_atomic
+
+OURS = ("recipe.toml", "distilled.safetensors", "log.jsonl", "preview.png", "data.json", "checkpoints", "tensorboard")
+PREVIEW_COLUMNS = 10
+
+
+class RunDir:
+    """The directory of one run, locked while it is entered.
+
+    Holds recipe.toml (resolved), data.json (what was distilled), log.jsonl, preview.png, tensorboard/, checkpoints/ and
+    distilled.safetensors. Raises ConfigError where it holds a run and `resume` is not asked for, holds a run of another
+    recipe or other data, or another process is at work in it.
+    """
+
+    def __init__(self, path: str | Path, recipe: Recipe, real: RealData, resume: bool) -> None:
+        self.path, self.recipe, self.real, self.resume = Path(path), recipe, real, resume
+        self.checkpoints = self.path / "checkpoints"
+        self.artifact = self.path / "distilled.safetensors"
+
+    def __enter__(self) -> RunDir:
+        try:
+            self.checkpoints.mkdir(parents=True, exist_ok=True)
+            self._lock = os.open(self.path / ".lock", os.O_CREAT | os.O_RDWR)
+        except OSError as error:
+            raise unwritable(self.path, error) from None
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            os.close(self._lock)
+            raise ConfigError(f"another process is distilling into {self.path}; wait for it, or choose another --out") from None
+        try:
+            self._claim()
+        except BaseException:
+            os.close(self._lock)
+            raise
+        return self
+
+    def __exit__(self, *_) -> None:
+        os.close(self._lock)  # which also frees it
+
+    def _claim(self) -> None:
+        for folder in (self.path, self.checkpoints):
+            sweep(folder)
+        here = [name for name in OURS if (self.path / name).exists() and name != "checkpoints"]
+        if (here or any(self.checkpoints.iterdir())) and not self.resume:
+            raise ConfigError(f"{self.path} already holds a run; say --resume to go on with it, or choose another --out")
+        data = {"fingerprint": self.real.fingerprint, "split": self.real.split, "threads": torch.get_num_threads()}
+        if (self.path / "recipe.toml").exists():
+            self._same_recipe()
+        if (self.path / "data.json").exists():
+            stored = json.loads((self.path / "data.json").read_text())
+            if (stored["fingerprint"], stored["split"]) != (data["fingerprint"], data["split"]):
+                raise ConfigError(f"{self.path} was begun on other data (fingerprint {stored['fingerprint'][:12]}, split "
+                                  f"{stored['split']}; now {data['fingerprint'][:12]}, {data['split']})")
+        write_atomic(self.path / "data.json", json.dumps(data, indent=1).encode() + b"\n")
+        write_atomic(self.path / "recipe.toml", recipes.to_toml(self.recipe.to_dict()).encode())
+
+    def _same_recipe(self) -> None:
+        stored = _flat(recipes.read(self.path / "recipe.toml"))
+        wanted = _flat(self.recipe.to_dict())
+        for name in ("objective.steps", "run.preview_every"):  # may change: the steps already made are the same
+            stored.pop(name, None), wanted.pop(name, None)
+        changed = [name for name in sorted(set(stored) | set(wanted)) if stored.get(name) != wanted.get(name)]
+        if changed:
+            name = changed[0]
+            raise ConfigError(f"{self.path} holds a run with {name}={stored.get(name)!r}, not {wanted.get(name)!r}; leave "
+                              "that out, or choose another --out")
+
+    def log(self, done: int) -> Log:
+        return Log(self.path, done)
+
+    def last_good(self, step: int) -> str:
+        return f"the last good checkpoint is of step {step:,}, in {self.checkpoints}"
+
+    @torch.no_grad()
+    def preview(self, synthetic: Parameterization, real: RealData) -> None:
+        """preview.png: a row per class of up to ten decoded images, for at most twenty classes."""
+        rows = [(synthetic.classes == label).nonzero()[:PREVIEW_COLUMNS, 0] for label in range(min(20, real.geometry.classes))]
+        images = [real.normaliser.unit(synthetic.decode(index)[0]).cpu() for index in rows]
+        write_atomic(self.path / "preview.png", pictures.grid(images, list(real.class_names)))
+
+
+class Log(AbstractContextManager):
+    """log.jsonl and TensorBoard events, cut back to `done` steps where a stopped run had got further than its
+    checkpoint."""
+
+    def __init__(self, folder: Path, done: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        path = folder / "log.jsonl"
+        kept = [line for line in _whole_lines(path) if json.loads(line)["step"] <= done] if path.exists() else []
+        write_atomic(path, "".join(kept).encode())
+        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (closed by __exit__)
+        self._events = SummaryWriter(str(folder / "tensorboard"), purge_step=done + 1 if done else None)
+
+    def write(self, step: int, numbers: dict[str, float]) -> None:
+        try:
+            self._file.write(json.dumps({"step": step, **numbers}) + "\n")
+        except OSError as error:
+            raise unwritable(self._file.name, error) from None
+        for name, value in numbers.items():
+            self._events.add_scalar(name, value, step)
+
+    def flush(self) -> None:
+        try:
+            self._file.flush()
+        except OSError as error:
+            raise unwritable(self._file.name, error) from None
+        self._events.flush()
+
+    def __exit__(self, *_) -> None:
+        self._events.close()
+        try:
+            self._file.close()
+        except OSError as error:
+            raise unwritable(self._file.name, error) from None
+
+
+def _whole_lines(path: Path) -> list[str]:
+    text = path.read_text(encoding="utf-8", errors="replace")
+    lines = text.splitlines(keepends=True)
+    return [line for line in lines if line.endswith("}\n")]
+
+
+def _flat(tables: dict, prefix: str = "") -> dict[str, object]:
+    flat: dict[str, object] = {}
+    for key, value in tables.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
+
+
