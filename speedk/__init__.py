@@ -1,0 +1,45 @@
+"""speedk: dataset distillation by sparse parameterization (SPEED, NeurIPS 2023).
+
+    import speedk
+    run = speedk.distill(dataset="digits", ipc=1, out="runs/digits")
+    distilled = speedk.load("runs/digits/distilled.safetensors")
+
+Nothing heavy is imported until one of the names below is used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from speedk import errors as errors
+    from speedk import ops as ops
+    from speedk.distillation.artifact import load as load
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "distill": "speedk.distillation.loop",
+    "evaluate": "speedk.evaluation",
+    "load": "speedk.distillation.artifact",
+    "FReeNet": "speedk.distillation.freenet",
+    "explain": "speedk.ops",
+    "use_backend": "speedk.ops",
+}
+_MODULES = ("errors", "ops")
+__all__ = ["__version__", *_HOMES, *_MODULES]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return importlib.import_module(f"{__name__}.{name}")
+    if name in _HOMES:
+        value = getattr(importlib.import_module(_HOMES[name]), name)
+        globals()[name] = value
+        return value
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
