@@ -32,7 +32,7 @@ _ALIGN = 8
 
 
 def pack(document: Any, tensors: Mapping[str, Tensor]) -> bytes:
-    """The bytes of a file with `document` (JSON types) and `tensors` (float32, uint8 or uint16), both in a fixed order."""
+    """The bytes of a file with `document` (JSON types) and `tensors` (float32, uint8, uint16), in a fixed order."""
     order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))  # wide first: all stay aligned
     outer: dict[str, Any] = {"__metadata__": {KEY: canonical(document)}}
     blobs, end = [], 0
@@ -98,7 +98,8 @@ def _tensors(table: dict[str, Any], data: memoryview) -> dict[str, Tensor]:
             raise ArtifactError(f"is damaged: the entry of tensor {name!r} is not dtype, shape and data_offsets")
         dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
         if not isinstance(dtype, str) or dtype not in _DTYPES:
-            raise ArtifactError(f"is damaged: tensor {name!r} has dtype {str(dtype)[:40]!r}, not one of {', '.join(_DTYPES)}")
+            raise ArtifactError(f"is damaged: tensor {name!r} has dtype {str(dtype)[:40]!r}, not one of "
+                                f"{', '.join(_DTYPES)}")
         if not _naturals(shape) or len(shape) > 8 or not _naturals(offsets) or len(offsets) != 2:
             raise ArtifactError(f"is damaged: the shape or offsets of tensor {name!r} are not natural numbers")
         if offsets[1] - offsets[0] != math.prod(shape) * _DTYPES[dtype].itemsize:

@@ -58,8 +58,10 @@ def test_failure_keeps_the_old_file_and_leaves_no_litter(tmp_path, error):
     assert names(tmp_path) == ["a.bin"]
 
 
-@pytest.mark.parametrize("code, mend", [(errno.ENOSPC, "free some space"), (errno.EDQUOT, "quota"), (errno.EIO, "elsewhere"),
-                                        (errno.EACCES, "writable"), (errno.EROFS, "read-only: write elsewhere")])
+@pytest.mark.parametrize("code, mend", [
+    (errno.ENOSPC, "free some space"), (errno.EDQUOT, "quota"), (errno.EIO, "elsewhere"), (errno.EACCES, "writable"),
+    (errno.EROFS, "read-only: write elsewhere"),
+])
 def test_the_system_refuses_half_way(tmp_path, code, mend):
     path = tmp_path / "a.bin"
     path.write_bytes(b"old")

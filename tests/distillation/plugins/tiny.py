@@ -1,0 +1,62 @@
+"""A parameterization small enough to reason about: image = palette[index] * scale, with labels that may be learned."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from speedk.distillation.parameterizations.base import Parameterization
+from speedk.errors import ArtifactError, ConfigError
+
+
+@dataclass(frozen=True)
+class Spec:
+    colours: int = 300
+    soft: bool = False
+    gain: float = 1.0
+    kind: str = "flat"
+    limit: int | None = None
+    sizes: tuple[int, ...] = (1, 2)
+
+    def check(self, geometry) -> None:
+        if not 1 <= self.colours <= 65536 or self.kind != "flat":
+            raise ConfigError(f"colours={self.colours} or kind={self.kind!r} cannot be")
+
+
+class Tiny(Parameterization):
+    Spec = Spec
+    name = "tiny"
+
+    def __init__(self, spec, geometry, ipc, counts):
+        super().__init__(spec, geometry, ipc)
+        self.register_buffer("classes", torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts)))
+        self.shape = (self.size, geometry.channels, geometry.resolution, geometry.resolution)
+        self.palette = nn.Parameter(torch.linspace(-1, 1, spec.colours))
+        index = torch.arange(self.size * geometry.pixels) * 7919 % spec.colours
+        self.index = index.to(torch.uint16).reshape(self.shape)
+        self.soft = nn.Parameter(torch.eye(geometry.classes)[self.classes] * 0.9) if spec.soft else None
+
+    def decode(self, index):
+        images = self.palette[self.index.long()[index]] * self.spec.gain
+        return images, self.classes[index] if self.soft is None else self.soft[index]
+
+    def storage(self):
+        tensors = {"palette": self.palette.detach(), "pixels.index": self.index}
+        return tensors | ({} if self.soft is None else {"labels": self.soft.detach()})
+
+    @classmethod
+    def from_storage(cls, spec, geometry, ipc, labels, tensors):
+        made = cls(spec, geometry, ipc, labels)
+        for name, tensor in made.storage().items():
+            if name not in tensors or (tensors[name].dtype, tensors[name].shape) != (tensor.dtype, tensor.shape):
+                raise ArtifactError(f"tensor {name!r} is missing or not {list(tensor.shape)}")
+        if int(tensors["pixels.index"].to(torch.int32).max()) >= spec.colours:
+            raise ArtifactError("an index is out of range")
+        made.palette, made.index = nn.Parameter(tensors["palette"]), tensors["pixels.index"]
+        made.soft = nn.Parameter(tensors["labels"]) if spec.soft else None
+        return made
+
+
+PLUGIN = Tiny
