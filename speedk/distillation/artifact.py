@@ -67,7 +67,8 @@ def parse(data: bytes, path: str) -> Distilled:
             raise ArtifactError("is damaged: its checksum is not that of its content")
         return Distilled(path, header, rebuild(header, tensors))
     except SpeedkError as error:
-        raise ArtifactError(f"{path} {error}") from error
+        line = " ".join(str(error).split())
+        raise ArtifactError(f"{path} {line if len(line) <= 400 else line[:400] + '...'}") from error
 
 
 def checksum(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:

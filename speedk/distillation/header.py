@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-import math
-import typing
 from collections.abc import Mapping
-from types import NoneType, UnionType
-from typing import Any, Literal
+from types import NoneType
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from speedk import registry
-from speedk.distillation import parameterizations, tensorfile
-from speedk.distillation.parameterizations.base import Parameterization
+from speedk.distillation import parameterizations, recipe, tensorfile
+from speedk.distillation.parameterizations.base import Parameterization, class_labels
 from speedk.errors import ArtifactError, ConfigError, SpeedkError
 from speedk.geometry import Geometry
 
@@ -91,8 +89,7 @@ def rebuild(header: dict[str, Any], tensors: dict[str, Tensor]) -> Parameterizat
             (again[name].dtype, again[name].shape) != (t.dtype, t.shape)
             or tensorfile.tensor_bytes(again[name]) != tensorfile.tensor_bytes(t) for name, t in tensors.items()):
         raise ArtifactError(f"holds tensors that {header['method']} would not have stored")
-    expected = torch.arange(geometry.classes).repeat_interleave(torch.tensor(labels))
-    if not torch.equal(synthetic.classes.cpu(), expected):
+    if not torch.equal(synthetic.classes.cpu(), class_labels(labels)):
         raise ArtifactError("does not hold the images per class that its header says")
     return synthetic
 
@@ -163,38 +160,13 @@ def whole(value: float) -> int | float:
 
 
 def _spec(kind: type, values: Mapping[str, Any], geometry: Geometry) -> Any:
-    """The recipe fields as `kind`, a frozen dataclass of JSON types: all its fields, each of its type, in its range."""
-    types = typing.get_type_hints(kind)
-    fields = {field.name for field in dataclasses.fields(kind)}
-    if wrong := sorted(fields ^ set(values)):
-        state = "is missing" if wrong[0] in fields else "is unknown"
-        raise ArtifactError(f"has a spec whose field {wrong[0][:40]!r} {state}")
-    for name in fields:
-        if not _fits(values[name], types[name]):
-            raise ArtifactError(f"has a spec whose {name}={str(values[name])[:40]!r} is of the wrong type or out of range")
+    """The recipe fields as the dataclass `kind`, each checked: name, type, range, and whether they go together."""
     try:
-        spec = kind(**{name: _tuples(value) for name, value in values.items()})
+        spec = recipe.build(kind, dict(values), "its spec")
+        if any(isinstance(value, int) and abs(value) >= 1 << 31 for value in values.values()):
+            raise ArtifactError("has a spec with a number that is out of range")
         if hasattr(spec, "check"):
             spec.check(geometry)
     except ValueError as error:  # ConfigError is one
         raise ArtifactError(f"has a spec that cannot be: {error}") from error
     return spec
-
-
-def _fits(value: Any, kind: Any) -> bool:
-    origin, inner = typing.get_origin(kind), typing.get_args(kind)
-    if origin in (typing.Union, UnionType):
-        return any(_fits(value, each) for each in inner)
-    if origin is Literal:
-        return any(type(value) is type(each) and value == each for each in inner)
-    if origin in (list, tuple):
-        return isinstance(value, list) and all(_fits(item, inner[0]) for item in value)
-    if kind is int:
-        return type(value) is int and abs(value) < 1 << 31
-    if kind is float:
-        return type(value) in (int, float) and math.isfinite(value)
-    return type(value) is kind
-
-
-def _tuples(value: Any) -> Any:
-    return tuple(map(_tuples, value)) if isinstance(value, list) else value

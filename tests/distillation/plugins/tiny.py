@@ -18,7 +18,6 @@ class Spec:
     gain: float = 1.0
     kind: str = "flat"
     limit: int | None = None
-    sizes: tuple[int, ...] = (1, 2)
 
     def check(self, geometry) -> None:
         if not 1 <= self.colours <= 65536 or self.kind != "flat":
