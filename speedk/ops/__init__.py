@@ -2,6 +2,7 @@
 
 from speedk.ops.add_layer_norm import add_layer_norm
 from speedk.ops.coo import coo_decode, coo_encode, index_dtype, mhsc_coo
+from speedk.ops.dispatch import explain, use_backend
 from speedk.ops.freenet import BlockWeights, FReeNetWeights, freenet, freenet_block, freenet_coo
 from speedk.ops.mhsc import mhsc
 from speedk.ops.patches import patchify, tokens_to_images, unpatchify
@@ -13,6 +14,7 @@ __all__ = [
     "add_layer_norm",
     "coo_decode",
     "coo_encode",
+    "explain",
     "freenet",
     "freenet_block",
     "freenet_coo",
@@ -24,4 +26,5 @@ __all__ = [
     "tokens_to_images",
     "topk_mask",
     "unpatchify",
+    "use_backend",
 ]

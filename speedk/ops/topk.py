@@ -5,35 +5,112 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from speedk.ops import dispatch, native
 
-def topk_mask(scm: Tensor, k: int) -> Tensor:
+
+def topk_mask(scm: Tensor, k: int, *, check: bool | None = None) -> Tensor:
     """True for exactly the k entries of largest magnitude of each (image, head).
 
     Ties go to the lowest index j K + k. k = 0 keeps nothing.
 
-    scm: [N, H, J, K] floating, any strides. Returns bool [N, H, J, K].
-    Raises ValueError for k outside [0, J K] or where scm holds a NaN.
+    scm: [N, H, J, K] floating, any strides. check: whether a NaN in scm is looked for, which waits for the GPU; by
+    default it is, but for a GPU under torch.compile or graph capture, and PyTorch's backend under torch.compile and
+    transforms. Where it is not, a NaN ranks below every number.
+    Returns bool [N, H, J, K].
+    Raises ValueError for k outside [0, J K] or, where checked, for a NaN.
+    Backends: native (CPU, CUDA), torch.
     """
-    if scm.ndim != 4:
-        raise ValueError(f"scm must be [N, H, J, K], got {tuple(scm.shape)}")
-    size = scm.shape[2] * scm.shape[3]
-    if not 0 <= k <= size:
-        raise ValueError(f"k={k} is outside 0 to J K={size}")
-    if torch.isnan(scm).any():
-        raise ValueError("scm holds a NaN: its largest entries are not defined")
-    return topk_mask_reference(scm, k)
+    _fits(scm, k)
+    backend = _mask.choose(scm, k)
+    check = dispatch.checks(check, backend, scm)
+    if backend == "torch":
+        return topk_mask_reference(scm, k, check)
+    return _topk_mask(scm, k, check, backend)
 
 
-def topk_mask_reference(scm: Tensor, k: int) -> Tensor:
+def sparsify(scm: Tensor, k: int, *, check: bool | None = None) -> Tensor:
+    """scm with all but its k largest entries per (image, head) set to zero: the bar-A of Eq. 6.
+
+    Differentiable any number of times: the gradient passes through the entries that survive. Arguments, errors and
+    backends as for `topk_mask`.
+    """
+    _fits(scm, k)
+    backend = _sparse.choose(scm, k)
+    check = dispatch.checks(check, backend, scm)
+    if backend == "torch":
+        return torch.where(topk_mask_reference(scm, k, check), scm, 0)
+    return _sparsify(scm, k, check, backend)
+
+
+def topk_mask_reference(scm: Tensor, k: int, check: bool = True) -> Tensor:
     n, h, j, tokens = scm.shape
-    order = scm.detach().abs().reshape(n, h, j * tokens).argsort(dim=-1, descending=True, stable=True)
+    if check and torch.isnan(scm).any():
+        raise _holds_nan()
+    size = scm.detach().abs().nan_to_num(nan=-1, posinf=torch.inf)
+    order = size.reshape(n, h, j * tokens).argsort(dim=-1, descending=True, stable=True)
     mask = torch.zeros_like(order, dtype=torch.bool)
     return mask.scatter(-1, order[..., :k], True).reshape(n, h, j, tokens)
 
 
-def sparsify(scm: Tensor, k: int) -> Tensor:
-    """scm with all but its k largest entries per (image, head) set to zero: the bar-A of Eq. 6.
+def _fits(scm: Tensor, k: int) -> None:
+    if scm.ndim != 4 or not scm.is_floating_point():
+        raise ValueError(f"scm must be floating [N, H, J, K], got {scm.dtype} {tuple(scm.shape)}")
+    size = scm.shape[2] * scm.shape[3]
+    if not 0 <= k <= size:
+        raise ValueError(f"k={k} is outside 0 to J K={size}")
 
-    Differentiable: the gradient passes through the entries that survive. Arguments and errors as for `topk_mask`.
-    """
-    return torch.where(topk_mask(scm, k), scm, 0)
+
+def _holds_nan() -> ValueError:
+    return ValueError("scm holds a NaN: its largest entries are not defined")
+
+
+def why_not_native(scm: Tensor, k: int) -> str | None:
+    if scm.dtype not in native.DTYPES:
+        return f"{scm.dtype} is computed in PyTorch"
+    if scm.shape[2] * scm.shape[3] >= 2**31:
+        return "positions beyond 31 bits are computed in PyTorch"
+    return dispatch.why_not_native_cpu(scm)
+
+
+_mask = dispatch.Op("topk_mask", native=why_not_native)
+_sparse = dispatch.Op("sparsify", native=why_not_native)
+
+
+@torch.library.custom_op("speedk::topk_mask", mutates_args=())
+def _topk_mask(scm: Tensor, k: int, check: bool, backend: str) -> Tensor:
+    mask = torch.empty(scm.shape, dtype=torch.bool, device=scm.device)
+    if native.topk(scm, k, mask=mask) and check:
+        raise _holds_nan()
+    return mask
+
+
+@_topk_mask.register_fake
+def _(scm: Tensor, k: int, check: bool, backend: str) -> Tensor:
+    return torch.empty(scm.shape, dtype=torch.bool, device=scm.device)
+
+
+@torch.library.custom_op("speedk::sparsify", mutates_args=())
+def _sparsify(scm: Tensor, k: int, check: bool, backend: str) -> Tensor:
+    kept = torch.empty(scm.shape, dtype=scm.dtype, device=scm.device)
+    if native.topk(scm, k, dense=kept) and check:
+        raise _holds_nan()
+    return kept
+
+
+@_sparsify.register_fake
+def _(scm: Tensor, k: int, check: bool, backend: str) -> Tensor:
+    return torch.empty(scm.shape, dtype=scm.dtype, device=scm.device)
+
+
+def _save(ctx, inputs, output) -> None:
+    scm, ctx.k, _, ctx.backend = inputs
+    ctx.save_for_backward(scm)
+
+
+def _backward(ctx, d_kept: Tensor):
+    # The mask is found again rather than kept: a quarter of scm's memory for a pass that reads it once more.
+    (scm,) = ctx.saved_tensors
+    return torch.where(_topk_mask(scm.detach(), ctx.k, False, ctx.backend), d_kept, 0), None, None, None
+
+
+_sparsify.register_autograd(_backward, setup_context=_save)

@@ -1,0 +1,37 @@
+// One source, several instruction sets: CMake compiles each CPU file once per SPEEDK_ISA (baseline, avx2, avx512), and
+// SPEEDK_CALL takes the widest that this processor runs. Everything in such a file lives in its own namespace, and calls nothing
+// inline from the standard library, so that the linker can never hand wide instructions to an older processor.
+#pragma once
+#include <cstdint>
+
+#if defined(__CUDACC__)
+#define SPEEDK_SHARED __host__ __device__ __forceinline__
+#else
+#define SPEEDK_SHARED inline __attribute__((always_inline))
+#endif
+
+namespace speedk {
+
+// Element types by their storage; the value is what Python passes.
+enum class Dtype : int { float32 = 0, float64 = 1, float16 = 2, bfloat16 = 3 };
+
+// The widest of the compiled sets that this processor runs: 0 baseline, 1 avx2, 2 avx512.
+int isa();
+const char* isa_name();
+
+#if defined(SPEEDK_X86)
+#define SPEEDK_DECLARE(signature)   \
+  namespace baseline { signature; } \
+  namespace avx2 { signature; }     \
+  namespace avx512 { signature; }
+#define SPEEDK_CALL(function, ...)                     \
+  (isa() == 2   ? avx512::function(__VA_ARGS__)        \
+   : isa() == 1 ? avx2::function(__VA_ARGS__)          \
+                : baseline::function(__VA_ARGS__))
+#else
+#define SPEEDK_DECLARE(signature) \
+  namespace baseline { signature; }
+#define SPEEDK_CALL(function, ...) (baseline::function(__VA_ARGS__))
+#endif
+
+}  // namespace speedk

@@ -1,0 +1,192 @@
+"""Which backend runs an op: the first of Triton, native (C++/CUDA) and PyTorch that takes what it is given.
+
+A backend other than PyTorch is a function `why_not(*arguments) -> str | None` in the op's table: the reason it cannot
+take these arguments, or None. Nothing here catches an error of a kernel: one that fails, fails aloud.
+
+`use_backend("native")` and the environment variable SPEEDK_BACKEND are strict: an op that cannot run there raises a
+ValueError with the reason. `explain("mhsc", scm, saet)` lists the reasons.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+from collections.abc import Callable
+from types import ModuleType
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+BACKENDS = ("triton", "native", "torch")
+WhyNot = Callable[..., "str | None"]
+
+_ops: dict[str, Op] = {}
+_forced: str | None = None
+
+
+class Op:
+    """An op's table of backends. PyTorch is always there and takes everything; a backend that is left out has no
+    kernel for this op."""
+
+    def __init__(self, name: str, *, triton: WhyNot | None = None, native: WhyNot | None = None) -> None:
+        self.name = name
+        self._why_not = {"triton": triton, "native": native}
+        _ops[name] = self
+
+    @property
+    def backends(self) -> list[str]:
+        """The backends that have a kernel for this op, first choice first."""
+        return [b for b in BACKENDS if b == "torch" or self._why_not[b] is not None]
+
+    def why_not(self, backend: str, *arguments: object) -> str | None:
+        """The reason that `backend` cannot run this op on `arguments`, or None."""
+        if backend == "torch":
+            return None
+        if _transformed():
+            return "functorch transforms and forward-mode differentiation see through PyTorch alone"
+        check = self._why_not[backend]
+        if check is None:
+            return f"there is no {backend} kernel of {self.name}"
+        return check(*arguments)
+
+    def choose(self, *arguments: object) -> str:
+        """The backend for `arguments`. Raises ValueError where one is forced that cannot take them."""
+        if _forced is not None:
+            reason = self.why_not(_forced, *arguments)
+            if reason is not None:
+                raise ValueError(f"{self.name} cannot run on the {_forced} backend: {reason}")
+            return _forced
+        for backend in BACKENDS:
+            # Triton's interpreter is for tests: right and very slow, so it has to be asked for by name.
+            if not (backend == "triton" and INTERPRETED) and self.why_not(backend, *arguments) is None:
+                return backend
+        raise AssertionError("unreachable: the torch backend takes everything")
+
+
+class use_backend:
+    """Run every op on one backend from here on: "triton", "native" or "torch"; None goes back to choosing.
+
+    `use_backend("native")` holds for the whole process until the next call; `with use_backend("native"):` for its body.
+    """
+
+    def __init__(self, name: str | None) -> None:
+        global _forced
+        if name is not None and name not in BACKENDS:
+            raise ValueError(f"backend {name!r} is not one of {', '.join(BACKENDS)}")
+        self._before, _forced = _forced, name
+
+    def __enter__(self) -> use_backend:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        global _forced
+        _forced = self._before
+
+
+def explain(op: str, *arguments: object) -> dict[str, str]:
+    """For each backend of `op`, first choice first: "chosen", "available", or the reason it cannot take `arguments`.
+
+    Without arguments it tells what holds for every input here (what is built, what hardware is there).
+    """
+    if op not in _ops:
+        raise ValueError(f"{op!r} is not one of {', '.join(sorted(_ops))}")
+    table = _ops[op]
+    found = {b: _installed(table, b) if not arguments else table.why_not(b, *arguments) for b in BACKENDS}
+    chosen = _forced or next(b for b in BACKENDS if found[b] is None and not (b == "triton" and INTERPRETED))
+    return {b: reason or ("chosen" if b == chosen else "available") for b, reason in found.items()}
+
+
+def ops() -> list[str]:
+    """The names of all ops that have a table."""
+    return sorted(_ops)
+
+
+def _installed(table: Op, backend: str) -> str | None:
+    if backend not in table.backends:
+        return f"there is no {backend} kernel of {table.name}"
+    return {"triton": triton_missing, "native": native_missing, "torch": lambda: None}[backend]()
+
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@torch.compiler.assume_constant_result
+@functools.cache
+def triton_missing() -> str | None:
+    """Why no Triton kernel runs here, or None. Under TRITON_INTERPRET=1 they run on the CPU, for tests."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    if not INTERPRETED and not torch.cuda.is_available():
+        return "there is no GPU"
+    return None
+
+
+@functools.cache
+def native() -> ModuleType | None:
+    """The extension `speedk._native`, or None where it is not built."""
+    if importlib.util.find_spec("speedk._native") is None:
+        return None
+    import speedk._native
+
+    return speedk._native
+
+
+@torch.compiler.assume_constant_result
+def native_missing() -> str | None:
+    """Why no native kernel runs here, or None."""
+    return None if native() is not None else "the extension speedk._native is not built (see `make install`)"
+
+
+def why_not_triton(*tensors: Tensor) -> str | None:
+    """The part of a Triton backend's `why_not` that is the same for every op: hardware, devices, dtypes."""
+    missing = triton_missing()
+    if missing is not None:
+        return missing
+    for tensor in tensors:
+        if tensor.device.type != ("cpu" if INTERPRETED else "cuda"):
+            return f"a tensor is on {tensor.device}"
+        if tensor.dtype == torch.float64:
+            return "float64 is computed in PyTorch, in double"
+    return None
+
+
+def why_not_native_cpu(*tensors: Tensor) -> str | None:
+    """The part of a native backend's `why_not` that is the same for every CPU op."""
+    missing = native_missing()
+    if missing is not None:
+        return missing
+    for tensor in tensors:
+        if tensor.device.type != "cpu":
+            return f"a tensor is on {tensor.device}, the kernel is for the CPU"
+    return None
+
+
+def checks(check: bool | None, backend: str, tensor: Tensor) -> bool:
+    """Whether an op looks for bad values (a NaN, an index out of range) in `tensor` and raises.
+
+    As the caller says; by default wherever that costs no more than a glance. The native CPU kernels look anyway; the
+    rest has to wait for the answer, which graphs and transforms cannot.
+    """
+    if check is not None:
+        return check
+    if backend == "native" and tensor.device.type == "cpu":
+        return True
+    if torch.compiler.is_compiling() or _transformed():
+        return False
+    return not (tensor.is_cuda and torch.cuda.is_current_stream_capturing())
+
+
+@torch.compiler.assume_constant_result
+def _in_functorch() -> bool:
+    return torch._C._functorch.maybe_current_level() is not None
+
+
+def _transformed() -> bool:
+    """Under a functorch transform or forward-mode differentiation, where custom ops fail or return zeros."""
+    return _in_functorch() or forward_ad._current_level >= 0
+
+
+if os.environ.get("SPEEDK_BACKEND"):
+    use_backend(os.environ["SPEEDK_BACKEND"])

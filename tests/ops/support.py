@@ -1,0 +1,82 @@
+"""What the tests of the ops share: backends, awkward strides, poisoned memory, and one measure of closeness."""
+
+from __future__ import annotations
+
+import contextlib
+
+import pytest
+import torch
+
+from speedk.ops import dispatch, use_backend
+
+FLOATS = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
+DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+
+
+def on_backends(op: str) -> pytest.MarkDecorator:
+    """Run a test on each backend of `op` but Triton, whose kernels have tests of their own."""
+    table = dispatch._ops[op]
+    return pytest.mark.parametrize("backend", [
+        pytest.param(b, marks=pytest.mark.skipif(b == "native" and dispatch.native() is None, reason="not built"))
+        for b in table.backends if b != "triton"
+    ])  # fmt: skip
+
+
+def strided(tensor: torch.Tensor, layout: str) -> torch.Tensor:
+    """The same values laid out otherwise: "plain", "transposed" (the last two dimensions swapped in memory), "sliced"
+    (every second element of a larger tensor), "expanded" (stride 0 along the first dimension: the first row, repeated).
+    """
+    if layout == "transposed":
+        return tensor.transpose(-1, -2).contiguous().transpose(-1, -2)
+    if layout == "sliced":
+        larger = torch.full((*tensor.shape, 2), 7.0, dtype=tensor.dtype)
+        larger[..., 0] = tensor
+        return larger[..., 0]
+    if layout == "expanded":
+        return tensor[:1].expand(tensor.shape)
+    return tensor
+
+
+LAYOUTS = ["plain", "transposed", "sliced", "expanded"]
+
+
+@contextlib.contextmanager
+def poisoned_memory():
+    """Fill what `torch.empty` hands out with NaN (or the largest integer), so that an element left unwritten shows."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=True)
+        torch.utils.deterministic.fill_uninitialized_memory = before[1]
+
+
+def assert_matches(name: str, got: torch.Tensor, library: torch.Tensor, exact: torch.Tensor) -> None:
+    """`got` must be at most twice as far from `exact` (float64) as the library's own result in the same dtype is,
+    plus four roundings of the largest value."""
+    assert got.shape == exact.shape, f"{name}: {tuple(got.shape)} is not {tuple(exact.shape)}"
+    assert got.dtype == library.dtype, f"{name}: {got.dtype} is not {library.dtype}"
+    assert torch.isfinite(got).all(), f"{name} holds a value that is not finite"
+    if exact.numel() == 0:
+        return
+    error = (got.double() - exact).abs().max().item()
+    allowed = 2 * (library.double() - exact).abs().max().item()
+    allowed += 4 * torch.finfo(got.dtype).eps * exact.abs().max().item()
+    assert error <= allowed, f"{name}: off by {error:.3g}, allowed {allowed:.3g}"
+
+
+def compiles(function, *arguments) -> None:
+    """`function` traces as one graph, and the graph gives what plain execution gives."""
+    torch._dynamo.reset()
+    got = torch.compile(function, fullgraph=True, backend="aot_eager")(*arguments)
+    want = function(*arguments)
+    for a, b in zip(*((x if isinstance(x, tuple) else (x,)) for x in (got, want)), strict=True):
+        assert torch.equal(a, b)
+
+
+__all__ = [
+    "DEVICES", "FLOATS", "LAYOUTS", "assert_matches", "compiles", "on_backends", "poisoned_memory", "strided",
+    "use_backend",
+]  # fmt: skip
