@@ -1,0 +1,65 @@
+"""The calls whose kernels are compiled offline: every launcher, at the recipes' own shapes, in each precision."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator
+
+import torch
+
+from speedk.kernels import add_layer_norm, coo, mhsc, patches
+
+RECIPES = [  # N, H, J, K, k, D, C, patch
+    (64, 2, 64, 16, 48, 32, 3, 4),
+    (128, 3, 64, 64, 48, 96, 3, 4),
+    (256, 6, 64, 64, 166, 192, 3, 4),
+    (340, 8, 64, 128, 128, 256, 3, 8),
+    (32, 4, 256, 256, 192, 192, 3, 8),
+    (32, 6, 256, 256, 384, 384, 3, 8),
+    (9, 1, 49, 37, 20, 200, 1, 5),  # nobody's: one wide head, odd everything
+]
+PRECISIONS = [(torch.float32, "highest"), (torch.float32, "high"), (torch.bfloat16, "highest")]
+
+
+@contextlib.contextmanager
+def matmul_precision(name: str) -> Iterator[None]:
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(name)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def cases() -> Iterator[tuple[str, Callable[[], object]]]:
+    """(label, call) for each; a call must run before the next is asked for, as the precision is set around it."""
+    for recipe in RECIPES:
+        for dtype, precision in PRECISIONS:
+            name = "tf32" if precision == "high" else str(dtype).removeprefix("torch.")
+            with matmul_precision(precision):
+                yield from _of(recipe, dtype, f"{name} {'/'.join(map(str, recipe))}", products=precision == "high")
+
+
+def _of(recipe: tuple[int, ...], dtype: torch.dtype, label: str, products: bool) -> Iterator:
+    """All launchers, or only those with matrix products where the others would be the same again."""
+    N, H, J, K, k, D, C, patch = recipe
+    L = patch * patch * C
+
+    def new(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    scm, saet, state, vector = new(N, H, J, K), new(K, D), new(N, J, D), new(D)
+    values, index = new(N, H, k), new(N, H, k, dtype=torch.uint8)
+    yield label, lambda: mhsc.mhsc_fwd(scm, saet)
+    yield label, lambda: mhsc.mhsc_bwd(state, scm, saet)
+    yield label, lambda: coo.mhsc_coo_bwd(state, values, index, index, saet)
+    if products:
+        return
+    yield label, lambda: add_layer_norm.add_layer_norm_fwd(state, state, vector, vector, 1e-6)
+    yield label, lambda: add_layer_norm.add_layer_norm_bwd(state, state, state, vector, 1e-6)
+    yield label, lambda: patches.patchify_fwd(new(N, C, math.isqrt(J) * patch, math.isqrt(J) * patch), patch)
+    yield label, lambda: patches.unpatchify_fwd(new(N, J, L), C, patch)
+    yield label, lambda: coo.coo_decode_fwd(values, index, index, J, K)
+    yield label, lambda: coo.coo_decode_bwd(scm, index, index)
+    yield label, lambda: coo.mhsc_coo_fwd(values, index, index, saet, J)
