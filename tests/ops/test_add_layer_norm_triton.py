@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from triton_support import FLOATS, assert_matches, gradients, poisoned_memory, randn
+from support import assert_matches, poisoned_memory
+from triton_support import FLOATS, LAYOUTS, gradients, randn
 
 from speedk.kernels.add_layer_norm import add_layer_norm_bwd, add_layer_norm_fwd
 from speedk.ops.add_layer_norm import add_layer_norm_reference
@@ -41,7 +42,7 @@ def test_values(shape, dtype, with_residual):
           randn(*shape, dtype=dtype, seed=4))  # fmt: skip
 
 
-@pytest.mark.parametrize("layout", ["transposed", "sliced", "expanded"])
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_strides(layout):
     x, residual, d_out = (randn(3, 6, 40, seed=s, layout=layout) for s in range(3))
     check(x, residual, randn(80, seed=3)[::2], randn(1, seed=4).expand(40), d_out)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from triton_support import DEVICE, FLOATS, assert_matches, gradients, poisoned_memory, randn
+from support import assert_matches, poisoned_memory
+from triton_support import DEVICE, gradients, randn
 
 from speedk.kernels import coo
 from speedk.ops.mhsc import mhsc_reference
@@ -18,6 +19,10 @@ SHAPES = [  # N, H, J, K, k, D
     (2, 2, 5, 4, 0, 4),
     (0, 2, 5, 4, 3, 4),
 ]
+
+
+KINDS = [(torch.float32, "sorted"), (torch.float32, "mixed"), (torch.float32, "repeated"), (torch.float16, "sorted"),
+         (torch.bfloat16, "repeated")]  # fmt: skip
 
 
 def entries(N, H, J, K, k, dtype=torch.float32, seed=0, order="sorted"):
@@ -39,9 +44,8 @@ def dense(values, rows, cols, J, K):
     return values.new_zeros(N, H, J * K).scatter_add(-1, flat, values).reshape(N, H, J, K)
 
 
-@pytest.mark.parametrize("order", ["sorted", "mixed", "repeated"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize(("dtype", "order"), KINDS)
 def test_decode(shape, dtype, order):
     N, H, J, K, k, _ = shape
     values, rows, cols = entries(N, H, J, K, k, dtype, order=order)
@@ -61,9 +65,8 @@ def sparse(values, saet, rows, cols, J):
     return mhsc_reference(dense(values, rows, cols, J, saet.shape[0]), saet)
 
 
-@pytest.mark.parametrize("order", ["sorted", "mixed", "repeated"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize(("dtype", "order"), KINDS)
 def test_mhsc(shape, dtype, order):
     N, H, J, K, k, D = shape
     values, rows, cols = entries(N, H, J, K, k, dtype, order=order)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from triton_support import DOT_FLOATS, assert_matches, gradients, poisoned_memory, randn
+from support import assert_matches, poisoned_memory
+from triton_support import DOT_FLOATS, LAYOUTS, gradients, randn
 
 from speedk.kernels.mhsc import mhsc_bwd, mhsc_fwd
 from speedk.ops.mhsc import mhsc_reference
@@ -29,7 +30,7 @@ def test_forward(shape, dtype):
     assert_matches("mhsc", got, mhsc_reference(scm, saet), mhsc_reference(scm.double(), saet.double()))
 
 
-@pytest.mark.parametrize("layout", ["transposed", "sliced", "expanded"])
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_strides(layout):
     scm, saet = randn(3, 2, 9, 20, layout=layout), randn(20, 24, seed=1, layout=layout)
     exact = mhsc_reference(scm.double(), saet.double())

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from triton_support import FLOATS, poisoned_memory, randn
+from support import poisoned_memory
+from triton_support import FLOATS, LAYOUTS, randn
 
 from speedk.kernels.patches import patchify_fwd, unpatchify_fwd
 from speedk.ops.patches import patchify_reference, unpatchify_reference
@@ -33,7 +34,7 @@ def test_patchify_and_back(shape, dtype):
     assert torch.equal(back, images)
 
 
-@pytest.mark.parametrize("layout", ["transposed", "sliced", "expanded"])
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_strides(layout):
     images = randn(3, 3, 8, 8, layout=layout)
     assert torch.equal(patchify_fwd(images, 4), patchify_reference(images, 4))

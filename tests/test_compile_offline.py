@@ -1,0 +1,60 @@
+"""Every Triton kernel compiles for GPUs that are not at hand, within what their chips hold."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+SHARED = {80: 163 * 1024, 90: 227 * 1024}  # bytes a block may ask for
+SPILLED = 32  # bytes a thread; a few scalars outside the inner loops
+
+pytest.importorskip("triton")
+
+
+@pytest.fixture(scope="module")
+def table() -> list[dict]:
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, str(ROOT / "tools/compile_kernels.py"), "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def named(rows: list[dict]) -> str:
+    return "\n".join(" ".join(f"{k} {v}" for k, v in row.items()) for row in rows)
+
+
+def test_all_compile(table):
+    assert not (failed := [row for row in table if "error" in row]), named(failed)
+
+
+def test_every_kernel_is_there(table):
+    written = {name for path in (ROOT / "kernels").glob("*.py")
+               for name in re.findall(r"^def (_\w+_kernel)\(", path.read_text(), re.MULTILINE)}  # fmt: skip
+    assert written == {row["kernel"] for row in table}
+    assert {row["arch"] for row in table} == set(SHARED)
+
+
+def test_they_fit_on_chip(table):
+    assert not (over := [row for row in table if row["shared"] > SHARED[row["arch"]]]), named(over)
+
+
+def test_nothing_spills(table):
+    assert not (over := [row for row in table if row["spilled"] > SPILLED]), named(over)
+
+
+def test_products_reach_the_tensor_cores(table):
+    """In tf32 and bfloat16 each kernel that multiplies matrices does so there; in full float32 none may."""
+    for row in table:
+        if "float32" in row["case"]:
+            assert not row["mma"] + row["wgmma"], named([row])
+    products = {row["kernel"] for row in table if row["case"].startswith("tf32")}
+    low = [row for row in table if row["kernel"] in products and "float32" not in row["case"]]
+    assert not (missed := [row for row in low if not row["mma"] + row["wgmma"]]), named(missed)
