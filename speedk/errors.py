@@ -25,3 +25,10 @@ class ArtifactError(SpeedkError):
 
 class TrainingError(SpeedkError):
     """A run that cannot go on (a loss that is not finite, no memory, no space); what it had is saved."""
+
+
+def one_line(value: object, limit: int = 200) -> str:
+    """`value` as text that can do a terminal no harm: white space folded, unprintable characters escaped, cut."""
+    text = " ".join(str(value).split())
+    text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text[: limit + 1])
+    return text if len(text) <= limit else text[: limit - 3] + "..."

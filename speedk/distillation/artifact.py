@@ -19,7 +19,7 @@ from torch.utils.data import TensorDataset
 from speedk.distillation import tensorfile
 from speedk.distillation.header import check_format, describe, rebuild, whole
 from speedk.distillation.parameterizations.base import Parameterization
-from speedk.errors import ArtifactError, SpeedkError
+from speedk.errors import ArtifactError, SpeedkError, one_line
 from speedk.files import write_atomic
 
 MAX_DECODED = 1 << 33
@@ -67,8 +67,7 @@ def parse(data: bytes, path: str) -> Distilled:
             raise ArtifactError("is damaged: its checksum is not that of its content")
         return Distilled(path, header, rebuild(header, tensors))
     except SpeedkError as error:
-        line = " ".join(str(error).split())
-        raise ArtifactError(f"{path} {line if len(line) <= 400 else line[:400] + '...'}") from error
+        raise ArtifactError(f"{path} {one_line(error, 400)}") from error
 
 
 def checksum(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:

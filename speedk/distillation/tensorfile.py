@@ -188,7 +188,7 @@ def _check_depth(document: Any) -> None:
                 inner += [*value.keys(), *value.values()]
             elif isinstance(value, list):
                 inner += value
-            elif isinstance(value, str) and any("\ud800" <= c <= "\udfff" for c in value):
+            elif isinstance(value, str) and not value.isascii() and any("\ud800" <= c <= "\udfff" for c in value):
                 raise ArtifactError("is damaged: its header holds half a character (a lone surrogate)")
         level = inner
 

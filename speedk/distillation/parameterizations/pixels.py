@@ -33,11 +33,14 @@ class Pixels(Parameterization):
     Spec = Spec
     name = "pixels"
 
-    def __init__(self, spec: Spec, geometry: Geometry, ipc: int) -> None:
+    def __init__(self, spec: Spec, geometry: Geometry, ipc: int, labels: list[int] | None = None,
+                 images: Tensor | None = None) -> None:
         super().__init__(spec, geometry, ipc)
-        self.register_buffer("classes", class_labels([ipc] * geometry.classes), persistent=False)
-        self.images = nn.Parameter(
-            torch.zeros(self.size, geometry.channels, geometry.resolution, geometry.resolution))
+        counts = [ipc] * geometry.classes if labels is None else labels
+        self.register_buffer("classes", class_labels(counts), persistent=False)
+        if images is None:
+            images = torch.zeros(self.size, geometry.channels, geometry.resolution, geometry.resolution)
+        self.images = nn.Parameter(images)
 
     @torch.no_grad()
     def initialise(self, real, generator: torch.Generator, progress=None) -> None:
@@ -66,10 +69,7 @@ class Pixels(Parameterization):
         side = geometry.resolution
         shape = (sum(labels), geometry.channels, side, side)
         expect_tensors(tensors, {"images": (shape, torch.float32)})
-        loaded = cls(spec, geometry, ipc)
-        loaded.images = nn.Parameter(tensors["images"], requires_grad=False)
-        loaded.classes = class_labels(labels)
-        return loaded
+        return cls(spec, geometry, ipc, labels, tensors["images"]).requires_grad_(False)
 
     @classmethod
     def planned_storage(cls, spec: Spec, geometry: Geometry, ipc: int) -> dict[str, float]:

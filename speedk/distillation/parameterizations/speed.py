@@ -20,6 +20,7 @@ from speedk.ops.freenet import NORMS
 
 INITS = ("random", "fit")
 SPARSE = ("end", "always")
+MAX_CODE = 1 << 27
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,8 @@ class Spec:
         J = self.patches(geometry)
         if max(J, self.K) > 65536:
             raise ConfigError(f"J={J} patches and K={self.K} tokens must be at most 65,536: coordinates have 16 bits")
+        if self.H * J * self.K > MAX_CODE:
+            raise ConfigError(f"H J K = {self.H * J * self.K:,} is over {MAX_CODE:,}: one dense code would take over 512 MB")
         if not 0 <= self.k <= J * self.K:
             raise ConfigError(f"k={self.k} is outside 0 to J K = {J * self.K}")
         if self.fit_steps < 0:
@@ -150,6 +153,8 @@ class Speed(Parameterization):
     def from_storage(cls, spec: Spec, geometry: Geometry, ipc: int, labels: list[int],
                      tensors: Mapping[str, Tensor]) -> Speed:
         J, entries = spec.patches(geometry), (sum(labels), spec.H, spec.k)
+        if spec.R > len(tensors):
+            raise ArtifactError(f"R={spec.R} blocks but {len(tensors)} tensors")
         index = ops.index_dtype(max(J, spec.K))
         with torch.device("meta"):
             shapes = {f"freenet.{name}": (tuple(p.shape), torch.float32) for name, p in

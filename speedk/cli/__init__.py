@@ -1,0 +1,121 @@
+"""The command `speedk`: each file of this folder whose name opens with a letter is a subcommand.
+
+A subcommand has HELP (a line), add_arguments(parser) and run(args) -> exit code; EPILOG (examples) and LOWER (what to
+lower where memory runs out) where it has something to say. It imports what is heavy inside `run`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import pkgutil
+import sys
+import traceback
+from collections.abc import Sequence
+from types import ModuleType
+
+from speedk import __version__
+from speedk.errors import SpeedkError, one_line
+from speedk.registry import nearest
+
+INTERRUPTED = 130  # 128 + SIGINT, as shells have it
+BROKEN_PIPE = 141  # 128 + SIGPIPE
+BUG = 70  # EX_SOFTWARE of sysexits.h
+_LOWER = "lower the batch or the number of images, or free some memory"
+_DESCRIPTION = "Dataset distillation: a few learned numbers that a network can be trained on in place of a data set."
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line `argv` (default: the process's own) and return its exit code.
+
+    0 done; 1 something the user can mend; 2 a wrong command line or a damaged file; 70 a bug; 130 interrupted; 141 the
+    reader of the output went away. Errors are one line on stderr; SPEEDK_DEBUG=1 adds the traceback.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    try:
+        code = _run(argv)
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains again as it exits
+        return BROKEN_PIPE
+    except (Exception, KeyboardInterrupt) as error:
+        if os.environ.get("SPEEDK_DEBUG") == "1":
+            traceback.print_exc()
+        return _report(error, argv)
+
+
+def commands() -> dict[str, str]:
+    """The subcommands: the name that is typed -> its module's."""
+    found = (m.name for m in pkgutil.iter_modules(__path__))
+    return {name.replace("_", "-"): name for name in sorted(found) if not name.startswith("_")}
+
+
+def _run(argv: list[str]) -> int:
+    known = commands()
+    if argv and not argv[0].startswith("-") and argv[0] not in known:
+        hint = nearest(argv[0], list(known)) or f"; there are {', '.join(known)}"
+        _say(f"no command {argv[0]!r}{hint}")
+        return 2
+    wanted = [argv[0]] if argv and argv[0] in known else list(known)
+    parser = _parser({name: _module(known[name]) for name in wanted})
+    try:
+        args = parser.parse_args(argv)
+    except SystemExit as stop:
+        sys.stdout.flush()  # a pipe that broke during --help is met here
+        return stop.code if isinstance(stop.code, int) else 2
+    if args.command is None:
+        parser.print_help(sys.stderr)
+        return 2
+    return args.run(args) or 0
+
+
+def _parser(modules: dict[str, ModuleType]) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("speedk", description=_DESCRIPTION, allow_abbrev=False,
+                                     epilog="`speedk COMMAND --help` says more about each command.")
+    parser.add_argument("--version", action="version", version=f"speedk {__version__}")
+    subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
+    for name, module in modules.items():
+        sub = subparsers.add_parser(name, help=module.HELP, description=module.HELP, allow_abbrev=False,
+                                    epilog=getattr(module, "EPILOG", None),
+                                    formatter_class=argparse.RawDescriptionHelpFormatter)
+        module.add_arguments(sub)
+        sub.set_defaults(run=module.run)
+    return parser
+
+
+def _module(name: str) -> ModuleType:
+    return importlib.import_module(f"{__name__}.{name}")
+
+
+def _report(error: BaseException, argv: list[str]) -> int:
+    """Say `error` in one line and return its exit code."""
+    if isinstance(error, SpeedkError):
+        _say(str(error))
+        return error.exit_code
+    if isinstance(error, KeyboardInterrupt):
+        _say(str(error) or "interrupted")
+        return INTERRUPTED
+    if _is_memory(error):
+        known = commands()
+        lower = getattr(_module(known[argv[0]]), "LOWER", _LOWER) if argv and argv[0] in known else _LOWER
+        _say(f"out of memory: {lower}")
+        return 1
+    if isinstance(error, OSError) and error.strerror:
+        _say(f"{error.strerror}: {error.filename}" if error.filename else error.strerror)
+        return 1
+    text = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+    _say(f"a bug in speedk, please report it with what SPEEDK_DEBUG=1 shows: {text}")
+    return BUG
+
+
+def _is_memory(error: BaseException) -> bool:
+    """Whether memory ran out: Python's, the GPU's, or what torch raises a plain RuntimeError for on the CPU."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    return isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
+
+
+def _say(line: str) -> None:
+    print(f"speedk: {one_line(line, 1000)}", file=sys.stderr)
