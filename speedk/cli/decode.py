@@ -39,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", metavar="DIR", type=Path, required=True, help="a folder that is new or empty")
     parser.add_argument("--format", choices=("png", "parquet", "npz"), default="png", help="default: png")
     parser.add_argument("--space", choices=("normalised", "unit"), help="npz: images as networks train on them "
-                        "(normalised, the default), or as brightness where 0 to 1 is what a display shows (unit)")
+                        "(normalised, the default), or as pictures clipped to 0 to 1 (unit)")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -143,7 +143,7 @@ def _npz(distilled: Distilled, folder: Path, space: str) -> str:
 
     np.savez(folder / "distilled.npz", images=distilled.images(space).numpy(), labels=distilled.labels.numpy(),
              class_names=np.array(distilled.class_names), space=np.array(space))
-    meaning = {"normalised": "normalised: what networks train on", "unit": "brightness: 0 to 1 is what a display shows"}
+    meaning = {"normalised": "normalised: what networks train on", "unit": "pictures, clipped to 0 to 1"}
     return f"as distilled.npz, float32, {meaning[space]}"
 
 

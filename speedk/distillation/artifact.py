@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import TensorDataset
 
+from speedk import data
 from speedk.distillation import tensorfile
 from speedk.distillation.header import check_format, describe, rebuild, whole
 from speedk.distillation.parameterizations.base import Parameterization
@@ -45,12 +46,12 @@ def dump(synthetic: Parameterization, header: Mapping[str, Any]) -> bytes:
     tensors = synthetic.storage()
     document = {**header, **describe(synthetic, tensors)}
     document["checksum"] = checksum(document, tensors)
-    data = tensorfile.pack(document, tensors)
+    packed = tensorfile.pack(document, tensors)
     try:
-        parse(data, "")
+        parse(packed, "")
     except ArtifactError as error:
         raise ArtifactError(f"nothing was written, because it could not be read back: the file{error}") from error
-    return data
+    return packed
 
 
 def load(path: str | os.PathLike[str]) -> Distilled:
@@ -58,10 +59,10 @@ def load(path: str | os.PathLike[str]) -> Distilled:
     return parse(tensorfile.read(path), os.fspath(path))
 
 
-def parse(data: bytes, path: str) -> Distilled:
+def parse(packed: bytes, path: str) -> Distilled:
     """`load` from bytes; `path` is what errors call the file."""
     try:
-        header, tensors = tensorfile.unpack(data)
+        header, tensors = tensorfile.unpack(packed)
         check_format(header)
         if header.get("checksum") != checksum(header, tensors):
             raise ArtifactError("is damaged: its checksum is not that of its content")
@@ -118,9 +119,9 @@ class Distilled:
     def images(self, space: str = "normalised", index: Tensor | None = None) -> Tensor:
         """Decode all images, or those of `index` (int64 [B]), a few megabytes at a time: float32 [N or B, C, H, W].
 
-        space: "normalised", what networks train on; or "unit", brightness, where 0 to 1 is what a display shows and
-        values beyond it stay as they are. Raises ArtifactError where the images take over 8 GiB or hold a value that
-        is not finite, ValueError for an index that is out of range.
+        space: "normalised", what networks train on; or "unit", pictures, clipped to 0 to 1. Raises ArtifactError where
+        the images take over 8 GiB or hold a value that is not finite, DataError where pictures need a ZCA inverse that
+        is not at hand, ValueError for an index that is out of range.
         """
         if space not in _SPACES:
             raise ValueError(f"space={space!r} is not one of {', '.join(_SPACES)}")
@@ -134,7 +135,7 @@ class Distilled:
         images = self._decode(index, 0)
         if not bool(torch.isfinite(images).all()):
             raise ArtifactError(f"{self.path} decodes to values that are not finite")
-        return self._normaliser().unit(images) if space == "unit" else images
+        return data.from_description(self.header["normaliser"]).unit(images) if space == "unit" else images
 
     def dataset(self, space: str = "normalised") -> TensorDataset:
         """Pairs (image, label) for a DataLoader, decoded once."""
@@ -153,11 +154,6 @@ class Distilled:
         """Images (which = 0) or labels (1) of `index`, in chunks; an empty index makes one empty chunk."""
         step = max(1, _CHUNK // (4 * self.geometry.pixels))
         return torch.cat([self.synthetic.decode(part)[which] for part in index.split(step)])
-
-    def _normaliser(self) -> Any:
-        from speedk import data
-
-        return data.from_description(self.header["normaliser"])
 
 
 __all__ = ["Distilled", "checksum", "dump", "load", "parse", "save"]

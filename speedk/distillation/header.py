@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from speedk import registry
+from speedk import data, registry
 from speedk.distillation import parameterizations, recipe, tensorfile
 from speedk.distillation.parameterizations.base import Parameterization, class_labels
-from speedk.errors import ArtifactError, ConfigError, SpeedkError
+from speedk.errors import ArtifactError, ConfigError, DataError, SpeedkError
 from speedk.geometry import Geometry
 
 FORMAT = 1
@@ -68,6 +68,7 @@ def rebuild(header: dict[str, Any], tensors: dict[str, Tensor]) -> Parameterizat
         raise ArtifactError("does not name its objective")
     geometry = _geometry(header["geometry"])
     size = sum(t.numel() * t.element_size() for t in tensors.values())
+    _check_normaliser(header["normaliser"], geometry)
     labels = _images_per_class(header["images_per_class"], geometry, size)
     _check_names(header["class_names"], geometry)
     ipc = _between("ipc", header["ipc"], 1, 1 << 24)
@@ -103,6 +104,21 @@ def _geometry(value: dict[str, Any]) -> Geometry:
     _between("channels", value["channels"], 1, 3)
     _between("resolution", value["resolution"], 1, MAX_RESOLUTION)
     return Geometry(**value)
+
+
+def _check_normaliser(description: Mapping[str, Any], geometry: Geometry) -> None:
+    """Refuse one that is for images of another shape; a ZCA matrix is looked for only where pictures are asked for."""
+    side = geometry.resolution
+    if description.get("kind") == "zca":
+        if description.get("shape") != [geometry.channels, side, side]:
+            raise ArtifactError(f"is of {geometry.channels}x{side}x{side} but its normaliser is not")
+        return
+    try:
+        data.from_description(description)
+    except DataError as error:
+        raise ArtifactError(f"is damaged: {error}") from error
+    if len(description["mean"]) != geometry.channels:
+        raise ArtifactError(f"has {geometry.channels} channels but a normaliser for {len(description['mean'])}")
 
 
 def _images_per_class(counts: list[Any], geometry: Geometry, size: int) -> list[int]:

@@ -13,7 +13,7 @@ from speedk.geometry import Geometry
 HEADER = {
     "recipe": {"recipe": {"name": "small"}, "objective": {"lr": 0.01, "rates": {"scm": 0.5}}},
     "class_names": ["cat", "großer hund", "vogel"],
-    "normaliser": {"kind": "channels", "mean": [0.4, 0.5, 0.6], "std": [0.2, 0.25, 0.3]},
+    "normaliser": {"kind": "channel", "mean": [0.4, 0.5, 0.6], "std": [0.2, 0.25, 0.3]},
     "data": {"name": "toys", "split": "train/test", "note": "", "fingerprint": "0123456789abcdef"},
     "seed": 3,
     "protocol": "mtt",
@@ -46,7 +46,7 @@ def make(method: str, seed: int = 0):
         made = tiny.Tiny(tiny.Spec(soft=True), Geometry(3, 1, 8), 1, [2, 1, 3])
     made.finalize()
     channels = made.geometry.channels
-    normaliser = {"kind": "channels", "mean": [0.4, 0.5, 0.6][:channels], "std": [0.2, 0.25, 0.3][:channels]}
+    normaliser = {"kind": "channel", "mean": [0.4, 0.5, 0.6][:channels], "std": [0.2, 0.25, 0.3][:channels]}
     return made, {**HEADER, "normaliser": normaliser}
 
 
