@@ -40,7 +40,7 @@ class Draw:
     parameters: Mapping[str, Tensor]
 
     def select(self, index: Tensor | slice) -> Draw:
-        """The draw of part of the batch: of `index`, an int64 tensor [B] or a slice. One draw for all stays as it is."""
+        """The draw of part of the batch: of `index`, int64 [B] or a slice. One draw for all stays as it is."""
         if isinstance(index, Tensor):
             index = index.cpu()
         parts = {name: p if len(p) == 1 else p[index] for name, p in self.parameters.items()}
@@ -71,8 +71,9 @@ def apply(images: Tensor, drawn: Draw) -> Tensor:
 
     Raises ValueError where the draw is for another number or size of images.
     """
-    if images.dim() != 4 or images.shape[2] != drawn.side or images.shape[3] != drawn.side:
-        raise ValueError(f"images have shape {tuple(images.shape)} but the draw is for [B, C, {drawn.side}, {drawn.side}]")
+    side = drawn.side
+    if images.dim() != 4 or tuple(images.shape[2:]) != (side, side):
+        raise ValueError(f"images have shape {tuple(images.shape)} but the draw is for [B, C, {side}, {side}]")
     for p in drawn.parameters.values():
         if len(p) not in (1, len(images)):
             raise ValueError(f"there are {len(images)} images but the draw is for {len(p)}; use Draw.select")

@@ -17,4 +17,4 @@ def instance_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) ->
 
 def norm_act_pool(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Tensor:
     """`instance_norm`, ReLU and 2x2 average pooling: [B, C, H, W] -> [B, C, H // 2, W // 2]."""
-    return F.avg_pool2d(F.relu(instance_norm(x, weight, bias, eps)), 2)
+    return F.avg_pool2d(F.relu(instance_norm(x, weight, bias, eps), inplace=True), 2)

@@ -53,8 +53,9 @@ def moved(image, source):
             y0, x0 = math.floor(sy), math.floor(sx)
             fy, fx = sy - y0, sx - x0
             for c in range(len(image)):
-                out[c, y, x] = (pixel(image, c, y0, x0) * (1 - fy) * (1 - fx) + pixel(image, c, y0, x0 + 1) * (1 - fy) * fx
-                                + pixel(image, c, y0 + 1, x0) * fy * (1 - fx) + pixel(image, c, y0 + 1, x0 + 1) * fy * fx)
+                above = pixel(image, c, y0, x0) * (1 - fx) + pixel(image, c, y0, x0 + 1) * fx
+                below = pixel(image, c, y0 + 1, x0) * (1 - fx) + pixel(image, c, y0 + 1, x0 + 1) * fx
+                out[c, y, x] = above * (1 - fy) + below * fy
     return out
 
 

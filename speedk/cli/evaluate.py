@@ -1,0 +1,121 @@
+"""speedk evaluate: train networks on a distilled file and test them on the real test set."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from speedk.errors import ConfigError, TrainingError
+
+if TYPE_CHECKING:
+    from speedk.data import RealData
+
+HELP = "Train networks on a distilled file (or on real images) and test them on the real test set."
+EPILOG = """\
+protocols: batch 256, SGD at the rate stored in the file (else 0.01), momentum 0.9, weight decay 5e-4, DSA;
+after half of the epochs and one more, a tenth of the rate and a fresh optimiser; accuracy after the last epoch
+  paper   1,001 epochs
+  quick   200 epochs
+  --whole 50 epochs at 0.01
+
+examples:
+  speedk evaluate runs/digits/distilled.safetensors --protocol quick
+  speedk evaluate runs/cifar10/distilled.safetensors --data DIR --networks convnet,mlp
+  speedk evaluate --dataset digits --real --protocol quick
+  speedk evaluate --dataset digits --whole --runs 1
+"""
+LOWER = "evaluate fewer runs or networks at a time (--runs, --networks)"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("file", metavar="FILE", nargs="?", type=Path,
+                        help="a distilled file, or images and labels as .npz or .parquet")
+    parser.add_argument("--dataset", metavar="NAME", help="the data to test on (default: what the file came from)")
+    parser.add_argument("--data", metavar="DIR", type=Path, help="the folder with that data")
+    parser.add_argument("--split", choices=("fastai", "ilsvrc"), help="of imagenette and imagewoof")
+    parser.add_argument("--networks", metavar="A,B", default="convnet", help="default: convnet")
+    parser.add_argument("--runs", metavar="N", type=int, default=5, help="fresh networks of each kind (default: 5)")
+    parser.add_argument("--protocol", choices=("paper", "quick"), default="paper", help="default: paper")
+    parser.add_argument("--standardisation", choices=("mtt", "speed"), help="speed: every batch by its own mean and "
+                        "deviation, in testing too; mtt: not (default: the file's own, else mtt)")
+    parser.add_argument("--rate", metavar="R", type=float, help="in place of the one stored in the file")
+    parser.add_argument("--epochs", metavar="N", type=int, help="in place of the protocol's")
+    parser.add_argument("--seed", metavar="S", type=int, default=0, help="run r has the seed S + r (default: 0)")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: auto")
+    parser.add_argument("--whole", action="store_true", help="train on the whole data set instead: the upper bound")
+    parser.add_argument("--real", metavar="N", nargs="?", const=1, type=int,
+                        help="train on N real images per class instead (default: 1), drawn anew for each run")
+    parser.add_argument("--other-data", action="store_true",
+                        help="test a file on data that it was not distilled from")
+    parser.add_argument("--out", metavar="FILE", type=Path,
+                        help="the report as JSON (default: evaluation.json beside a distilled file)")
+
+
+def run(args: argparse.Namespace) -> int:
+    if (args.file is not None) + args.whole + (args.real is not None) != 1:
+        raise ConfigError("give one of FILE, --whole and --real")
+    names = [name.strip() for name in args.networks.split(",") if name.strip()]
+    _check(args, names)
+    from speedk.evaluation import evaluate, real_images, whole
+
+    source, real = _source(args)
+    if args.whole:
+        source = whole(real)
+    elif args.real is not None:
+        source = real_images(real, args.real)
+    out = args.out or (args.file.with_name("evaluation.json") if args.file is not None else None)
+    report = evaluate(source, real, networks=names, runs=args.runs, protocol=args.protocol, seed=args.seed,
+                      standardisation=args.standardisation, rate=args.rate, epochs=args.epochs,
+                      device=_device(args.device), other_data=args.other_data, out=out)
+    print(report)
+    if out is not None:
+        print(f"\n{out}")
+    if report.failed:
+        count = sum(len(result.failures) for result in report.results)
+        raise TrainingError(f"{count} of {sum(len(r.seeds) for r in report.results)} runs failed: no mean is given for "
+                            "their network; a lower --rate may help")
+    return 0
+
+
+def _check(args: argparse.Namespace, names: list[str]) -> None:
+    """What can be refused before any data are read."""
+    from speedk import networks
+    from speedk.registry import nearest
+
+    known = networks.names()
+    for name in names:
+        if name not in known:
+            raise ConfigError(f"network {name!r} is not one of {', '.join(known)}{nearest(name, known)}")
+    if args.runs < 1 or not names:
+        raise ConfigError(f"there is nothing to run: --runs {args.runs}, --networks {args.networks}")
+    if args.seed < 0:
+        raise ConfigError(f"--seed {args.seed} is negative")
+    if args.file is None and args.dataset is None and args.data is None:
+        raise ConfigError("say which data: --dataset NAME, --data DIR, or both")
+
+
+def _source(args: argparse.Namespace) -> tuple[Any, RealData]:
+    """What FILE is (None without one), and the data to test on."""
+    from speedk import data
+    from speedk.distillation import artifact
+    from speedk.evaluation.evaluate import FOREIGN, load_data
+
+    if args.file is None or args.file.suffix.lower() in FOREIGN:
+        if args.dataset is None and args.data is None:
+            raise ConfigError(f"{args.file} does not say what to test on: give --dataset NAME, --data DIR, or both")
+        return args.file, data.load(args.dataset, args.data, split=args.split)
+    distilled = artifact.load(args.file)
+    if args.dataset is None and args.split is None:
+        return distilled, load_data(distilled.header, args.data)
+    name = args.dataset or distilled.header["data"].get("name")
+    return distilled, data.load(name, args.data, split=args.split, resolution=distilled.geometry.resolution,
+                                normaliser=distilled.header["normaliser"].get("kind"))
+
+
+def _device(name: str) -> str:
+    import torch
+
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("--device cuda, but torch sees no GPU here: take auto or cpu")
+    return "cuda" if name != "cpu" and torch.cuda.is_available() else "cpu"

@@ -1,0 +1,132 @@
+"""From a source to a report."""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from tqdm import tqdm
+
+from speedk import networks
+from speedk.errors import ConfigError, DataError
+from speedk.evaluation import read, sources, train
+from speedk.evaluation.report import NetworkResult, Report
+from speedk.evaluation.schedule import Schedule, schedule
+from speedk.files import write_atomic
+
+if TYPE_CHECKING:
+    from speedk.data import RealData
+    from speedk.distillation.artifact import Distilled
+
+FOREIGN = {".npz": read.npz, ".parquet": read.parquet}
+"""Files of other code bases, by suffix."""
+
+
+def evaluate(source: str | os.PathLike[str] | Distilled | sources.Source, real: RealData | None = None, *,
+             networks: Sequence[str] = ("convnet",), runs: int = 5, protocol: str = "paper", seed: int = 0,
+             standardisation: str | None = None, rate: float | None = None, epochs: int | None = None,
+             device: torch.device | str = "cpu", other_data: bool = False, out: str | os.PathLike[str] | None = None,
+             threads: int | None = None, progress: bool | None = None) -> Report:
+    """Train fresh networks on the images of `source` and test each once, after its last epoch.
+
+    source: the path of a distilled file, or of images and labels (.npz, .parquet); or what `speedk.load` gives; or a
+    `Source` (`sources.whole`, `sources.real_images`). real: the data it is tested on; None loads, by name, the data
+    that a distilled file says it comes from. Run r has the seed `seed + r` for everything random in it.
+    protocol: "paper" (1,001 epochs) or "quick" (200). standardisation: "mtt" or "speed"; None is the file's own, else
+    "mtt". rate: None is the one learned with the file, else 0.01. other_data: a distilled file may be tested on data it
+    was not distilled from. out: write the report there as JSON. threads: of the CPU; they do not change the numbers,
+    but for networks with dropout. progress: a bar; None shows it on a terminal.
+
+    A run whose loss is not finite is reported as failed, and its network has no mean. Raises ConfigError for options
+    that do not exist, ArtifactError for a damaged file, DataError for data that do not fit it.
+    """
+    started = time.monotonic()
+    if runs < 1 or not networks:
+        raise ConfigError(f"there is nothing to run: runs={runs}, networks={list(networks)}")
+    source, real = _resolve(source, real, other_data, progress is not False)
+    standardisation = standardisation or source.standardisation or "mtt"
+    plan = schedule(protocol, standardisation, source.whole, rate if rate is not None else source.rate, epochs)
+    device = torch.device(device)
+    real = real.to(device)
+    trained = _train_and_test(source, real, list(dict.fromkeys(networks)), range(seed, seed + runs), plan, device,
+                              threads, progress)
+    name = ("whole" if source.whole else protocol) + (f", {epochs} epochs" if epochs is not None else "")
+    report = Report(
+        source=source.title, images=source.size, storage=source.storage, data=real.describe(),
+        protocol={"name": name, "standardisation": standardisation, "schedule": str(plan), "epochs": plan.epochs,
+                  "rate": plan.rate, "batch": plan.batch},
+        seed=seed, device=_device_name(device), seconds=time.monotonic() - started, results=_results(trained),
+        details=source.details)
+    if out is not None:
+        write_atomic(out, report.to_json().encode())
+    return report
+
+
+def _resolve(source: Any, real: RealData | None, other_data: bool, progress: bool) -> tuple[sources.Source, RealData]:
+    from speedk.distillation import artifact
+
+    if isinstance(source, (str, os.PathLike)):
+        path = Path(source)
+        reader = FOREIGN.get(path.suffix.lower())
+        if reader is not None:
+            if real is None:
+                raise DataError(f"{path} does not say what to test on: give the data (--dataset or --data)")
+            return reader(path, real), real
+        source = artifact.load(path)
+    if isinstance(source, artifact.Distilled):
+        return sources.distilled(source, real or load_data(source.header, progress=progress), other_data)
+    if real is None:
+        raise DataError("give the data to test on")
+    return source, real
+
+
+def load_data(header: dict[str, Any], folder: Path | None = None, progress: bool = True) -> RealData:
+    """The data that an artifact's header says it was distilled from: by name, or from `folder`."""
+    from speedk import data
+
+    said, normaliser = header["data"], header["normaliser"].get("kind")
+    name = said.get("name") if said.get("name") in data.names() else None
+    if name is None and folder is None:
+        raise DataError(f"the file was distilled from {str(said.get('name'))!r}, which no data set is named: give its "
+                        "folder with --data")
+    split = said.get("split") if name is not None and said.get("split") in ("ilsvrc", "fastai") else None
+    return data.load(name, folder, resolution=header["geometry"]["resolution"], split=split, normaliser=normaliser,
+                     progress=progress)
+
+
+def _train_and_test(source: sources.Source, real: RealData, names: list[str], seeds: range, plan: Schedule,
+                    device: torch.device, threads: int | None, progress: bool | None) -> list[train.Run]:
+    sets = {seed: source.images(seed, real, device) for seed in seeds}
+    test = train.ImageSet(lambda index: real.normalised("test", index), real.test.labels)
+    hidden = None if progress is None else not progress
+    with train.Workers(device, threads) as workers:
+        with tqdm(total=len(names) * len(seeds) * plan.epochs, desc="training", unit="epoch", disable=hidden,
+                  leave=False) as bar:
+            trained = train.train_all(names, sets, real.geometry, plan, workers, bar.update)
+        finished = [run for run in trained if run.failure is None]
+        with tqdm(total=math.ceil(len(test) / plan.batch), desc="testing", unit="batch", disable=hidden,
+                  leave=False) as bar:
+            found = train.accuracies([run.network for run in finished], test, plan, workers, bar.update)
+    for run, accuracy in zip(finished, found, strict=True):
+        run.accuracy = accuracy
+    return trained
+
+
+def _results(trained: list[train.Run]) -> list[NetworkResult]:
+    results = []
+    for name in dict.fromkeys(run.network_name for run in trained):
+        own = [run for run in trained if run.network_name == name]
+        results.append(NetworkResult(
+            name, networks.parameter_count(own[0].network), [run.seed for run in own],
+            [None if run.accuracy is None else round(100 * run.accuracy, 6) for run in own],
+            {run.seed: run.failure for run in own if run.failure is not None}))
+    return results
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
