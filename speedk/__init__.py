@@ -1,8 +1,8 @@
 """speedk: dataset distillation by sparse parameterization (SPEED, NeurIPS 2023).
 
     import speedk
-    run = speedk.distill(dataset="digits", ipc=1, out="runs/digits")
     distilled = speedk.load("runs/digits/distilled.safetensors")
+    images, labels = distilled.images(), distilled.labels
 
 Nothing heavy is imported until one of the names below is used.
 """
@@ -16,6 +16,11 @@ if TYPE_CHECKING:
     from speedk import errors as errors
     from speedk import ops as ops
     from speedk.distillation.artifact import load as load
+    from speedk.distillation.freenet import FReeNet as FReeNet
+    from speedk.distillation.loop import distill as distill
+    from speedk.evaluation import evaluate as evaluate
+    from speedk.ops import explain as explain
+    from speedk.ops import use_backend as use_backend
 
 __version__ = "0.1.0"
 

@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         return code
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains again as it exits
+        _drop_output()
         return BROKEN_PIPE
     except (Exception, KeyboardInterrupt) as error:
         if os.environ.get("SPEEDK_DEBUG") == "1":
@@ -71,9 +71,17 @@ def _run(argv: list[str]) -> int:
     return args.run(args) or 0
 
 
+class _Parser(argparse.ArgumentParser):
+    """A parser that does not swallow what the system says to its help: a full disk, a pipe nobody reads."""
+
+    def _print_message(self, message, file=None):
+        if message:
+            (file or sys.stderr).write(message)
+
+
 def _parser(modules: dict[str, ModuleType]) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("speedk", description=_DESCRIPTION, allow_abbrev=False,
-                                     epilog="`speedk COMMAND --help` says more about each command.")
+    parser = _Parser("speedk", description=_DESCRIPTION, allow_abbrev=False,
+                     epilog="`speedk COMMAND --help` says more about each command.")
     parser.add_argument("--version", action="version", version=f"speedk {__version__}")
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
     for name, module in modules.items():
@@ -103,11 +111,20 @@ def _report(error: BaseException, argv: list[str]) -> int:
         _say(f"out of memory: {lower}")
         return 1
     if isinstance(error, OSError) and error.strerror:
+        _drop_output()
         _say(f"{error.strerror}: {error.filename}" if error.filename else error.strerror)
         return 1
     text = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
     _say(f"a bug in speedk, please report it with what SPEEDK_DEBUG=1 shows: {text}")
     return BUG
+
+
+def _drop_output() -> None:
+    """Where stdout cannot be written to, send what is left in its buffer nowhere: Python would complain as it exits."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _is_memory(error: BaseException) -> bool:
