@@ -2,8 +2,10 @@
 // addresses (0 for "not wanted") and sizes. The GIL is released while a kernel runs.
 #include <pybind11/pybind11.h>
 
+#include "coo.h"
 #include "isa.h"
 #include "parallel.h"
+#include "patches.h"
 #include "topk.h"
 
 namespace py = pybind11;
@@ -20,6 +22,11 @@ bool topk(int dtype, uintptr_t scm, int64_t rows, int64_t J, int64_t K, int64_t 
   return SPEEDK_CALL(topk, job);
 }
 
+Entries entries(int dtype, uintptr_t values, uintptr_t rows, uintptr_t cols, int index_bytes, int64_t matrices,
+                int64_t k, int64_t J, int64_t K) {
+  return {static_cast<Dtype>(dtype), at(values), at(rows), at(cols), index_bytes, matrices, k, J, K};
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_native, m) {
@@ -33,4 +40,31 @@ PYBIND11_MODULE(_native, m) {
   m.attr("cuda") = false;
 #endif
   m.def("topk", &topk, released);
+
+  py::class_<Entries>(m, "Entries").def(py::init(&entries));
+  m.def("coo_decode", [](const Entries& e, uintptr_t dense, int threads) {
+    return SPEEDK_CALL(coo_decode, e, at(dense), threads);
+  }, released);
+  m.def("coo_decode_backward", [](const Entries& e, uintptr_t d_dense, uintptr_t d_values, int threads) {
+    return SPEEDK_CALL(coo_decode_backward, e, at(d_dense), at(d_values), threads);
+  }, released);
+  m.def("mhsc_coo", [](const Entries& e, uintptr_t saet, int64_t H, int64_t D, uintptr_t out, int threads) {
+    return SPEEDK_CALL(mhsc_coo, e, at(saet), H, D, at(out), threads);
+  }, released);
+  m.attr("parts") = kParts;
+  m.def("mhsc_coo_backward", [](const Entries& e, uintptr_t saet, uintptr_t d_out, int64_t H, int64_t D,
+                                uintptr_t d_values, uintptr_t d_saet, uintptr_t partial, int threads) {
+    return SPEEDK_CALL(mhsc_coo_backward, e, at(saet), at(d_out), H, D, at(d_values), at(d_saet), at(partial), threads);
+  }, released);
+
+  py::class_<Patches>(m, "Patches").def(py::init([](int element_bytes, int64_t N, int64_t C, int64_t rows,
+                                                   int64_t columns, int64_t patch) {
+    return Patches{element_bytes, N, C, rows, columns, patch};
+  }));
+  m.def("patchify", [](const Patches& shape, uintptr_t images, uintptr_t tokens, int threads) {
+    SPEEDK_CALL(patchify, shape, at(images), at(tokens), threads);
+  }, released);
+  m.def("unpatchify", [](const Patches& shape, uintptr_t tokens, uintptr_t images, int threads) {
+    SPEEDK_CALL(unpatchify, shape, at(tokens), at(images), threads);
+  }, released);
 }

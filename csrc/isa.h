@@ -15,6 +15,11 @@ namespace speedk {
 // Element types by their storage; the value is what Python passes.
 enum class Dtype : int { float32 = 0, float64 = 1, float16 = 2, bfloat16 = 3 };
 
+// A size known at compile time, where a function also takes one that is not.
+template <int64_t value> struct Fixed {
+  SPEEDK_SHARED constexpr operator int64_t() const { return value; }
+};
+
 // The widest of the compiled sets that this processor runs: 0 baseline, 1 avx2, 2 avx512.
 int isa();
 const char* isa_name();

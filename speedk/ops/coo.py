@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from speedk.ops.mhsc import mhsc
-from speedk.ops.topk import topk_mask
+from speedk.ops import dispatch, native
+from speedk.ops.mhsc import mhsc_reference
+from speedk.ops.topk import fits_topk, holds_nan, topk_mask_reference, why_not_native_topk
 
 
 def index_dtype(size: int) -> torch.dtype:
@@ -16,32 +17,228 @@ def index_dtype(size: int) -> torch.dtype:
     return torch.uint8 if size <= 256 else torch.uint16
 
 
-def coo_encode(scm: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+def coo_encode(scm: Tensor, k: int, *, check: bool | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """The k largest entries of each (image, head) as values and coordinates, in order of j K + k.
 
-    scm: [N, H, J, K] floating. Returns values [N, H, k] of scm's dtype, rows [N, H, k] (patches, below J) and
-    cols [N, H, k] (tokens, below K); both indices share one dtype, uint8 where J and K are at most 256, else uint16.
-    Errors as for `topk_mask`.
+    Differentiable any number of times in the values.
+
+    scm: [N, H, J, K] floating, any strides, J and K at most 65,536. Returns values [N, H, k] of scm's dtype, rows
+    [N, H, k] (patches, below J) and cols [N, H, k] (tokens, below K); both indices share one dtype, uint8 where J and K
+    are at most 256, else uint16. k, ties, `check` and errors as for `topk_mask`.
+    Backends: native (CPU, CUDA), torch.
     """
+    fits_topk(scm, k)
+    index_dtype(max(scm.shape[2:]))
+    backend = _encode.choose(scm, k)
+    check = dispatch.checks(check, backend, scm)
+    if backend == "torch":
+        return coo_encode_reference(scm, k, check)
+    return _coo_encode(scm, k, check, backend)
+
+
+def coo_encode_reference(scm: Tensor, k: int, check: bool = True) -> tuple[Tensor, Tensor, Tensor]:
     n, h, j, tokens = scm.shape
-    flat = topk_mask(scm, k).reshape(n, h, j * tokens).nonzero()[:, 2].reshape(n, h, k)
-    values = scm.reshape(n, h, j * tokens).gather(-1, flat)
+    # A stable sort puts the kept positions first, in their order; `nonzero` would break a compiled graph.
+    mask = topk_mask_reference(scm, k, check).reshape(n, h, j * tokens)
+    flat = mask.to(torch.uint8).argsort(dim=-1, descending=True, stable=True)[..., :k]
     dtype = index_dtype(max(j, tokens))
-    return values, (flat // tokens).to(dtype), (flat % tokens).to(dtype)
+    width = max(tokens, 1)
+    return scm.reshape(n, h, j * tokens).gather(-1, flat), (flat // width).to(dtype), (flat % width).to(dtype)
 
 
-def coo_decode(values: Tensor, rows: Tensor, cols: Tensor, J: int, K: int) -> Tensor:
+def coo_decode(values: Tensor, rows: Tensor, cols: Tensor, J: int, K: int, *, check: bool | None = None) -> Tensor:
     """The dense codes [N, H, J, K] of stored entries; zero elsewhere. Entries of one coordinate add up.
 
-    values, rows, cols: [N, H, k]; rows below J, cols below K. Raises ValueError where an index is out of range.
+    Differentiable any number of times in the values.
+
+    values: [N, H, k] floating; rows, cols: [N, H, k] of an integer dtype, below J and below K; any strides, any order.
+    check: whether an index out of range is looked for, which waits for the GPU; the default is that of `topk_mask`.
+    Where it is not, such an entry is left out; memory out of bounds is never touched.
+    Raises ValueError where shapes or dtypes do not fit or, where checked, an index is out of range.
+    Backends: Triton, native (CPU; float32 and float64), torch.
     """
+    _fits(values, rows, cols, J, K)
+    backend = _decode.choose(values, rows, cols)
+    check = dispatch.checks(check, backend, values)
+    if backend == "torch":
+        return coo_decode_reference(values, rows, cols, J, K, check)
+    return _coo_decode(values, rows, cols, J, K, check, backend)
+
+
+def coo_decode_reference(values: Tensor, rows: Tensor, cols: Tensor, J: int, K: int, check: bool = True) -> Tensor:
     rows, cols = rows.long(), cols.long()
-    if rows.numel() and (int(rows.max()) >= J or int(cols.max()) >= K or int(rows.min()) < 0 or int(cols.min()) < 0):
-        raise ValueError(f"an index is out of range: rows must be below J={J} and cols below K={K}")
+    inside = (rows >= 0) & (rows < J) & (cols >= 0) & (cols < K)
+    if check and not inside.all():
+        raise _out_of_range(J, K)
     n, h, _ = values.shape
-    return values.new_zeros(n, h, J * K).scatter_add(-1, rows * K + cols, values).reshape(n, h, J, K)
+    flat = torch.where(inside, rows * K + cols, 0)
+    dense = values.new_zeros(n, h, max(J * K, 1)).scatter_add(-1, flat, torch.where(inside, values, 0))
+    return dense[..., :J * K].reshape(n, h, J, K)
 
 
-def mhsc_coo(values: Tensor, rows: Tensor, cols: Tensor, saet: Tensor, J: int) -> Tensor:
-    """`mhsc` from stored entries: mhsc(coo_decode(values, rows, cols, J, K), saet), [N, J, D]."""
-    return mhsc(coo_decode(values, rows, cols, J, saet.shape[0]), saet)
+def mhsc_coo(values: Tensor, rows: Tensor, cols: Tensor, saet: Tensor, J: int, *, check: bool | None = None) -> Tensor:
+    """`mhsc` from stored entries: mhsc(coo_decode(values, rows, cols, J, K), saet), without the dense codes.
+
+    Differentiable once in values and saet (any number of times on the torch backend).
+
+    saet: [K, D] of the dtype of values, D a multiple of H; the rest, `check` and errors as for `coo_decode`.
+    Returns [N, J, D].
+    Backends: Triton, native (CPU; float32 and float64), torch.
+    """
+    if saet.ndim != 2 or saet.dtype != values.dtype:
+        raise ValueError(f"saet must be [K, D] of {values.dtype}, got {saet.dtype} {tuple(saet.shape)}")
+    _fits(values, rows, cols, J, saet.shape[0])
+    if values.shape[1] == 0 or saet.shape[1] % values.shape[1]:
+        raise ValueError(f"D={saet.shape[1]} is not a multiple of H={values.shape[1]} heads")
+    backend = _mhsc.choose(values, rows, cols, saet)
+    check = dispatch.checks(check, backend, values)
+    if backend == "torch":
+        return mhsc_coo_reference(values, rows, cols, saet, J, check)
+    return _mhsc_coo(values, rows, cols, saet, J, check, backend)
+
+
+def mhsc_coo_reference(values: Tensor, rows: Tensor, cols: Tensor, saet: Tensor, J: int, check: bool = True) -> Tensor:
+    return mhsc_reference(coo_decode_reference(values, rows, cols, J, saet.shape[0], check), saet)
+
+
+def _fits(values: Tensor, rows: Tensor, cols: Tensor, J: int, K: int) -> None:
+    if values.ndim != 3 or not values.is_floating_point():
+        raise ValueError(f"values must be floating [N, H, k], got {values.dtype} {tuple(values.shape)}")
+    for name, index in (("rows", rows), ("cols", cols)):
+        if index.shape != values.shape:
+            raise ValueError(f"{name} must be {tuple(values.shape)} like values, got {tuple(index.shape)}")
+        if index.is_floating_point() or index.is_complex() or index.dtype == torch.bool:
+            raise ValueError(f"{name} must be of an integer dtype, got {index.dtype}")
+    if J < 0 or K < 0:
+        raise ValueError(f"J={J} and K={K} cannot be negative")
+
+
+def _out_of_range(J: int, K: int) -> ValueError:
+    return ValueError(f"an index is out of range: rows must be below J={J} and cols below K={K}")
+
+
+def why_not_native(values: Tensor, rows: Tensor, cols: Tensor, *saet: Tensor) -> str | None:
+    if values.dtype not in (torch.float32, torch.float64):
+        return f"{values.dtype} is computed in PyTorch"
+    if rows.dtype != cols.dtype or rows.dtype not in (torch.uint8, torch.uint16):
+        return f"indices are {rows.dtype} and {cols.dtype}, the kernel takes uint8 or uint16"
+    return dispatch.why_not_native_cpu(values, rows, cols, *saet)
+
+
+_encode = dispatch.Op("coo_encode", native=why_not_native_topk)
+_decode = dispatch.Op("coo_decode", native=why_not_native)
+_mhsc = dispatch.Op("mhsc_coo", native=why_not_native)
+
+
+@torch.library.custom_op("speedk::coo_encode", mutates_args=())
+def _coo_encode(scm: Tensor, k: int, check: bool, backend: str) -> tuple[Tensor, Tensor, Tensor]:
+    values, rows, cols = _encoded(scm, k)
+    if native.topk(scm, k, values=values, rows=rows, cols=cols) and check:
+        raise holds_nan()
+    return values, rows, cols
+
+
+@_coo_encode.register_fake
+def _(scm: Tensor, k: int, check: bool, backend: str) -> tuple[Tensor, Tensor, Tensor]:
+    return _encoded(scm, k)
+
+
+def _encoded(scm: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    shape, dtype = (*scm.shape[:2], k), index_dtype(max(scm.shape[2:]))
+    rows, cols = (torch.empty(shape, dtype=dtype, device=scm.device) for _ in range(2))
+    return torch.empty(shape, dtype=scm.dtype, device=scm.device), rows, cols
+
+
+def _encode_save(ctx, inputs, output) -> None:
+    ctx.save_for_backward(output[1], output[2])
+    ctx.size = inputs[0].shape[2:]
+
+
+def _encode_backward(ctx, d_values: Tensor, *none: None):
+    return coo_decode(d_values, *ctx.saved_tensors, *ctx.size, check=False), None, None, None
+
+
+_coo_encode.register_autograd(_encode_backward, setup_context=_encode_save)
+
+
+@torch.library.custom_op("speedk::coo_decode", mutates_args=())
+def _coo_decode(values: Tensor, rows: Tensor, cols: Tensor, J: int, K: int, check: bool, backend: str) -> Tensor:
+    dense, bad = dispatch.launchers(backend, "coo").coo_decode_fwd(values, rows, cols, J, K)
+    if check and bad:
+        raise _out_of_range(J, K)
+    return dense
+
+
+@_coo_decode.register_fake
+def _(values: Tensor, rows: Tensor, cols: Tensor, J: int, K: int, check: bool, backend: str) -> Tensor:
+    return values.new_empty(*values.shape[:2], J, K)
+
+
+@torch.library.custom_op("speedk::coo_decode_bwd", mutates_args=())
+def _coo_decode_bwd(d_dense: Tensor, rows: Tensor, cols: Tensor, backend: str) -> Tensor:
+    return dispatch.launchers(backend, "coo").coo_decode_bwd(d_dense, rows, cols)
+
+
+@_coo_decode_bwd.register_fake
+def _(d_dense: Tensor, rows: Tensor, cols: Tensor, backend: str) -> Tensor:
+    return d_dense.new_empty(rows.shape)
+
+
+def _decode_save(ctx, inputs, output) -> None:
+    _, rows, cols, ctx.J, ctx.K, _, ctx.backend = inputs
+    ctx.save_for_backward(rows, cols)
+
+
+def _decode_backward(ctx, d_dense: Tensor):
+    return _coo_decode_bwd(d_dense, *ctx.saved_tensors, ctx.backend), *[None] * 6
+
+
+def _decode_bwd_save(ctx, inputs, output) -> None:
+    d_dense, rows, cols, ctx.backend = inputs
+    ctx.save_for_backward(rows, cols)
+    ctx.size = d_dense.shape[2:]
+
+
+def _decode_double_backward(ctx, d_values: Tensor):
+    return _coo_decode(d_values, *ctx.saved_tensors, *ctx.size, False, ctx.backend), None, None, None
+
+
+_coo_decode.register_autograd(_decode_backward, setup_context=_decode_save)
+_coo_decode_bwd.register_autograd(_decode_double_backward, setup_context=_decode_bwd_save)
+
+
+@torch.library.custom_op("speedk::mhsc_coo", mutates_args=())
+def _mhsc_coo(values: Tensor, rows: Tensor, cols: Tensor, saet: Tensor, J: int, check: bool, backend: str) -> Tensor:
+    features, bad = dispatch.launchers(backend, "coo").mhsc_coo_fwd(values, rows, cols, saet, J)
+    if check and bad:
+        raise _out_of_range(J, saet.shape[0])
+    return features
+
+
+@_mhsc_coo.register_fake
+def _(values: Tensor, rows: Tensor, cols: Tensor, saet: Tensor, J: int, check: bool, backend: str) -> Tensor:
+    return values.new_empty(values.shape[0], J, saet.shape[1])
+
+
+@torch.library.custom_op("speedk::mhsc_coo_bwd", mutates_args=())
+def _mhsc_coo_bwd(d_out: Tensor, values: Tensor, rows: Tensor, cols: Tensor, saet: Tensor,
+                  backend: str) -> tuple[Tensor, Tensor]:
+    return dispatch.launchers(backend, "coo").mhsc_coo_bwd(d_out, values, rows, cols, saet)
+
+
+@_mhsc_coo_bwd.register_fake
+def _(d_out: Tensor, values: Tensor, rows: Tensor, cols: Tensor, saet: Tensor, backend: str) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(values, memory_format=torch.contiguous_format), saet.new_empty(saet.shape)
+
+
+def _mhsc_save(ctx, inputs, output) -> None:
+    *tensors, _, _, ctx.backend = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _mhsc_backward(ctx, d_out: Tensor):
+    d_values, d_saet = _mhsc_coo_bwd(d_out, *ctx.saved_tensors, ctx.backend)
+    return d_values, None, None, d_saet, None, None, None
+
+
+_mhsc_coo.register_autograd(_mhsc_backward, setup_context=_mhsc_save)

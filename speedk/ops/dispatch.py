@@ -10,6 +10,7 @@ ValueError with the reason. `explain("mhsc", scm, saet)` lists the reasons.
 from __future__ import annotations
 
 import functools
+import importlib
 import importlib.util
 import os
 from collections.abc import Callable
@@ -137,6 +138,11 @@ def native() -> ModuleType | None:
 def native_missing() -> str | None:
     """Why no native kernel runs here, or None."""
     return None if native() is not None else "the extension speedk._native is not built (see `make install`)"
+
+
+def launchers(backend: str, module: str) -> ModuleType:
+    """Where the kernels of `backend` are launched from: `speedk.kernels.<module>` or `speedk.ops.native`."""
+    return importlib.import_module(f"speedk.kernels.{module}" if backend == "triton" else "speedk.ops.native")
 
 
 def why_not_triton(*tensors: Tensor) -> str | None:

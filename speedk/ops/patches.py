@@ -4,28 +4,31 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn.functional import linear
+
+from speedk.ops import dispatch, native
 
 
 def patchify(images: Tensor, patch: int) -> Tensor:
     """Cut images into non-overlapping square patches, one token each.
 
     Tokens run row-major over the patch grid; the L = patch * patch * C values of a token are ordered
-    (row, column, channel), channel fastest.
+    (row, column, channel), channel fastest. Differentiable any number of times.
 
     images: [N, C, H, W] floating, any strides; H and W multiples of `patch`.
     Returns [N, J, L] with J = (H / patch) * (W / patch).
     Raises ValueError where `patch` does not divide the image.
+    Backends: Triton, native (CPU), torch.
     """
     if images.ndim != 4:
         raise ValueError(f"images must be [N, C, H, W], got {tuple(images.shape)}")
-    return patchify_reference(images, _divides(images, patch))
-
-
-def _divides(images: Tensor, patch: int) -> int:
-    height, width = images.shape[-2:]
+    height, width = images.shape[2:]
     if patch < 1 or height % patch or width % patch:
         raise ValueError(f"patch={patch} does not divide images of {height}x{width}")
-    return patch
+    backend = _fold.choose(images)
+    if backend == "torch":
+        return patchify_reference(images, patch)
+    return _patchify(images, patch, backend)
 
 
 def patchify_reference(images: Tensor, patch: int) -> Tensor:
@@ -35,24 +38,26 @@ def patchify_reference(images: Tensor, patch: int) -> Tensor:
 
 
 def unpatchify(tokens: Tensor, channels: int, patch: int) -> Tensor:
-    """Put tokens back together into square images: the inverse of `patchify`.
+    """Put tokens back together into square images: the inverse of `patchify`. Differentiable any number of times.
 
     tokens: [N, J, L] floating, any strides; J a square number, L = patch * patch * channels.
     Returns [N, C, H, W] with H = W = patch * sqrt(J).
     Raises ValueError where J is not square or L does not fit.
+    Backends: Triton, native (CPU), torch.
     """
     if tokens.ndim != 3 or tokens.shape[2] != patch * patch * channels:
         raise ValueError(f"tokens must be [N, J, {patch * patch * channels}] for {channels} channels and "
                          f"patch={patch}, got {tuple(tokens.shape)}")
-    side = int(tokens.shape[1] ** 0.5 + 0.5)
-    if side * side != tokens.shape[1]:
-        raise ValueError(f"J={tokens.shape[1]} patches do not make a square image")
-    return unpatchify_reference(tokens, channels, patch)
+    side = _side(tokens.shape[1])
+    backend = _unfold.choose(tokens)
+    if backend == "torch":
+        return unpatchify_reference(tokens, channels, patch)
+    return _unpatchify(tokens, channels, patch, side, backend)
 
 
 def unpatchify_reference(tokens: Tensor, channels: int, patch: int) -> Tensor:
     n, j, _ = tokens.shape
-    side = int(j**0.5 + 0.5)
+    side = _side(j)
     grid = tokens.reshape(n, side, side, patch, patch, channels)
     return grid.permute(0, 5, 1, 3, 2, 4).reshape(n, channels, side * patch, side * patch)
 
@@ -60,6 +65,120 @@ def unpatchify_reference(tokens: Tensor, channels: int, patch: int) -> Tensor:
 def tokens_to_images(state: Tensor, weight: Tensor, bias: Tensor, channels: int, patch: int) -> Tensor:
     """The last line of Eq. 4: project each token to its patch and put the patches together.
 
-    state: [N, J, D]; weight: [L, D]; bias: [L]. Returns [N, C, H, W].
+    Differentiable once (any number of times on the torch backend).
+
+    state: [N, J, D] floating, any strides, J a square number; weight: [L, D]; bias: [L]; L = patch * patch * channels.
+    Returns [N, C, H, W] with H = W = patch * sqrt(J).
+    Raises ValueError where the shapes or dtypes do not fit.
+    Backends: Triton, native (CPU; float32 and float64), torch.
     """
-    return unpatchify(torch.nn.functional.linear(state, weight, bias), channels, patch)
+    length = patch * patch * channels
+    if state.ndim != 3 or weight.shape != (length, state.shape[-1]) or bias.shape != (length,):
+        raise ValueError(f"state must be [N, J, D], weight [{length}, D] and bias [{length}] for {channels} channels "
+                         f"and patch={patch}, got {tuple(state.shape)}, {tuple(weight.shape)} and {tuple(bias.shape)}")
+    if not state.dtype == weight.dtype == bias.dtype:
+        raise ValueError(f"state is {state.dtype} but weight is {weight.dtype} and bias {bias.dtype}")
+    _side(state.shape[1])
+    backend = _project.choose(state, weight, bias)
+    if backend == "torch":
+        return tokens_to_images_reference(state, weight, bias, channels, patch)
+    return _tokens_to_images(state, weight, bias, channels, patch, backend)
+
+
+def tokens_to_images_reference(state: Tensor, weight: Tensor, bias: Tensor, channels: int, patch: int) -> Tensor:
+    return unpatchify_reference(linear(state, weight, bias), channels, patch)
+
+
+def _side(patches: int) -> int:
+    side = int(patches**0.5 + 0.5)
+    if side * side != patches:
+        raise ValueError(f"J={patches} patches do not make a square image")
+    return side
+
+
+def why_not_native(*tensors: Tensor) -> str | None:
+    if tensors[0].dtype not in native.DTYPES:
+        return f"{tensors[0].dtype} is moved in PyTorch"
+    return dispatch.why_not_native_cpu(*tensors)
+
+
+_fold = dispatch.Op("patchify", native=why_not_native)
+_unfold = dispatch.Op("unpatchify", native=why_not_native)
+_project = dispatch.Op("tokens_to_images")
+
+
+@torch.library.custom_op("speedk::patchify", mutates_args=())
+def _patchify(images: Tensor, patch: int, backend: str) -> Tensor:
+    return dispatch.launchers(backend, "patches").patchify_fwd(images, patch)
+
+
+@_patchify.register_fake
+def _(images: Tensor, patch: int, backend: str) -> Tensor:
+    n, c, h, w = images.shape
+    return images.new_empty(n, (h // patch) * (w // patch), patch * patch * c)
+
+
+@torch.library.custom_op("speedk::unpatchify", mutates_args=())
+def _unpatchify(tokens: Tensor, channels: int, patch: int, width: int, backend: str) -> Tensor:
+    return dispatch.launchers(backend, "patches").unpatchify_fwd(tokens, channels, patch, width)
+
+
+@_unpatchify.register_fake
+def _(tokens: Tensor, channels: int, patch: int, width: int, backend: str) -> Tensor:
+    rows = tokens.shape[1] // width if width else 0
+    return tokens.new_empty(tokens.shape[0], channels, rows * patch, width * patch)
+
+
+def _patchify_save(ctx, inputs, output) -> None:
+    images, ctx.patch, ctx.backend = inputs
+    ctx.channels, ctx.width = images.shape[1], images.shape[3] // ctx.patch
+
+
+def _patchify_backward(ctx, d_tokens: Tensor):
+    return _unpatchify(d_tokens, ctx.channels, ctx.patch, ctx.width, ctx.backend), None, None
+
+
+def _unpatchify_save(ctx, inputs, output) -> None:
+    _, _, ctx.patch, _, ctx.backend = inputs
+
+
+def _unpatchify_backward(ctx, d_images: Tensor):
+    return _patchify(d_images, ctx.patch, ctx.backend), None, None, None, None
+
+
+_patchify.register_autograd(_patchify_backward, setup_context=_patchify_save)
+_unpatchify.register_autograd(_unpatchify_backward, setup_context=_unpatchify_save)
+
+
+@torch.library.custom_op("speedk::tokens_to_images", mutates_args=())
+def _tokens_to_images(state: Tensor, weight: Tensor, bias: Tensor, channels: int, patch: int, backend: str) -> Tensor:
+    return dispatch.launchers(backend, "patches").tokens_to_images_fwd(state, weight, bias, channels, patch)
+
+
+@_tokens_to_images.register_fake
+def _(state: Tensor, weight: Tensor, bias: Tensor, channels: int, patch: int, backend: str) -> Tensor:
+    side = _side(state.shape[1]) * patch
+    return state.new_empty(state.shape[0], channels, side, side)
+
+
+@torch.library.custom_op("speedk::tokens_to_images_bwd", mutates_args=())
+def _tokens_to_images_bwd(d_images: Tensor, state: Tensor, weight: Tensor, patch: int,
+                          backend: str) -> tuple[Tensor, Tensor, Tensor]:
+    return dispatch.launchers(backend, "patches").tokens_to_images_bwd(d_images, state, weight, patch)
+
+
+@_tokens_to_images_bwd.register_fake
+def _(d_images: Tensor, state: Tensor, weight: Tensor, patch: int, backend: str) -> tuple[Tensor, Tensor, Tensor]:
+    return state.new_empty(state.shape), weight.new_empty(weight.shape), weight.new_empty(weight.shape[0])
+
+
+def _project_save(ctx, inputs, output) -> None:
+    state, weight, _, _, ctx.patch, ctx.backend = inputs
+    ctx.save_for_backward(state, weight)
+
+
+def _project_backward(ctx, d_images: Tensor):
+    return *_tokens_to_images_bwd(d_images, *ctx.saved_tensors, ctx.patch, ctx.backend), None, None, None
+
+
+_tokens_to_images.register_autograd(_project_backward, setup_context=_project_save)

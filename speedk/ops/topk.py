@@ -20,7 +20,7 @@ def topk_mask(scm: Tensor, k: int, *, check: bool | None = None) -> Tensor:
     Raises ValueError for k outside [0, J K] or, where checked, for a NaN.
     Backends: native (CPU, CUDA), torch.
     """
-    _fits(scm, k)
+    fits_topk(scm, k)
     backend = _mask.choose(scm, k)
     check = dispatch.checks(check, backend, scm)
     if backend == "torch":
@@ -34,7 +34,7 @@ def sparsify(scm: Tensor, k: int, *, check: bool | None = None) -> Tensor:
     Differentiable any number of times: the gradient passes through the entries that survive. Arguments, errors and
     backends as for `topk_mask`.
     """
-    _fits(scm, k)
+    fits_topk(scm, k)
     backend = _sparse.choose(scm, k)
     check = dispatch.checks(check, backend, scm)
     if backend == "torch":
@@ -45,14 +45,14 @@ def sparsify(scm: Tensor, k: int, *, check: bool | None = None) -> Tensor:
 def topk_mask_reference(scm: Tensor, k: int, check: bool = True) -> Tensor:
     n, h, j, tokens = scm.shape
     if check and torch.isnan(scm).any():
-        raise _holds_nan()
+        raise holds_nan()
     size = scm.detach().abs().nan_to_num(nan=-1, posinf=torch.inf)
     order = size.reshape(n, h, j * tokens).argsort(dim=-1, descending=True, stable=True)
     mask = torch.zeros_like(order, dtype=torch.bool)
     return mask.scatter(-1, order[..., :k], True).reshape(n, h, j, tokens)
 
 
-def _fits(scm: Tensor, k: int) -> None:
+def fits_topk(scm: Tensor, k: int) -> None:
     if scm.ndim != 4 or not scm.is_floating_point():
         raise ValueError(f"scm must be floating [N, H, J, K], got {scm.dtype} {tuple(scm.shape)}")
     size = scm.shape[2] * scm.shape[3]
@@ -60,11 +60,11 @@ def _fits(scm: Tensor, k: int) -> None:
         raise ValueError(f"k={k} is outside 0 to J K={size}")
 
 
-def _holds_nan() -> ValueError:
+def holds_nan() -> ValueError:
     return ValueError("scm holds a NaN: its largest entries are not defined")
 
 
-def why_not_native(scm: Tensor, k: int) -> str | None:
+def why_not_native_topk(scm: Tensor, k: int) -> str | None:
     if scm.dtype not in native.DTYPES:
         return f"{scm.dtype} is computed in PyTorch"
     if scm.shape[2] * scm.shape[3] >= 2**31:
@@ -72,15 +72,15 @@ def why_not_native(scm: Tensor, k: int) -> str | None:
     return dispatch.why_not_native_cpu(scm)
 
 
-_mask = dispatch.Op("topk_mask", native=why_not_native)
-_sparse = dispatch.Op("sparsify", native=why_not_native)
+_mask = dispatch.Op("topk_mask", native=why_not_native_topk)
+_sparse = dispatch.Op("sparsify", native=why_not_native_topk)
 
 
 @torch.library.custom_op("speedk::topk_mask", mutates_args=())
 def _topk_mask(scm: Tensor, k: int, check: bool, backend: str) -> Tensor:
     mask = torch.empty(scm.shape, dtype=torch.bool, device=scm.device)
     if native.topk(scm, k, mask=mask) and check:
-        raise _holds_nan()
+        raise holds_nan()
     return mask
 
 
@@ -93,7 +93,7 @@ def _(scm: Tensor, k: int, check: bool, backend: str) -> Tensor:
 def _sparsify(scm: Tensor, k: int, check: bool, backend: str) -> Tensor:
     kept = torch.empty(scm.shape, dtype=scm.dtype, device=scm.device)
     if native.topk(scm, k, dense=kept) and check:
-        raise _holds_nan()
+        raise holds_nan()
     return kept
 
 

@@ -7,7 +7,7 @@ import contextlib
 import pytest
 import torch
 
-from speedk.ops import dispatch, use_backend
+from speedk.ops import dispatch
 
 FLOATS = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
@@ -75,8 +75,3 @@ def compiles(function, *arguments) -> None:
     for a, b in zip(*((x if isinstance(x, tuple) else (x,)) for x in (got, want)), strict=True):
         assert torch.equal(a, b)
 
-
-__all__ = [
-    "DEVICES", "FLOATS", "LAYOUTS", "assert_matches", "compiles", "on_backends", "poisoned_memory", "strided",
-    "use_backend",
-]  # fmt: skip

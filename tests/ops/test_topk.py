@@ -6,9 +6,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support import DEVICES, FLOATS, LAYOUTS, compiles, on_backends, poisoned_memory, strided, use_backend
+from support import DEVICES, FLOATS, LAYOUTS, compiles, on_backends, poisoned_memory, strided
 
-from speedk.ops import sparsify, topk, topk_mask
+from speedk.ops import sparsify, topk, topk_mask, use_backend
 
 SHAPES = [  # N, H, J, K, k
     (3, 2, 64, 16, 48),  # CIFAR-10, 1 image per class
