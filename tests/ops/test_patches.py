@@ -110,11 +110,16 @@ def test_refusals():
 def test_gradients(backend):
     images = torch.randn(2, 3, 4, 6, dtype=torch.float64, requires_grad=True)
     tokens = torch.randn(2, 4, 12, dtype=torch.float64, requires_grad=True)
-    inputs = [torch.randn(*s, dtype=torch.float64, requires_grad=True) for s in ((2, 4, 3), (12, 3), (12,))]
     with use_backend(backend):
         for check in (torch.autograd.gradcheck, torch.autograd.gradgradcheck):
             assert check(lambda x: patchify(x, 2), images)
             assert check(lambda x: unpatchify(x, 3, 2), tokens)
+
+
+@on_backends("tokens_to_images")
+def test_tokens_to_images_gradients(backend):
+    inputs = [torch.randn(*s, dtype=torch.float64, requires_grad=True) for s in ((2, 4, 3), (12, 3), (12,))]
+    with use_backend(backend):
         assert torch.autograd.gradcheck(lambda *x: tokens_to_images(*x, 3, 2), inputs)
 
 
@@ -134,12 +139,14 @@ def test_opcheck(layout):
 
 @on_backends("patchify")
 def test_compile(backend):
-    def walk(images, weight, bias):
-        tokens = patchify(images, 2)
-        return tokens, unpatchify(tokens, 3, 2), tokens_to_images(tokens, weight, bias, 3, 2)
-
     with use_backend(backend):
-        compiles(walk, torch.randn(2, 3, 4, 4), torch.randn(12, 12), torch.randn(12))
+        compiles(lambda images: unpatchify(patchify(images, 2) * 2, 3, 2), torch.randn(2, 3, 4, 4))
+
+
+@on_backends("tokens_to_images")
+def test_tokens_to_images_compile(backend):
+    with use_backend(backend):
+        compiles(lambda *x: tokens_to_images(*x, 3, 2), torch.randn(2, 4, 6), torch.randn(12, 6), torch.randn(12))
 
 
 def test_transforms_take_torch():
