@@ -131,8 +131,7 @@ class _Shift(torch.autograd.Function):
     """Move each image by whole pixels, zeros coming in; its adjoint moves the gradient back, so it has no atomics."""
 
     @staticmethod
-    def forward(ctx, images: Tensor, down: Tensor, right: Tensor) -> Tensor:
-        ctx.save_for_backward(down, right)
+    def forward(images: Tensor, down: Tensor, right: Tensor) -> Tensor:
         if len(down) == 1:
             y, x = int(down), int(right)
             return F.pad(images, (x, -x, y, -y))
@@ -143,6 +142,10 @@ class _Shift(torch.autograd.Function):
         device = images.device
         return windows.permute(0, 2, 3, 1, 4, 5)[
             torch.arange(len(images), device=device), (pad - down).to(device), (pad - right).to(device)]
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        ctx.save_for_backward(*inputs[1:])
 
     @staticmethod
     def backward(ctx, d_images: Tensor):
