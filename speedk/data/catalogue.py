@@ -24,6 +24,8 @@ class Hub:
     test: str = "test"
     files: bool = False
     revision: str | None = None
+    warning: str = ""
+    """Said before the download begins."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,8 @@ class Entry:
 
 ILSVRC_CLASSES = 1000
 ILSVRC_TEST_PER_CLASS = 50
-ILSVRC_HUB = Hub("ILSVRC/imagenet-1k", train="data/train-*", test="data/validation-*", files=True)
+ILSVRC_HUB = Hub("ILSVRC/imagenet-1k", train="data/train-*", test="data/validation-*", files=True,
+                 warning=" (150 GB; its terms must be accepted on its page, and `hf auth login` run)")
 ILSVRC_DOWNLOAD = (
     "download ImageNet (ILSVRC 2012, https://image-net.org, or the parquet files of "
     "https://huggingface.co/datasets/ILSVRC/imagenet-1k) into a folder with train/ and val/, one folder per class"

@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +30,8 @@ _BROKEN = (OSError, ValueError, SyntaxError, EOFError, IndexError, KeyError, Typ
            ArithmeticError, NotImplementedError, RuntimeError, MemoryError, struct.error, zlib.error,
            Image.DecompressionBombError)
 """What Pillow's readers raise on damaged files."""
+_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000", "AVIF", "DIB", "TGA", "MPO")
+"""Raster formats only: for EPS, for one, Pillow would start another program on the file."""
 _GREY = frozenset(("1", "L", "LA", "La", "I", "I;16", "I;16B", "I;16L", "I;16N"))
 _ALPHA = frozenset(("LA", "La", "PA", "RGBA", "RGBa"))
 _TASK = 32
@@ -170,13 +173,19 @@ def open_image(source: bytes | Path | None) -> tuple[Image.Image, str, bool]:
     if not source:
         raise Unreadable("empty")
     try:
-        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=_formats()) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise Unreadable(f"{image.width}x{image.height} pixels, more than {MAX_PIXELS}")
             kind, grey = image.format or "", image.mode in _GREY
             return _plain(ImageOps.exif_transpose(image)), kind, grey
     except _BROKEN as error:
         raise Unreadable(" ".join(str(error).split())[:120] or type(error).__name__) from None
+
+
+@cache
+def _formats() -> list[str]:
+    Image.init()
+    return [name for name in _FORMATS if name in Image.OPEN]
 
 
 def _plain(image: Image.Image) -> Image.Image:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -49,7 +50,7 @@ def load(name: str | None = None, path: str | Path | None = None, *, resolution:
     if entry is None:
         return _own(Path(path), resolution, normaliser, progress)
     side = resolution or entry.geometry.resolution
-    train, test, used = _named(entry, None if path is None else Path(path), side, split)
+    train, test, used = _named(entry, None if path is None else Path(path), side, split, progress)
     training, testing = (decode(part, side, progress=progress) for part in _checked(train, test))
     notes = _notes(side, {"training": training, "test": testing})
     if entry.name.startswith("cifar") and "JPEG" in training.formats | testing.formats:
@@ -91,23 +92,23 @@ def _check_split(entry: Entry | None, split: str | None) -> None:
         raise ConfigError(f"split {split!r} is not one that can be asked for: {of}")
 
 
-def _named(entry: Entry, path: Path | None, side: int, split: str | None) -> tuple[Part, Part, str]:
+def _named(entry: Entry, path: Path | None, side: int, split: str | None, progress: bool
+           ) -> tuple[Part, Part, str]:
     """The two parts of a named data set, cut to its classes, and the split that they are."""
-    from_hub = path is None
-    if not from_hub:
+    if path is not None:
         train, test = locate(path, prefer_validation=not entry.name.startswith("cifar")).read()
     else:
         from speedk.data.hub import read_hub  # `datasets` and pyarrow are imported only for data that need them
 
         if split == "ilsvrc":
-            train, test = read_hub(ILSVRC_HUB, entry.name, ILSVRC_DOWNLOAD, side, entry.ilsvrc)
+            train, test = read_hub(ILSVRC_HUB, entry.name, ILSVRC_DOWNLOAD, side, progress)
         else:
-            train, test = read_hub(entry.hub, entry.name, entry.download, side, entry.ilsvrc or None
-                                   if entry.hub is ILSVRC_HUB else None)
+            train, test = read_hub(entry.hub, entry.name, entry.download, side, progress)
     if entry.ilsvrc and len(train.names) == ILSVRC_CLASSES:
         if split == "fastai":
             raise DataError(f"{path} is a whole ImageNet, which has no fastai split: {entry.download}")
         train, test = train.cut(entry.ilsvrc), test.cut(entry.ilsvrc)
+        _check_order(entry, path, train.names)
         train.names = test.names = entry.ilsvrc_names
         return train, test, "ilsvrc"
     if len(train.names) != entry.geometry.classes:
@@ -119,6 +120,18 @@ def _named(entry: Entry, path: Path | None, side: int, split: str | None) -> tup
     return train, test, _recognised(entry, path, train, test, split)
 
 
+def _check_order(entry: Entry, path: Path | None, names: tuple[str, ...]) -> None:
+    """The classes cut by index are ImageNet's: WordNet numbers, bare indices, or names that are mostly ours. A thousand
+    folders sorted by English names would give ten wrong classes silently."""
+    if all(re.fullmatch(r"n\d{8}|\d{1,3}", name) for name in names):
+        return
+    ours, found = ([re.sub(r"[\W_]", "", name).casefold() for name in some] for some in (entry.ilsvrc_names, names))
+    if sum(name in words for name, words in zip(ours, found, strict=True)) < len(ours) / 2:
+        raise DataError(f"{path or entry.hub.repository} has {ILSVRC_CLASSES} classes, but not in ImageNet's order: "
+                        f"class {entry.ilsvrc[0]} is {names[0]!r}, not {entry.ilsvrc_names[0]!r}; name the folders by "
+                        "WordNet number (n01440764, ...)")
+
+
 def _recognised(entry: Entry, path: Path | None, train: Part, test: Part, asked: str | None) -> str:
     """Which split local files are, as far as their counts tell; DataError where it is not the one asked for."""
     counts = (len(train.labels), len(test.labels))
@@ -127,7 +140,7 @@ def _recognised(entry: Entry, path: Path | None, train: Part, test: Part, asked:
     elif entry.ilsvrc and set(np.bincount(test.labels, minlength=len(test.names))) == {ILSVRC_TEST_PER_CLASS}:
         used = "ilsvrc"
     else:
-        used = "folder"
+        used = "folder" if path else "hub"
     if asked not in (None, used):
         raise DataError(f"{path or entry.hub.repository} holds {counts[0]} training and {counts[1]} test images: "
                         f"that is not the split {asked!r} of {entry.name}")

@@ -14,7 +14,6 @@ TRAIN = ("train", "training")
 TEST = ("test", "testing", "validation", "valid", "val", "eval")
 """In the order in which a part is looked for: where a folder has several, the first found is the test part."""
 
-_SHARD = re.compile(r"(?P<stem>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})(?P<rest>.*)\.parquet", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -82,8 +81,6 @@ def _parts(place: Path) -> dict[str, list[Path]]:
                 files.setdefault(part, []).extend(shards)
             else:
                 folders.setdefault(part, []).append(entry)
-    for shards in files.values():
-        _check_shards(shards)
     for part, several in folders.items():
         if len(several) > 1 and part not in files:
             raise DataError(f"{place} holds {' and '.join(e.name for e in several)}: keep one of them as {part}")
@@ -98,15 +95,3 @@ def _part(name: str) -> str | None:
 def _whole(name: str) -> str | None:
     name = name.lower()
     return "train" if name in TRAIN else name if name in TEST else None
-
-
-def _check_shards(shards: list[Path]) -> None:
-    """Every shard that the names of the others announce is there."""
-    seen: dict[tuple, set[int]] = {}
-    for match in filter(None, (_SHARD.fullmatch(path.name) for path in shards)):
-        seen.setdefault((match["stem"], int(match["count"])), set()).add(int(match["number"]))
-    for (stem, count), numbers in seen.items():
-        lacking = sorted(set(range(count)) - numbers) if count <= 100_000 else []
-        if lacking:
-            raise DataError(f"{shards[0].parent} holds {len(numbers)} of {count} shards of {stem}: "
-                            f"{stem}-{lacking[0]:05d}-of-{count:05d}.parquet is missing")

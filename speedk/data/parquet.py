@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from speedk.errors import DataError
 IMAGE_COLUMNS = ("image", "img", "images", "jpg", "png")
 LABEL_COLUMNS = ("label", "fine_label", "labels", "class", "cls")
 _BLOCK = 256
+_SHARD = re.compile(r"(?P<stem>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})(?P<rest>.*)\.parquet", re.IGNORECASE)
 _ARROW_ERRORS = (pa.ArrowException, OSError)
 
 
@@ -56,11 +58,25 @@ class ParquetRows(Rows):
 def read_parquet(train: Sequence[Path], test: Sequence[Path]) -> tuple[Part, Part]:
     """The two parts of a parquet data set, from its shards. Raises DataError."""
     files = {"training": list(train), "test": list(test)}
+    for shards in files.values():
+        _check_shards(shards)
     columns = {title: _columns(shards) for title, shards in files.items()}
     values = {title: _labels(files[title], label) for title, (_, label, _) in columns.items()}
     labels, names = number_labels(values, {title: found for title, (_, _, found) in columns.items()})
     training, testing = (ParquetRows(title, names, labels[title], files[title], columns[title][0]) for title in files)
     return training, testing
+
+
+def _check_shards(shards: list[Path]) -> None:
+    """Every shard that the names of the others announce is there."""
+    seen: dict[tuple, set[int]] = {}
+    for match in filter(None, (_SHARD.fullmatch(path.name) for path in shards)):
+        seen.setdefault((match["stem"], int(match["count"])), set()).add(int(match["number"]))
+    for (stem, count), numbers in seen.items():
+        lacking = sorted(set(range(count)) - numbers) if count <= 100_000 else []
+        if lacking:
+            raise DataError(f"{shards[0].parent} holds {len(numbers)} of {count} shards of {stem}: "
+                            f"{stem}-{lacking[0]:05d}-of-{count:05d}.parquet is missing")
 
 
 def encoded(column: pa.Array, taken: np.ndarray, where: str, first: int) -> list[Encoded]:

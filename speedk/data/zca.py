@@ -55,10 +55,13 @@ class ZcaNormaliser(Normaliser):
     def normalise(self, images: Tensor) -> Tensor:
         mean, matrix, _ = self._on(images.device)
         out = torch.empty(images.shape, dtype=torch.float32, device=images.device)
+        bar = tqdm(total=len(images), desc="whitening", unit="img", delay=2, leave=False, disable=None)
         for source, target in zip(images.split(_ROWS), out.split(_ROWS), strict=True):
             rows = source.flatten(1).float()
             rows = rows.div_(255).sub_(mean) if source.dtype == torch.uint8 else rows - mean
             torch.mm(rows, matrix, out=target.flatten(1))
+            bar.update(len(rows))
+        bar.close()
         return out
 
     def unit(self, images: Tensor) -> Tensor:
