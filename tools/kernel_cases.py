@@ -8,17 +8,15 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from speedk.kernels import add_layer_norm, coo, mhsc, patches
+from speedk.kernels import add_layer_norm, coo, freenet, mhsc, patches
 
-RECIPES = [  # N, H, J, K, k, D, C, patch
-    (64, 2, 64, 16, 48, 32, 3, 4),
-    (128, 3, 64, 64, 48, 96, 3, 4),
-    (256, 6, 64, 64, 166, 192, 3, 4),
-    (340, 8, 64, 128, 128, 256, 3, 8),
-    (32, 4, 256, 256, 192, 192, 3, 8),
-    (32, 6, 256, 256, 384, 384, 3, 8),
-    (9, 1, 49, 37, 20, 200, 1, 5),  # nobody's: one wide head, odd everything
+RECIPES = [  # N, H, J, K, k, D, C, patch: the widths and codes at which the launchers choose differently
+    (64, 2, 64, 16, 48, 32, 3, 4),  # CIFAR-10, 1 image per class
+    (128, 3, 64, 64, 48, 96, 3, 4),  # CIFAR-10, 10
+    (32, 4, 256, 256, 192, 192, 3, 8),  # ImageNet subsets, 1
+    (32, 6, 256, 256, 384, 384, 3, 8),  # ImageNet subsets, 10
 ]
+ODD = (9, 1, 49, 37, 20, 200, 1, 5)  # nobody's: one wide head, nothing a multiple of 16
 PRECISIONS = [(torch.float32, "highest"), (torch.float32, "high"), (torch.bfloat16, "highest")]
 
 
@@ -39,6 +37,8 @@ def cases() -> Iterator[tuple[str, Callable[[], object]]]:
             name = "tf32" if precision == "high" else str(dtype).removeprefix("torch.")
             with matmul_precision(precision):
                 yield from _of(recipe, dtype, f"{name} {'/'.join(map(str, recipe))}", products=precision == "high")
+    with matmul_precision("high"):
+        yield from _of(ODD, torch.float32, f"odd tf32 {'/'.join(map(str, ODD))}", products=False)
 
 
 def _of(recipe: tuple[int, ...], dtype: torch.dtype, label: str, products: bool) -> Iterator:
@@ -53,12 +53,20 @@ def _of(recipe: tuple[int, ...], dtype: torch.dtype, label: str, products: bool)
     values, index = new(N, H, k), new(N, H, k, dtype=torch.uint8)
     yield label, lambda: mhsc.mhsc_fwd(scm, saet)
     yield label, lambda: mhsc.mhsc_bwd(state, scm, saet)
+    weight, final = new(D, D), new(L, D)
+    block = (weight, vector, vector, vector, weight, vector, weight, vector, vector, vector)
+    if D == 96:
+        yield label, lambda: freenet.freenet_block_fwd(state, None, block, "branch", 1e-6)
+    yield label, lambda: freenet.freenet_block_fwd(state, state, block, "branch", 1e-6)
+    yield label, lambda: patches.tokens_to_images_fwd(state, final, new(L), C, patch)
+    images = new(N, C, math.isqrt(J) * patch, math.isqrt(J) * patch)
+    yield label, lambda: patches.tokens_to_images_bwd(images, state, final, patch)
     yield label, lambda: coo.mhsc_coo_bwd(state, values, index, index, saet)
     if products:
         return
     yield label, lambda: add_layer_norm.add_layer_norm_fwd(state, state, vector, vector, 1e-6)
     yield label, lambda: add_layer_norm.add_layer_norm_bwd(state, state, state, vector, 1e-6)
-    yield label, lambda: patches.patchify_fwd(new(N, C, math.isqrt(J) * patch, math.isqrt(J) * patch), patch)
+    yield label, lambda: patches.patchify_fwd(images, patch)
     yield label, lambda: patches.unpatchify_fwd(new(N, J, L), C, patch)
     yield label, lambda: coo.coo_decode_fwd(values, index, index, J, K)
     yield label, lambda: coo.coo_decode_bwd(scm, index, index)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support import poisoned_memory
-from triton_support import FLOATS, LAYOUTS, randn
+from support import assert_matches, poisoned_memory
+from triton_support import DOT_FLOATS, FLOATS, LAYOUTS, gradients, randn
 
-from speedk.kernels.patches import patchify_fwd, unpatchify_fwd
+from speedk.kernels import patches
+from speedk.kernels.patches import patchify_fwd, tokens_to_images_bwd, tokens_to_images_fwd, unpatchify_fwd
 from speedk.ops.patches import patchify_reference, unpatchify_reference
 
 IMAGES = [  # N, C, H, W, patch
@@ -40,3 +41,59 @@ def test_strides(layout):
     assert torch.equal(patchify_fwd(images, 4), patchify_reference(images, 4))
     tokens = randn(3, 9, 48, layout=layout)
     assert torch.equal(unpatchify_fwd(tokens, 3, 4), unpatchify_reference(tokens, 3, 4))
+
+
+TOKENS = [  # N, J, D, C, patch
+    (2, 64, 32, 3, 4),
+    (1, 9, 70, 3, 8),
+    (3, 4, 9, 1, 3),
+    (1, 1, 1, 1, 1),
+    (2, 4, 130, 5, 5),
+    (0, 4, 8, 3, 2),
+]
+
+
+def final_linear(state, weight, bias, channels, patch):
+    return unpatchify_reference(torch.nn.functional.linear(state, weight, bias), channels, patch)
+
+
+def check_linear(state, weight, bias, d_images, channels, patch):
+    with poisoned_memory():
+        got = tokens_to_images_fwd(state, weight, bias, channels, patch)
+        d_state, d_weight, d_bias = tokens_to_images_bwd(d_images, state, weight, patch)
+
+    def function(*inputs):
+        return final_linear(*inputs, channels, patch)
+
+    inputs, wide = (state, weight, bias), (state.double(), weight.double(), bias.double())
+    assert_matches("images", got, function(*inputs), function(*wide))
+    want = gradients(function, *inputs, cotangent=d_images)
+    want64 = gradients(function, *wide, cotangent=d_images.double())
+    assert_matches("d_state", d_state, want[0], want64[0])
+    assert_matches("d_weight", d_weight, want[1], want64[1])
+    assert_matches("d_bias", d_bias, want[2], want64[2])
+    assert torch.equal(tokens_to_images_bwd(d_images, state, weight, patch, need_weight=False)[0], d_state)
+    assert torch.equal(tokens_to_images_bwd(d_images, state, weight, patch, need_state=False)[1], d_weight)
+
+
+def linear_inputs(shape, **options):
+    N, J, D, C, patch = shape
+    side, L = int(J**0.5) * patch, patch * patch * C
+    return (randn(N, J, D, **options), randn(L, D, seed=1, **options), randn(L, seed=2, dtype=options.get("dtype")),
+            randn(N, C, side, side, seed=3, **options), C, patch)  # fmt: skip
+
+
+@pytest.mark.parametrize("shape", TOKENS, ids=str)
+@pytest.mark.parametrize("dtype", DOT_FLOATS)
+def test_tokens_to_images(shape, dtype):
+    check_linear(*linear_inputs(shape, dtype=dtype))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_tokens_to_images_strides(layout):
+    check_linear(*linear_inputs((3, 9, 20, 3, 4), layout=layout, dtype=torch.float32))
+
+
+def test_tokens_shared_among_programs(monkeypatch):
+    monkeypatch.setattr(patches, "SPLIT_PROGRAMS", 2)
+    check_linear(*linear_inputs((7, 36, 20, 3, 2), dtype=torch.float32))
