@@ -63,9 +63,9 @@ def text(distilled: Distilled, summary: dict[str, Any]) -> str:
         ("images", f"{summary['images']:,} of {shape} in {g.classes} classes, {each} a class, in the storage of "
                    f"{distilled.ipc}"),
         ("classes", _list(distilled.class_names)),
-        ("data", f"{one_line(data.get('name', '?'))}, split {one_line(data.get('split', '?'))}"),
-        ("", one_line(data.get("note", ""))),
-        ("data hash", one_line(data.get("fingerprint", "?"))),
+        ("data", f"{one_line(data['name'])}, split {one_line(data['split'])}"),
+        ("", one_line(data["note"])),
+        ("data hash", one_line(data["fingerprint"])),
         ("normaliser", _fields(header["normaliser"])),
         ("objective", _fields(header["objective"])),
         ("", one_line(header["chosen"])),

@@ -64,8 +64,7 @@ def rebuild(header: dict[str, Any], tensors: dict[str, Tensor]) -> Parameterizat
             raise ArtifactError(f"has a {key!r} of the wrong type in its header")
     for key in ("data", "normaliser", "objective", "geometry"):
         _check_flat(key, header[key])
-    if not isinstance(header["objective"].get("name"), str):
-        raise ArtifactError("does not name its objective")
+    _check_making(header)
     geometry = _geometry(header["geometry"])
     size = sum(t.numel() * t.element_size() for t in tensors.values())
     _check_normaliser(header["normaliser"], geometry)
@@ -93,6 +92,20 @@ def rebuild(header: dict[str, Any], tensors: dict[str, Tensor]) -> Parameterizat
     if not torch.equal(synthetic.classes.cpu(), class_labels(labels)):
         raise ArtifactError("does not hold the images per class that its header says")
     return synthetic
+
+
+def _check_making(header: dict[str, Any]) -> None:
+    """The fields that evaluation trusts: what was distilled, by what, and how it is to be trained on."""
+    for key in ("name", "split", "note", "fingerprint"):
+        if not isinstance(header["data"].get(key), str):
+            raise ArtifactError(f"does not say the {key} of the data it was distilled from")
+    if header["protocol"] not in recipe.PROTOCOLS:
+        raise ArtifactError(f"has protocol={header['protocol'][:40]!r}, not one of {', '.join(recipe.PROTOCOLS)}")
+    if not isinstance(header["objective"].get("name"), str):
+        raise ArtifactError("does not name its objective")
+    rate = header["objective"].get("lr", 1.0)
+    if type(rate) not in (int, float) or not rate > 0:
+        raise ArtifactError(f"has a learning rate of {str(rate)[:40]}, which is not a positive number")
 
 
 def _geometry(value: dict[str, Any]) -> Geometry:

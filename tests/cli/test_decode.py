@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from making import header
 from PIL import Image
 
 import speedk
@@ -156,8 +157,6 @@ def test_learned_labels_go_along(tmp_path, capsys, monkeypatch):
     from speedk.geometry import Geometry
 
     made = pixels.Pixels(pixels.Spec(), Geometry(3, 1, 8), 1)
-    from conftest import header
-
     path = tmp_path / "f"
     artifact.save(path, made, header(["a", "b", "c"], 1))
     load = artifact.load

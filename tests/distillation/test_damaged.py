@@ -148,7 +148,8 @@ def test_signed_lies_in_the_header(method):
             at(changed, path[:-1])[path[-1]] = wrong
             what = f"{'.'.join(map(str, path))} = {str(wrong)[:60]!r}"
             refused += consistent(signed(changed, tensors), what)
-            if path[0] in ("geometry", "images_per_class", "numbers", "label_numbers", "budget", "format") and (
+            if path[0] in ("geometry", "images_per_class", "numbers", "label_numbers", "budget", "format",
+                           "protocol") and (
                     type(wrong) is not type(old) or wrong != old):
                 with pytest.raises(ArtifactError):
                     content(signed(changed, tensors))
