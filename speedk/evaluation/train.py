@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import os
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -67,14 +66,15 @@ class Run:
 
 
 class Workers:
-    """Does the pieces of a batch: on a pool of `threads` threads on the CPU; elsewhere a batch is one piece.
+    """Does the pieces of a batch: on the CPU on a pool of `threads` (default: torch's own number, which follows
+    OMP_NUM_THREADS); elsewhere a batch is one piece.
 
     To be used in a `with`, inside which torch itself uses one thread for an operation.
     """
 
     def __init__(self, device: torch.device, threads: int | None = None) -> None:
         self.device = device
-        self.threads = (threads or available_cores()) if device.type == "cpu" else 0
+        self.threads = (threads or torch.get_num_threads()) if device.type == "cpu" else 0
         self.stopped = False
         self._pool: ThreadPoolExecutor | None = None
         self._before = torch.get_num_threads()
@@ -121,11 +121,6 @@ def separable(network: nn.Module) -> bool:
     """Whether each image is treated for itself and without chance, so that a batch may be cut and run in any order."""
     chance = (nn.Dropout, nn.modules.batchnorm._BatchNorm)
     return not (network.training and any(isinstance(m, chance) for m in network.modules()))
-
-
-def available_cores() -> int:
-    """The cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def train_all(names: Sequence[str], sets: Mapping[int, ImageSet], geometry: Geometry, schedule: Schedule,

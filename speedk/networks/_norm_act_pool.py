@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def norm_act_pool(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Tensor:
@@ -27,6 +27,18 @@ def average_pool(x: Tensor) -> Tensor:
     On the CPU `F.avg_pool2d` takes 3 to 5 times as long as four strided sums, forward and backward.
     """
     return F.avg_pool2d(x, 2) if x.is_cuda else _Pool.apply(x)
+
+
+class InstanceNorm(nn.Module):
+    """`instance_norm` with its learned weight (ones) and bias (zeros)."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(channels))
+        self.bias = nn.Parameter(torch.zeros(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return instance_norm(x, self.weight, self.bias)
 
 
 class _Pool(torch.autograd.Function):

@@ -5,12 +5,11 @@ from __future__ import annotations
 import itertools
 import math
 
-import torch
 from torch import Tensor, nn
 
 from speedk.errors import ConfigError
 from speedk.geometry import Geometry
-from speedk.networks._norm_act_pool import norm_act_pool
+from speedk.networks._norm_act_pool import InstanceNorm, norm_act_pool
 
 
 class ConvNet(nn.Module):
@@ -43,15 +42,6 @@ class ConvNet(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Logits [B, classes] of images [B, C, H, W]."""
         return self.classifier(self.features(images))
-
-
-class InstanceNorm(nn.Module):
-    """The learned scale (ones) and shift (zeros) of an affine InstanceNorm; `norm_act_pool` applies them."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(channels))
-        self.bias = nn.Parameter(torch.zeros(channels))
 
 
 PLUGIN = ConvNet

@@ -18,6 +18,7 @@ from PIL import Image
 from stripes import make_real
 
 import speedk
+from speedk import data
 from speedk.data.normaliser import ChannelNormaliser
 from speedk.errors import ArtifactError, ConfigError, DataError
 from speedk.evaluation import real_images, sources, whole
@@ -122,6 +123,14 @@ def test_the_whole_data_set_is_the_upper_bound(real):
     report = evaluate(whole(real), real, epochs=None)
     assert report.protocol["name"] == "whole" and report.protocol["epochs"] == 50 and report.images == 60
     assert report.accuracy() > 90
+
+
+def test_digits_in_their_order():
+    digits = data.load("digits", progress=False)
+    some, more, everything = (
+        evaluate(source, digits, epochs=epochs).accuracy()
+        for source, epochs in ((real_images(digits), 60), (real_images(digits, 10), 60), (whole(digits), 20)))
+    assert 20 < some < more < everything and everything > 70
 
 
 def write_npz(path, real, **change):

@@ -24,6 +24,12 @@ IMAGENET128, IMAGENET256, DIGITS = Geometry(10, 3, 128), Geometry(10, 3, 256), G
     ("mlp", CIFAR10, 411_146),
     ("mlp", CIFAR100, 422_756),
     ("mlp", TINY, 1_615_304),
+    ("resnet18", CIFAR10, 11_173_962),
+    ("resnet18", CIFAR100, 11_220_132),
+    ("resnet18", TINY, 11_271_432),
+    ("vit", CIFAR10, 9_523_722),
+    ("vit", CIFAR100, 9_569_892),
+    ("vit", TINY, 9_719_496),
 ])
 def test_published_parameter_counts(name, geometry, count):
     assert networks.parameter_count(networks.build(name, geometry)) == count
