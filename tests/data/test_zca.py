@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -196,6 +198,22 @@ def test_loaded_data_sample_from_one_whitened_copy(monkeypatch):
     unkept = data.load("digits", normaliser="zca", resolution=8, progress=False)
     assert (unkept.sample(3, 5, torch.Generator().manual_seed(3)) - drawn[3]).abs().max() < 1e-5
     assert unkept._kept == {}
+
+
+def test_threads_share_the_whitened_copy(monkeypatch):
+    real = data.load("digits", normaliser="zca", resolution=8, progress=False)
+    calls, normalise = [], real.normaliser.normalise
+
+    def slow(images):
+        calls.append(len(images))
+        time.sleep(0.1)
+        return normalise(images)
+
+    monkeypatch.setattr(real.normaliser, "normalise", slow)
+    index = torch.arange(8)
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda part: real.normalised(part, index), ["test"] * 4))
+    assert calls == [359] and all(torch.equal(images, found[0]) for images in found)
 
 
 def test_kornia_is_not_needed():
