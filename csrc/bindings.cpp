@@ -4,6 +4,7 @@
 
 #include "coo.h"
 #include "isa.h"
+#include "norm_act_pool.h"
 #include "parallel.h"
 #include "patches.h"
 #include "topk.h"
@@ -66,5 +67,17 @@ PYBIND11_MODULE(_native, m) {
   }, released);
   m.def("unpatchify", [](const Patches& shape, uintptr_t tokens, uintptr_t images, int threads) {
     SPEEDK_CALL(unpatchify, shape, at(tokens), at(images), threads);
+  }, released);
+
+  py::class_<NormActPool>(m, "NormActPool").def(py::init([](int dtype, uintptr_t x, uintptr_t weight, uintptr_t bias,
+                                                           int64_t B, int64_t C, int64_t H, int64_t W, double eps) {
+    return NormActPool{static_cast<Dtype>(dtype), at(x), at(weight), at(bias), B, C, H, W, eps};
+  }));
+  m.def("norm_act_pool", [](const NormActPool& job, uintptr_t out, uintptr_t mean, uintptr_t rstd, int threads) {
+    SPEEDK_CALL(norm_act_pool, job, at(out), at(mean), at(rstd), threads);
+  }, released);
+  m.def("norm_act_pool_backward", [](const NormActPool& job, uintptr_t d_out, uintptr_t mean, uintptr_t rstd,
+                                     uintptr_t d_x, uintptr_t d_weight, uintptr_t d_bias, int threads) {
+    SPEEDK_CALL(norm_act_pool_backward, job, at(d_out), at(mean), at(rstd), at(d_x), at(d_weight), at(d_bias), threads);
   }, released);
 }

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from speedk.errors import ConfigError
 from speedk.geometry import Geometry
-from speedk.networks._norm_act_pool import InstanceNorm, norm_act_pool
+from speedk.networks._instance_norm import InstanceNorm
+from speedk.ops import norm_act_pool
 
 
 class ConvNet(nn.Module):

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from speedk.errors import ConfigError
 from speedk.geometry import Geometry
-from speedk.networks._norm_act_pool import InstanceNorm
+from speedk.networks._instance_norm import InstanceNorm
 
 SMALLEST = 9
 """Below this the last stage is one pixel a channel, which InstanceNorm turns into nothing."""

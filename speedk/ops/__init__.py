@@ -5,6 +5,7 @@ from speedk.ops.coo import coo_decode, coo_encode, index_dtype, mhsc_coo
 from speedk.ops.dispatch import explain, use_backend
 from speedk.ops.freenet import BlockWeights, FReeNetWeights, freenet, freenet_block, freenet_coo
 from speedk.ops.mhsc import mhsc
+from speedk.ops.norm_act_pool import norm_act_pool
 from speedk.ops.patches import patchify, tokens_to_images, unpatchify
 from speedk.ops.topk import sparsify, topk_mask
 
@@ -21,6 +22,7 @@ __all__ = [
     "index_dtype",
     "mhsc",
     "mhsc_coo",
+    "norm_act_pool",
     "patchify",
     "sparsify",
     "tokens_to_images",

@@ -133,3 +133,29 @@ def tokens_to_images_bwd(d_images: Tensor, state: Tensor, weight: Tensor, patch:
 
 def _images_in_a_piece(bytes_of_one: int, images: int) -> int:
     return max(1, min(PIECE_BYTES // max(bytes_of_one, 1), images))
+
+
+def _norm_act_pool(x: Tensor, weight: Tensor, bias: Tensor, eps: float):
+    return native().NormActPool(DTYPES[x.dtype], x.data_ptr(), weight.data_ptr(), bias.data_ptr(), *x.shape, eps)
+
+
+def norm_act_pool_fwd(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """The pooled activations [B, C, H // 2, W // 2], and the mean and inverse deviation [B, C] of each plane."""
+    x, weight, bias = x.contiguous(), weight.contiguous(), bias.contiguous()
+    b, c, h, w = x.shape
+    out, mean, rstd = x.new_empty(b, c, h // 2, w // 2), x.new_empty(b, c), x.new_empty(b, c)
+    native().norm_act_pool(_norm_act_pool(x, weight, bias, eps), out.data_ptr(), mean.data_ptr(), rstd.data_ptr(),
+                           torch.get_num_threads())
+    return out, mean, rstd
+
+
+def norm_act_pool_bwd(d_out: Tensor, x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, rstd: Tensor,
+                      eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """d_x [B, C, H, W], d_weight and d_bias [C]."""
+    d_out, x, weight, bias = d_out.contiguous(), x.contiguous(), weight.contiguous(), bias.contiguous()
+    d_x, d_weight, d_bias = x.new_empty(x.shape), mean.new_empty(mean.shape), mean.new_empty(mean.shape)
+    native().norm_act_pool_backward(
+        _norm_act_pool(x, weight, bias, eps), d_out.data_ptr(), mean.data_ptr(), rstd.data_ptr(), d_x.data_ptr(),
+        d_weight.data_ptr(), d_bias.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+    return d_x, d_weight.sum(0), d_bias.sum(0)

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 from speedk import networks
 from speedk.errors import ConfigError
 from speedk.geometry import Geometry
-from speedk.networks._norm_act_pool import average_pool, norm_act_pool
 
 CIFAR10, CIFAR100, TINY = Geometry(10, 3, 32), Geometry(100, 3, 32), Geometry(200, 3, 64)
 IMAGENET128, IMAGENET256, DIGITS = Geometry(10, 3, 128), Geometry(10, 3, 256), Geometry(10, 1, 32)
@@ -78,43 +76,3 @@ def test_fresh_is_a_function_of_its_seed_alone():
     other = networks.fresh("convnet", DIGITS, seed=4, width=8).state_dict()
     assert all(torch.equal(first[k], again[k]) for k in first)
     assert not torch.equal(first["classifier.weight"], other["classifier.weight"])
-
-
-@pytest.mark.parametrize("shape", [(2, 3, 8, 8), (1, 1, 7, 5), (3, 5, 2, 2)])
-def test_norm_act_pool_against_loops(shape):
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(shape, generator=generator, dtype=torch.float64) * 3 + 1
-    weight, bias = (torch.randn(shape[1], generator=generator, dtype=torch.float64) for _ in range(2))
-    b, c, h, w = shape
-    expected = torch.empty(b, c, h // 2, w // 2, dtype=torch.float64)
-    for i in range(b):
-        for j in range(c):
-            plane = x[i, j]
-            mean = plane.sum() / plane.numel()
-            variance = ((plane - mean) ** 2).sum() / plane.numel()
-            plane = ((plane - mean) / (variance + 1e-5) ** 0.5 * weight[j] + bias[j]).clamp(min=0)
-            for r in range(h // 2):
-                for s in range(w // 2):
-                    expected[i, j, r, s] = plane[2 * r:2 * r + 2, 2 * s:2 * s + 2].sum() / 4
-    torch.testing.assert_close(norm_act_pool(x, weight, bias), expected, rtol=1e-12, atol=1e-12)
-
-
-def test_norm_act_pool_is_instance_norm_and_differentiates_twice():
-    generator = torch.Generator().manual_seed(1)
-    x = torch.randn(2, 2, 5, 4, generator=generator, dtype=torch.float64, requires_grad=True)
-    weight, bias = (torch.randn(2, generator=generator, dtype=torch.float64, requires_grad=True) for _ in range(2))
-    expected = F.avg_pool2d(F.relu(F.instance_norm(x, weight=weight, bias=bias, eps=1e-5)), 2)
-    torch.testing.assert_close(norm_act_pool(x, weight, bias), expected, rtol=1e-12, atol=1e-12)
-    assert torch.autograd.gradcheck(norm_act_pool, (x, weight, bias))
-    assert torch.autograd.gradgradcheck(norm_act_pool, (x, weight, bias))
-
-
-@pytest.mark.parametrize("side", [8, 9])
-def test_pooling_under_torch_func(side):
-    x = torch.randn(3, 2, 2, side, side, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
-
-    def loss(pool):
-        return lambda image: pool(image.square()).pow(3).sum()
-
-    expected = torch.func.vmap(torch.func.grad(loss(lambda v: F.avg_pool2d(v, 2))))(x)
-    torch.testing.assert_close(torch.func.vmap(torch.func.grad(loss(average_pool)))(x), expected)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from speedk import networks
 from speedk.augment import dsa
@@ -13,23 +13,25 @@ from speedk.distillation import seeds
 from speedk.distillation.objectives.base import Objective, ObjectiveSpec
 from speedk.distillation.parameterizations.base import Parameterization
 from speedk.errors import ConfigError
+from speedk.workers import Pool
+
+HELD = 4
+"""Pieces of a class whose graph is held at once; a class of more is walked twice, a piece at a time."""
 
 
 @dataclass(frozen=True)
 class Spec(ObjectiveSpec):
     """Recipe fields. batch: real images of a class in each step. augment: siamese DSA. lr: the rate that evaluation
-    trains at. chunk: images in one pass of the student, a bound on memory that changes no result but its rounding."""
+    trains at."""
 
     batch: int = 256
     augment: bool = True
     lr: float = 0.01
-    chunk: int = 512
 
     def check(self) -> None:
         super().check()
-        for name in ("batch", "chunk"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.batch < 1:
+            raise ConfigError(f"batch={self.batch} must be at least 1")
         if not self.lr > 0:
             raise ConfigError(f"lr={self.lr} must be above 0")
 
@@ -43,58 +45,69 @@ class DistributionMatching(Objective):
     Spec = Spec
     name = "dm"
 
+    def __init__(self, spec: Spec, real, seed: int, device: torch.device) -> None:
+        super().__init__(spec, real, seed, device)
+        self._pool = Pool(device)
+
     def step(self, synthetic: Parameterization, step: int) -> dict[str, float]:
-        spec, real = self.spec, self.real
+        spec, geometry = self.spec, self.real.geometry
         generator = seeds.generator(self.seed, "dm", step)
-        student = networks.fresh(spec.network, real.geometry, seeds.derive(self.seed, "student", step), self.device)
+        student = networks.fresh(spec.network, geometry, seeds.derive(self.seed, "student", step), self.device)
         student.requires_grad_(False)
-        total = torch.zeros((), device=self.device)
-        for label in range(real.geometry.classes):
-            index = (synthetic.classes == label).nonzero()[:, 0]
-            images = real.sample(label, spec.batch, generator)
-            draw = None
-            if spec.augment:
-                draw = dsa.draw(1, real.geometry.resolution, generator, shared=True)
-            target = self._mean(student, images, draw)
-            total += self._match(synthetic, student, index, target, draw)
-        return {"loss": float(total)}
-
-    @torch.no_grad()
-    def _mean(self, student: torch.nn.Module, images: Tensor, draw: dsa.Draw | None) -> Tensor:
-        total = 0
-        for piece in images.split(self.spec.chunk):
-            total = total + student.features(_augment(piece, draw)).sum(dim=0)
-        return total / len(images)
-
-    def _match(self, synthetic: Parameterization, student: torch.nn.Module, index: Tensor, target: Tensor,
-               draw: dsa.Draw | None) -> Tensor:
-        """||target - mean||^2 of one class; its gradient goes to `synthetic`, in pieces of `chunk` images."""
-        pieces = index.split(self.spec.chunk)
+        classes = range(geometry.classes)
+        members = [(synthetic.classes == label).nonzero()[:, 0] for label in classes]
+        piece = self._pool.images(geometry.resolution)
         with torch.no_grad():
-            decoded = [synthetic.decode(piece)[0] for piece in pieces]
-        if len(pieces) > 1:
-            # The gradient with respect to each embedding is the same vector, so a first pass finds it and a second
-            # walks back piece by piece.
-            with torch.no_grad():
-                mean = sum(student.features(_augment(images, draw)).sum(dim=0) for images in decoded) / len(index)
-            loss, slope = (mean - target).square().sum(), 2 * (mean - target) / len(index)
-        for piece, images in zip(pieces, decoded, strict=True):
-            images.requires_grad_()
-            features = student.features(_augment(images, draw))
-            if len(pieces) == 1:
-                loss = (features.mean(dim=0) - target).square().sum()
-                gradient, = torch.autograd.grad(loss, images)
-            else:
-                gradient, = torch.autograd.grad((features * slope).sum(), images)
-            synthetic.accumulate(piece, gradient)
-        return loss.detach()
+            decoded = [synthetic.decode(index)[0] for index in members]
+        total = 0.0
+        # A few classes at a time bound the real images that are held.
+        for group in torch.arange(geometry.classes).split(max(1, 4096 // spec.batch)):
+            labels = group.tolist()
+            real = {label: self.real.sample(label, spec.batch, generator) for label in labels}
+            draws = {label: dsa.draw(1, geometry, generator, shared=True) if spec.augment else None for label in labels}
+            with self._pool as pool:
+                parts = [(label, part) for label in labels for part in real[label].split(piece)]
+                sums = pool.map(_embed, [(student, part, draws[label]) for label, part in parts])
+                targets = {label: sum(s for (of, _), s in zip(parts, sums, strict=True) if of == label) / len(real[label])
+                           for label in labels}
+                matched = pool.map(_match, [(student, decoded[label], targets[label], draws[label], piece)
+                                            for label in labels])
+            for label, (loss, gradient) in zip(labels, matched, strict=True):
+                total += float(loss)
+                synthetic.accumulate(members[label], gradient)
+        return {"loss": total}
 
     def artifact_fields(self) -> dict[str, float]:
         return {"lr": self.spec.lr}
 
 
-def _augment(images: Tensor, draw: dsa.Draw | None) -> Tensor:
-    return images if draw is None else dsa.apply(images, draw)
+def _features(student: nn.Module, images: Tensor, draw: dsa.Draw | None) -> Tensor:
+    """The sum of the embeddings [F] of images as the student sees them."""
+    return student.features(images if draw is None else dsa.apply(images, draw)).sum(dim=0)
+
+
+@torch.no_grad()
+def _embed(student: nn.Module, images: Tensor, draw: dsa.Draw | None) -> Tensor:
+    return _features(student, images, draw)
+
+
+def _match(student: nn.Module, images: Tensor, target: Tensor, draw: dsa.Draw | None,
+           piece: int) -> tuple[Tensor, Tensor]:
+    """||target - mean embedding||^2 of one class, and its gradient with respect to the class's images."""
+    pieces = [part.requires_grad_() for part in images.split(piece)]
+    if len(pieces) <= HELD:
+        with torch.enable_grad():
+            mean = sum(_features(student, part, draw) for part in pieces) / len(images)
+            loss = (mean - target).square().sum()
+        return loss.detach(), torch.cat(torch.autograd.grad(loss, pieces))
+    mean = sum(_embed(student, part, draw) for part in pieces) / len(images)
+    slope = 2 * (mean - target) / len(images)
+    gradients = []
+    for part in pieces:
+        with torch.enable_grad():
+            along = (_features(student, part, draw) * slope).sum()
+        gradients += torch.autograd.grad(along, part)
+    return (mean - target).square().sum(), torch.cat(gradients)
 
 
 PLUGIN = DistributionMatching

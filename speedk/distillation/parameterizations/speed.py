@@ -153,7 +153,7 @@ class Speed(Parameterization):
     def from_storage(cls, spec: Spec, geometry: Geometry, ipc: int, labels: list[int],
                      tensors: Mapping[str, Tensor]) -> Speed:
         J, entries = spec.patches(geometry), (sum(labels), spec.H, spec.k)
-        if spec.R > len(tensors):
+        if len(tensors) < spec.R:
             raise ArtifactError(f"R={spec.R} blocks but {len(tensors)} tensors")
         index = ops.index_dtype(max(J, spec.K))
         with torch.device("meta"):

@@ -1,0 +1,104 @@
+"""InstanceNorm, ReLU and average pooling: what stands between two convolutions of the ConvNet."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import avg_pool2d, group_norm, relu
+
+from speedk.ops import dispatch, native
+
+
+def norm_act_pool(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Tensor:
+    """2x2 average pooling of ReLU of the affine InstanceNorm of x.
+
+    The norm is per image and channel, (x - mean) / sqrt(var + eps) * weight + bias with the biased variance; an odd
+    last row or column takes part in it and is left out of the pooling. Differentiable twice (any number of times on
+    the torch backend); the second time in PyTorch.
+
+    x: [B, C, H, W] floating, any strides, H and W at least 2; weight, bias: [C], of x's dtype; eps: added to the
+    variance. Returns [B, C, H // 2, W // 2].
+    Raises ValueError where the shapes or dtypes do not fit.
+    Backends: native (CPU; float32 and float64), torch.
+    """
+    if x.ndim != 4 or min(x.shape[2:]) < 2:
+        raise ValueError(f"x must be [B, C, H, W] with H and W at least 2, got {tuple(x.shape)}")
+    if weight.shape != x.shape[1:2] or bias.shape != x.shape[1:2]:
+        raise ValueError(f"weight and bias must be [{x.shape[1]}], got {tuple(weight.shape)} and {tuple(bias.shape)}")
+    if not x.dtype == weight.dtype == bias.dtype:
+        raise ValueError(f"x is {x.dtype} but weight is {weight.dtype} and bias {bias.dtype}")
+    backend = _op.choose(x, weight, bias)
+    if backend == "torch":
+        return norm_act_pool_reference(x, weight, bias, eps)
+    return _norm_act_pool(x, weight, bias, eps, backend)[0]
+
+
+def norm_act_pool_reference(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    # One channel a group is an instance norm, and on the CPU faster than F.instance_norm, which repeats its weights.
+    return avg_pool2d(relu(group_norm(x, x.shape[1], weight, bias, eps)), 2)
+
+
+def _why_not_native(x: Tensor, weight: Tensor, bias: Tensor) -> str | None:
+    if x.dtype not in (torch.float32, torch.float64):
+        return f"{x.dtype} is computed in PyTorch"
+    return dispatch.why_not_native_cpu(x, weight, bias)
+
+
+_op = dispatch.Op("norm_act_pool", native=_why_not_native)
+
+
+@torch.library.custom_op("speedk::norm_act_pool", mutates_args=())
+def _norm_act_pool(x: Tensor, weight: Tensor, bias: Tensor, eps: float, backend: str) -> tuple[Tensor, Tensor, Tensor]:
+    return dispatch.launchers(backend, "norm_act_pool").norm_act_pool_fwd(x, weight, bias, eps)
+
+
+@_norm_act_pool.register_fake
+def _(x: Tensor, weight: Tensor, bias: Tensor, eps: float, backend: str) -> tuple[Tensor, Tensor, Tensor]:
+    b, c, h, w = x.shape
+    return x.new_empty(b, c, h // 2, w // 2), x.new_empty(b, c), x.new_empty(b, c)
+
+
+@torch.library.custom_op("speedk::norm_act_pool_bwd", mutates_args=())
+def _norm_act_pool_bwd(d_out: Tensor, x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, rstd: Tensor, eps: float,
+                       backend: str) -> tuple[Tensor, Tensor, Tensor]:
+    return native.norm_act_pool_bwd(d_out, x, weight, bias, mean, rstd, eps)
+
+
+@_norm_act_pool_bwd.register_fake
+def _(d_out: Tensor, x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, rstd: Tensor, eps: float,
+      backend: str) -> tuple[Tensor, Tensor, Tensor]:
+    return x.new_empty(x.shape), weight.new_empty(weight.shape), bias.new_empty(bias.shape)
+
+
+def _save(ctx, inputs, output) -> None:
+    x, weight, bias, ctx.eps, ctx.backend = inputs
+    _, mean, rstd = output
+    ctx.mark_non_differentiable(mean, rstd)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(x, weight, bias, mean, rstd)
+
+
+def _backward(ctx, d_out: Tensor | None, d_mean: None, d_rstd: None):
+    if d_out is None:
+        return None, None, None, None, None
+    x, weight, bias, mean, rstd = ctx.saved_tensors
+    return *_norm_act_pool_bwd(d_out, x, weight, bias, mean, rstd, ctx.eps, ctx.backend), None, None
+
+
+def _save_backward(ctx, inputs, output) -> None:
+    d_out, x, weight, bias, _, _, ctx.eps, _ = inputs
+    ctx.save_for_backward(d_out, x, weight, bias)
+
+
+def _double_backward(ctx, *slopes: Tensor):
+    """The adjoint of the backward pass, by PyTorch's own differentiation of the reference: exact, and not fused."""
+    with torch.enable_grad():
+        d_out, x, weight, bias = (t.detach().requires_grad_() for t in ctx.saved_tensors)
+        out = norm_act_pool_reference(x, weight, bias, ctx.eps)
+        first = torch.autograd.grad(out, (x, weight, bias), d_out, create_graph=True)
+        second = torch.autograd.grad(first, (d_out, x, weight, bias), slopes, allow_unused=True)
+    return *second, None, None, None, None
+
+
+_norm_act_pool.register_autograd(_backward, setup_context=_save)
+_norm_act_pool_bwd.register_autograd(_double_backward, setup_context=_save_backward)
