@@ -51,8 +51,8 @@ class Budget:
         """Raise ConfigError, with the sum, where more is counted than allowed."""
         if self.counted > self.allowed:
             total = " + ".join(f"{value:,.0f} {name}" for name, value in self.parts.items())
-            raise ConfigError(f"over the budget: {total} = {self.counted:,.0f} float32 numbers, but {self.allowed:,} are "
-                              "allowed; lower images_per_class, k, D or R, raise ipc, or say budget=off for an ablation")
+            raise ConfigError(f"over the budget: {total} = {self.counted:,.0f} float32 numbers, but {self.allowed:,} "
+                              "are allowed; lower images_per_class, k, D or R, raise ipc, or say budget=off")
 
 
 def patch_for(resolution: int) -> int:
@@ -69,8 +69,8 @@ def solve(geometry: Geometry, ipc: int) -> dict[str, int]:
     Among the sizes that obey the paper's rules (appendix I and Section 3.3: D/H <= K so that each head is a complete
     dictionary, density k / JK < 5%, N/c > 10 where possible, Eq. 7) it takes those nearest to the pattern of the ten
     published rows: about a fifth of the budget in what all images share, heads of 32 dimensions (16 where the budget
-    is tiny), 64, 128 or 256 tokens by resolution, about 15 ipc^0.8 images a class, codes of 2 to 4.7% density, and as many blocks as 1, 2, 3 for budgets of
-    up to 50 thousand, 1 million and more. Raises ConfigError where nothing fits.
+    is tiny), 64, 128 or 256 tokens by resolution, about 15 ipc^0.8 images a class, codes of at least 2% density, and
+    1, 2, 3 blocks for budgets of up to 50 thousand, 1.5 million and more. Raises ConfigError where nothing fits.
     """
     patch = patch_for(geometry.resolution)
     J = (geometry.resolution // patch) ** 2
@@ -105,6 +105,7 @@ def solve(geometry: Geometry, ipc: int) -> dict[str, int]:
                         if best is None or cost < best[0]:
                             best = cost, dict(images_per_class=images, D=D, K=K, H=H, R=R, k=k, patch=patch)
     if best is None:
-        raise ConfigError(f"no SPEED fits {allowed:,} float32 numbers ({geometry.classes} classes x {ipc} image of "
-                          f"{geometry.channels}x{geometry.resolution}x{geometry.resolution}); raise ipc or the resolution")
+        raise ConfigError(f"no SPEED fits {allowed:,} float32 numbers ({geometry.classes} classes, ipc={ipc}, "
+                          f"{geometry.channels}x{geometry.resolution}x{geometry.resolution} pixels); raise ipc or the "
+                          "resolution")
     return best[1]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import signal
 import time
@@ -21,7 +20,7 @@ from speedk.distillation.objectives.base import Objective
 from speedk.distillation.parameterizations.base import Parameterization
 from speedk.distillation.recipe import Recipe
 from speedk.distillation.rundir import RunDir
-from speedk.errors import TrainingError
+from speedk.errors import ConfigError, TrainingError
 
 CHECKPOINT_SECONDS = 30.0
 
@@ -67,8 +66,8 @@ class Run:
             numbers["penalty"] = float(penalty.detach())
         for name, value in numbers.items():
             if not math.isfinite(value):
-                raise TrainingError(f"the {name} is {value} at step {self.done + 1}: the rates are too high for this set "
-                                    "(lower them, as in rates.scm=0.001)")
+                raise TrainingError(f"the {name} is {value} at step {self.done + 1}: the rates are too high for this "
+                                    "set (lower them, as in rates.scm=0.001)")
         self.optimizer.step()
         self.objective.after_update()
         self.done += 1
@@ -100,8 +99,8 @@ class Run:
         }
 
 
-def distill(recipe: Recipe, real: RealData, out: str | Path, *, resume: bool = False, device: str | torch.device = "cpu",
-            chosen: str = "", progress: Progress | None = None) -> Path:
+def distill(recipe: Recipe, real: RealData, out: str | Path, *, resume: bool = False,
+            device: str | torch.device = "cpu", chosen: str = "", progress: Progress | None = None) -> Path:
     """Distil `real` as `recipe` says into the run directory `out`; return the path of the artifact.
 
     With `resume` a run that was stopped at any instant goes on, and on the CPU, with as many threads, ends in the bytes
@@ -156,19 +155,13 @@ def _optimizer(recipe: Recipe, groups: list[dict[str, Any]]) -> torch.optim.Opti
     names = [group["name"] for group in groups]
     for name in spec.rates:
         if name not in names:
-            raise registry_error(name, names)
+            raise ConfigError(f"rates.{name}: there is no parameter group {name!r}, only {', '.join(names)}"
+                              f"{registry.nearest(name, names)}")
     for group in groups:
         group["lr"] = spec.rates.get(group["name"], group["lr"])
     if spec.optimizer == "adam":
         return torch.optim.Adam(groups)
     return torch.optim.SGD(groups, lr=0.0, momentum=spec.momentum)
-
-
-def registry_error(name: str, names: list[str]) -> Exception:
-    from speedk.errors import ConfigError
-
-    return ConfigError(f"rates.{name}: there is no parameter group {name!r}, only {', '.join(names)}"
-                       f"{registry.nearest(name, names)}")
 
 
 @contextlib.contextmanager
@@ -189,9 +182,3 @@ def _stop_signals() -> Iterator[list[int]]:
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
-
-
-def read_log(path: Path) -> list[dict[str, Any]]:
-    """The lines of a log.jsonl."""
-    with open(path, encoding="utf-8") as file:
-        return [json.loads(line) for line in file]

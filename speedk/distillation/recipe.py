@@ -200,7 +200,8 @@ def resolve(tables: dict[str, Any], objective: str, overrides: dict[str, Any] | 
         _override(chosen, classes, key, value)
     built = {name: build(classes[name], chosen[name], name) for name in classes}
     about = build(About, dict(tables.get("recipe", {})), "recipe")
-    recipe = Recipe(about, built["data"], method, built["parameterization"], objective, built["objective"], built["run"])
+    recipe = Recipe(about, built["data"], method, built["parameterization"], objective, built["objective"],
+                    built["run"])
     _check(recipe)
     return recipe
 

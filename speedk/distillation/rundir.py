@@ -20,6 +20,7 @@ from speedk.files import sweep, unwritable, write_atomic
 
 OURS = ("recipe.toml", "distilled.safetensors", "log.jsonl", "preview.png", "data.json", "checkpoints", "tensorboard")
 PREVIEW_COLUMNS = 10
+PREVIEW_CLASSES = 20
 
 
 class RunDir:
@@ -45,7 +46,8 @@ class RunDir:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             os.close(self._lock)
-            raise ConfigError(f"another process is distilling into {self.path}; wait for it, or choose another --out") from None
+            raise ConfigError(f"another process is distilling into {self.path}; wait for it, or choose another "
+                              "--out") from None
         try:
             self._claim()
         except BaseException:
@@ -61,15 +63,16 @@ class RunDir:
             sweep(folder)
         here = [name for name in OURS if (self.path / name).exists() and name != "checkpoints"]
         if (here or any(self.checkpoints.iterdir())) and not self.resume:
-            raise ConfigError(f"{self.path} already holds a run; say --resume to go on with it, or choose another --out")
+            raise ConfigError(f"{self.path} already holds a run; say --resume to go on with it, or choose another "
+                              "--out")
         data = {"fingerprint": self.real.fingerprint, "split": self.real.split, "threads": torch.get_num_threads()}
         if (self.path / "recipe.toml").exists():
             self._same_recipe()
         if (self.path / "data.json").exists():
             stored = json.loads((self.path / "data.json").read_text())
             if (stored["fingerprint"], stored["split"]) != (data["fingerprint"], data["split"]):
-                raise ConfigError(f"{self.path} was begun on other data (fingerprint {stored['fingerprint'][:12]}, split "
-                                  f"{stored['split']}; now {data['fingerprint'][:12]}, {data['split']})")
+                raise ConfigError(f"{self.path} was begun on other data (fingerprint {stored['fingerprint'][:12]}, "
+                                  f"split {stored['split']}; now {data['fingerprint'][:12]}, {data['split']})")
         write_atomic(self.path / "data.json", json.dumps(data, indent=1).encode() + b"\n")
         write_atomic(self.path / "recipe.toml", recipes.to_toml(self.recipe.to_dict()).encode())
 
@@ -81,8 +84,8 @@ class RunDir:
         changed = [name for name in sorted(set(stored) | set(wanted)) if stored.get(name) != wanted.get(name)]
         if changed:
             name = changed[0]
-            raise ConfigError(f"{self.path} holds a run with {name}={stored.get(name)!r}, not {wanted.get(name)!r}; leave "
-                              "that out, or choose another --out")
+            raise ConfigError(f"{self.path} holds a run with {name}={stored.get(name)!r}, not {wanted.get(name)!r}; "
+                              "leave that out, or choose another --out")
 
     def log(self, done: int) -> Log:
         return Log(self.path, done)
@@ -93,7 +96,8 @@ class RunDir:
     @torch.no_grad()
     def preview(self, synthetic: Parameterization, real: RealData) -> None:
         """preview.png: a row per class of up to ten decoded images, for at most twenty classes."""
-        rows = [(synthetic.classes == label).nonzero()[:PREVIEW_COLUMNS, 0] for label in range(min(20, real.geometry.classes))]
+        classes = range(min(PREVIEW_CLASSES, real.geometry.classes))
+        rows = [(synthetic.classes == label).nonzero()[:PREVIEW_COLUMNS, 0] for label in classes]
         images = [real.normaliser.unit(synthetic.decode(index)[0]).cpu() for index in rows]
         write_atomic(self.path / "preview.png", pictures.grid(images, list(real.class_names)))
 

@@ -118,7 +118,7 @@ def test_refusals():
         r"must be \[B, C, H, W\]": lambda: norm_act_pool(x[0], weight, bias),
         "at least 2": lambda: norm_act_pool(x[..., :1], weight, bias),
         r"must be \[3\], got \(2,\)": lambda: norm_act_pool(x, weight[:2], bias),
-        "weight torch.float32": lambda: norm_act_pool(x, weight.float(), bias),
+        "weight is torch.float32": lambda: norm_act_pool(x, weight.float(), bias),
     }.items():
         with pytest.raises(ValueError, match=message):
             call()

@@ -68,8 +68,9 @@ class DistributionMatching(Objective):
             with self._pool as pool:
                 parts = [(label, part) for label in labels for part in real[label].split(piece)]
                 sums = pool.map(_embed, [(student, part, draws[label]) for label, part in parts])
-                targets = {label: sum(s for (of, _), s in zip(parts, sums, strict=True) if of == label) / len(real[label])
-                           for label in labels}
+                targets = dict.fromkeys(labels, 0)
+                for (label, _), of_part in zip(parts, sums, strict=True):
+                    targets[label] = targets[label] + of_part / len(real[label])
                 matched = pool.map(_match, [(student, decoded[label], targets[label], draws[label], piece)
                                             for label in labels])
             for label, (loss, gradient) in zip(labels, matched, strict=True):

@@ -103,6 +103,7 @@ def expect_tensors(tensors: Mapping[str, Tensor], expected: Mapping[str, tuple[t
     for name, (shape, dtype) in expected.items():
         tensor = tensors[name]
         if tuple(tensor.shape) != tuple(shape) or tensor.dtype != dtype:
-            raise ArtifactError(f"tensor {name!r} is {tensor.dtype} {list(tensor.shape)}, expected {dtype} {list(shape)}")
+            raise ArtifactError(f"tensor {name!r} is {tensor.dtype} {list(tensor.shape)}, "
+                                f"expected {dtype} {list(shape)}")
         if dtype.is_floating_point and not bool(torch.isfinite(tensor).all()):
             raise ArtifactError(f"tensor {name!r} holds a value that is not finite")

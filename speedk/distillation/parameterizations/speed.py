@@ -63,7 +63,7 @@ class Spec:
         if max(J, self.K) > 65536:
             raise ConfigError(f"J={J} patches and K={self.K} tokens must be at most 65,536: coordinates have 16 bits")
         if self.H * J * self.K > MAX_CODE:
-            raise ConfigError(f"H J K = {self.H * J * self.K:,} is over {MAX_CODE:,}: a dense code would take over 512 MB")
+            raise ConfigError(f"H J K = {self.H * J * self.K:,} is over {MAX_CODE:,}: a dense code would take 512 MB")
         if not 0 <= self.k <= J * self.K:
             raise ConfigError(f"k={self.k} is outside 0 to J K = {J * self.K}")
         if self.fit_steps < 0:
@@ -177,8 +177,8 @@ class Speed(Parameterization):
     @classmethod
     def planned_storage(cls, spec: Spec, geometry: Geometry, ipc: int) -> dict[str, float]:
         spec.check(geometry)
-        return speed_storage(N=spec.images_per_class * geometry.classes, D=spec.D, K=spec.K, H=spec.H, R=spec.R, k=spec.k,
-                             J=spec.patches(geometry), L=spec.patch**2 * geometry.channels)
+        return speed_storage(N=spec.images_per_class * geometry.classes, D=spec.D, K=spec.K, H=spec.H, R=spec.R,
+                             k=spec.k, J=spec.patches(geometry), L=spec.patch**2 * geometry.channels)
 
 
 class _TopK(torch.autograd.Function):
