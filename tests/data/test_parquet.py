@@ -10,6 +10,7 @@ from PIL import Image
 from small_sets import encode, picture, write_parquet
 
 from speedk import data
+from speedk.data import parquet
 from speedk.data.decode import decode
 from speedk.data.parquet import read_parquet
 from speedk.data.part import number_labels
@@ -78,7 +79,9 @@ def test_shards_in_a_folder_for_each_part(tmp_path):
     assert data.load(path=tmp_path, progress=False).train.labels.tolist() == [0, 1, 2]
 
 
-def test_cut_takes_the_rows_of_the_classes_across_shards_and_groups(tmp_path):
+@pytest.mark.parametrize("block", [4, 256])
+def test_cut_takes_the_rows_of_the_classes_across_shards_groups_and_blocks(tmp_path, monkeypatch, block):
+    monkeypatch.setattr(parquet, "_BLOCK", block)
     labels = np.random.default_rng(0).integers(0, 7, 40)
     images = [encode(picture(i)) for i in range(40)]
     files = [write_parquet(tmp_path / f"{i}.parquet", labels[i * 20:i * 20 + 20].tolist(),

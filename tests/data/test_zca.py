@@ -105,6 +105,10 @@ def test_equal_bytes_whatever_the_threads_and_the_chunks(monkeypatch):
     finally:
         torch.set_num_threads(threads)
     assert len(hashes) == 1
+    fitted = zca.fit(x, MARK, progress=False)
+    for matrix in (fitted.matrix, fitted.inverse):
+        steps = matrix.double() * 2**18  # coarser than any rounding error of the decomposition
+        assert torch.equal(steps, steps.round())
     x[7, 0, 0, 0] ^= 1
     assert zca.fit(x, MARK, progress=False).sha256 not in hashes
 
