@@ -31,7 +31,7 @@ examples:
 """
 LOWER = "npz holds all images at once; png and parquet do not"
 
-_BATCH = 512
+_BATCH_BYTES = 16 << 20
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -72,13 +72,17 @@ def _refuse_used(folder: Path) -> None:
 
 
 def _pictures(distilled: Distilled) -> Iterator[tuple[Tensor, np.ndarray]]:
-    """Batches of (index [B], uint8 [B, H, W, C])."""
+    """Batches of (index [B], uint8 [B, H, W, C]), with a progress bar where it takes long and somebody watches."""
     import torch
+    from tqdm import tqdm
 
     from speedk import pictures
 
-    for index in torch.arange(len(distilled)).split(_BATCH):
-        yield index, pictures.to_bytes(distilled.images("unit", index))
+    batch = max(1, _BATCH_BYTES // (4 * distilled.geometry.pixels))
+    with tqdm(total=len(distilled), desc="decoding", unit="img", delay=2, leave=False, disable=None) as bar:
+        for index in torch.arange(len(distilled)).split(batch):
+            yield index, pictures.to_bytes(distilled.images("unit", index))
+            bar.update(len(index))
 
 
 def _png(distilled: Distilled, folder: Path, space: str) -> str:

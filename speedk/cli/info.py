@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import textwrap
 from typing import TYPE_CHECKING, Any
 
 from speedk.cli._text import table
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     from speedk.distillation.artifact import Distilled
 
 HELP = "Print what a distilled file holds: its making, its counted numbers, its bytes."
+_WIDTH = 88
 EPILOG = """examples:
   speedk info runs/digits/distilled.safetensors
   speedk info distilled.safetensors --json
@@ -73,7 +75,9 @@ def text(distilled: Distilled, summary: dict[str, Any]) -> str:
         ("seed", str(header["seed"])),
         ("checksum", distilled.fingerprint),
     ]
-    return table([fact for fact in facts if fact[1]]) + "\n\n" + _counts(distilled, summary)
+    rows = [(name if first else "", part) for name, fact in facts if fact
+            for first, part in zip((True, *[False] * len(fact)), textwrap.wrap(fact, _WIDTH), strict=False)]
+    return table(rows) + "\n\n" + _counts(distilled, summary)
 
 
 def _counts(distilled: Distilled, summary: dict[str, Any]) -> str:

@@ -114,7 +114,9 @@ class Distilled:
     @property
     def labels(self) -> Tensor:
         """What to train on: int64 [N], the classes; or float32 [N, classes] where labels were learned."""
-        return self._decode(torch.arange(len(self)), 1) if self.header["label_numbers"] else self.classes.clone()
+        if not self.header["label_numbers"]:
+            return self.classes.clone()
+        return torch.cat([self._decode(part)[1] for part in self._chunks(torch.arange(len(self)))])
 
     def images(self, space: str = "normalised", index: Tensor | None = None) -> Tensor:
         """Decode all images, or those of `index` (int64 [B]), a few megabytes at a time: float32 [N or B, C, H, W].
@@ -125,17 +127,23 @@ class Distilled:
         """
         if space not in _SPACES:
             raise ValueError(f"space={space!r} is not one of {', '.join(_SPACES)}")
-        index = torch.arange(len(self)) if index is None else torch.as_tensor(index, dtype=torch.int64)
-        if index.ndim != 1 or (index.numel() and not 0 <= int(index.min()) <= int(index.max()) < len(self)):
-            raise ValueError(f"index must be [B] with values from 0 to {len(self) - 1}")
-        size = 4 * self.geometry.pixels * index.numel()
+        index = torch.arange(len(self)) if index is None else index.cpu()
+        if index.dtype != torch.int64 or index.ndim != 1 or (
+                index.numel() and not 0 <= int(index.min()) <= int(index.max()) < len(self)):
+            raise ValueError(f"index must be int64 [B] with values from 0 to {len(self) - 1}")
+        g = self.geometry
+        size = 4 * g.pixels * index.numel()
         if size > MAX_DECODED:
             raise ArtifactError(f"{self.path} decodes to {size:,} bytes, over the limit of {MAX_DECODED:,} at once: "
                                 "decode it in parts with images(index=...)")
-        images = self._decode(index, 0)
-        if not bool(torch.isfinite(images).all()):
-            raise ArtifactError(f"{self.path} decodes to values that are not finite")
-        return data.from_description(self.header["normaliser"]).unit(images) if space == "unit" else images
+        normaliser = data.from_description(self.header["normaliser"]) if space == "unit" else None
+        images = torch.empty(index.numel(), g.channels, g.resolution, g.resolution)
+        for part, target in zip(self._chunks(index), self._chunks(images), strict=True):
+            decoded = self._decode(part)[0]
+            if not bool(torch.isfinite(decoded).all()):
+                raise ArtifactError(f"{self.path} decodes to values that are not finite")
+            target.copy_(decoded if normaliser is None else normaliser.unit(decoded))
+        return images
 
     def dataset(self, space: str = "normalised") -> TensorDataset:
         """Pairs (image, label) for a DataLoader, decoded once."""
@@ -149,11 +157,12 @@ class Distilled:
             parts[part] = parts.get(part, 0) + tensor.numel() * tensor.element_size()
         return [(part, whole(size / 4), size) for part, size in parts.items()]
 
+    def _chunks(self, rows: Tensor) -> tuple[Tensor, ...]:
+        return rows.split(max(1, _CHUNK // (4 * self.geometry.pixels)))
+
     @torch.no_grad()
-    def _decode(self, index: Tensor, which: int) -> Tensor:
-        """Images (which = 0) or labels (1) of `index`, in chunks; an empty index makes one empty chunk."""
-        step = max(1, _CHUNK // (4 * self.geometry.pixels))
-        return torch.cat([self.synthetic.decode(part)[which] for part in index.split(step)])
+    def _decode(self, index: Tensor) -> tuple[Tensor, Tensor]:
+        return self.synthetic.decode(index)
 
 
 __all__ = ["Distilled", "checksum", "dump", "load", "parse", "save"]

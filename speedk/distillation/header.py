@@ -81,7 +81,8 @@ def rebuild(header: dict[str, Any], tensors: dict[str, Tensor]) -> Parameterizat
         raise ArtifactError(f"was made by a method that this speedk does not have: {error}") from error
     spec = _spec(plugin.Spec, header["spec"], geometry)
     try:
-        synthetic = plugin.from_storage(spec, geometry, ipc, labels, tensors)
+        with torch.random.fork_rng(devices=[]):  # modules draw starting values, which the caller must not notice
+            synthetic = plugin.from_storage(spec, geometry, ipc, labels, tensors)
     except (SpeedkError, ValueError) as error:
         raise ArtifactError(f"is not what it says it is: {error}") from error
     again = synthetic.storage()

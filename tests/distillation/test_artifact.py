@@ -54,13 +54,20 @@ def test_images_and_labels_come_back_bit_for_bit(saved):
         assert loaded.header[key] == value
 
 
+def test_loading_draws_no_random_numbers(saved):
+    _, _, path = saved
+    before = torch.get_rng_state()
+    speedk.load(path)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_an_index_decodes_those_images(saved):
     made, _, path = saved
     loaded = speedk.load(path)
     index = torch.tensor([4, 0, 4])
     assert torch.allclose(loaded.images(index=index), loaded.images()[index], atol=1e-6)
     assert loaded.images(index=torch.tensor([], dtype=torch.int64)).shape == (0, *loaded.images().shape[1:])
-    for wrong in ([-1], [made.size], [[0]]):
+    for wrong in ([-1], [made.size], [[0]], [0.5], [True]):
         with pytest.raises(ValueError, match="index must be"):
             loaded.images(index=torch.tensor(wrong))
     with pytest.raises(ValueError, match="space='rgb'"):
@@ -69,9 +76,20 @@ def test_an_index_decodes_those_images(saved):
 
 def test_decoding_in_chunks_is_decoding(saved, monkeypatch):
     _, _, path = saved
-    whole = speedk.load(path).images()
+    loaded = speedk.load(path)
+    whole, unit, labels = loaded.images(), loaded.images("unit"), loaded.labels
+    assert float(unit.min()) >= 0 and float(unit.max()) <= 1 and not torch.equal(unit, whole)
     monkeypatch.setattr(artifact, "_CHUNK", 1)
-    assert torch.allclose(speedk.load(path).images(), whole, atol=1e-6)
+    assert torch.allclose(loaded.images(), whole, atol=1e-6) and torch.allclose(loaded.images("unit"), unit, atol=1e-6)
+    assert torch.equal(loaded.labels, labels)
+
+
+def test_pictures_undo_the_normaliser(tmp_path):
+    made, header = make("pixels")
+    artifact.save(tmp_path / "a", made, header)
+    unit = speedk.load(tmp_path / "a").images("unit")
+    mean, std = (torch.tensor(header["normaliser"][key])[:, None, None] for key in ("mean", "std"))
+    assert torch.allclose(unit, (made.images.detach() * std + mean).clamp(0, 1), atol=1e-6)
 
 
 def test_a_dataset_feeds_a_loader(saved):
