@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from speedk import ops as ops
     from speedk.distillation.artifact import load as load
     from speedk.distillation.freenet import FReeNet as FReeNet
-    from speedk.distillation.loop import distill as distill
+    from speedk.distillation.plan import distill as distill
     from speedk.evaluation import evaluate as evaluate
     from speedk.ops import explain as explain
     from speedk.ops import use_backend as use_backend
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
-    "distill": "speedk.distillation.loop",
+    "distill": "speedk.distillation.plan",
     "evaluate": "speedk.evaluation",
     "load": "speedk.distillation.artifact",
     "FReeNet": "speedk.distillation.freenet",

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from speedk import ops
 from speedk.errors import ConfigError
+from speedk.workers import Pool
 
 if TYPE_CHECKING:
     from speedk.distillation.parameterizations.speed import Speed
@@ -22,7 +23,6 @@ ANNEAL = 0.6
 """Share of the steps in which the number of active entries falls from a quarter of the code to k."""
 
 
-@torch.enable_grad()
 def fit(synthetic: Speed, real, generator: torch.Generator, progress=None) -> float:
     """Fit `synthetic` to images_per_class training images of each class, drawn by `generator`, and return the mean
     squared error that is left (normalised units, top-k active).
@@ -41,17 +41,20 @@ def fit(synthetic: Speed, real, generator: torch.Generator, progress=None) -> fl
     images = torch.cat(targets).to(device)
     order = torch.randperm(len(images), generator=generator).to(device)
     shared = [synthetic.saet, *synthetic.freenet.parameters()]
-    pieces = order.split(JOINT)
+    pool = Pool(device)
+    parts = order.split(JOINT)
     error = 0.0
-    for number, index in enumerate(pieces):
-        def report(step: int, loss: Tensor, number: int = number) -> None:
+    for number, index in enumerate(parts):
+        def report(step: int, loss: float, number: int = number) -> None:
             if progress is not None:
-                progress(number * spec.fit_steps + step, len(pieces) * spec.fit_steps, loss)
-        error += _fit_piece(synthetic, index, images[index], shared if number == 0 else [], report) * len(index)
+                progress(number * spec.fit_steps + step, len(parts) * spec.fit_steps, loss)
+        with pool:
+            part = _fit_part(synthetic, index, images[index], shared if number == 0 else [], pool, report)
+        error += part * len(index)
     return error / len(images)
 
 
-def _fit_piece(synthetic: Speed, index: Tensor, images: Tensor, shared: list[Tensor], report) -> float:
+def _fit_part(synthetic: Speed, index: Tensor, images: Tensor, shared: list[Tensor], pool: Pool, report) -> float:
     spec, steps = synthetic.spec, synthetic.spec.fit_steps
     codes = synthetic.scm.detach()[index].requires_grad_()
     size = codes[0, 0].numel()
@@ -61,15 +64,17 @@ def _fit_piece(synthetic: Speed, index: Tensor, images: Tensor, shared: list[Ten
     optimizer = torch.optim.Adam(groups, betas=(0.9, 0.99))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5 + 0.5 * math.cos(math.pi * step / steps))
     first = max(spec.k, size // 4)
-    loss = torch.zeros(())
+    piece = pool.images(synthetic.geometry.resolution)
+    loss = 0.0
     for step in range(steps):
-        part = min(1.0, step / (ANNEAL * steps))
-        active = round(first ** (1 - part) * max(spec.k, 1) ** part) if spec.k else 0
-        decoded = synthetic.freenet(ops.sparsify(codes, active), synthetic.saet)
-        loss = (decoded - images).square().mean()
-        gradients = torch.autograd.grad(loss, [codes, *shared])
-        for tensor, gradient in zip([codes, *shared], gradients, strict=True):
-            tensor.grad = gradient
+        done = min(1.0, step / (ANNEAL * steps))
+        active = round(first ** (1 - done) * max(spec.k, 1) ** done) if spec.k else 0
+        found = pool.map(_gradients, [(synthetic, rows, shared, targets, active, images.numel())
+                                      for rows, targets in zip(codes.detach().split(piece), images.split(piece))])
+        loss = sum(float(part) for part, _, _ in found)
+        codes.grad = torch.cat([gradient for _, gradient, _ in found])
+        for tensor, *gradients in zip(shared, *(of_piece for _, _, of_piece in found)):
+            tensor.grad = sum(gradients[1:], gradients[0])
         optimizer.step()
         schedule.step()
         report(step + 1, loss)
@@ -77,4 +82,15 @@ def _fit_piece(synthetic: Speed, index: Tensor, images: Tensor, shared: list[Ten
         synthetic.scm[index] = ops.sparsify(codes, spec.k)
     for tensor in shared:
         tensor.grad = None
-    return float(loss.detach())
+    return loss
+
+
+def _gradients(synthetic: Speed, rows: Tensor, shared: list[Tensor], targets: Tensor, active: int,
+               count: int) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+    """The part of the mean squared error that is of one piece, and its gradients for the piece's codes and `shared`."""
+    with torch.enable_grad():
+        codes = rows.requires_grad_()
+        decoded = synthetic.freenet(ops.sparsify(codes, active), synthetic.saet)
+        loss = (decoded - targets).square().sum() / count
+    gradient, *of_shared = torch.autograd.grad(loss, [codes, *shared])
+    return loss.detach(), gradient, tuple(of_shared)

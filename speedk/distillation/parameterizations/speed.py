@@ -30,8 +30,8 @@ class Spec:
     images_per_class: N/c, decoded images of a class. D: dimension of a token. K: tokens. H: heads. R: blocks.
     k: entries kept of each code. patch: side of a patch, pixels. penalty: lambda of Eq. 5; a negative value means the
     paper's rule 0.064 / (N H J). norm: where LN1 stands (see FReeNet). init: "random", the paper's, or "fit", a least
-    squares fit to real images. sparse: "end", the paper's top-k after training, or "always", top-k in every decode with
-    the gradient passed to all entries (straight-through).
+    squares fit to real images, of fit_steps. sparse: "end", the paper's top-k after training, or "always", top-k in
+    every decode with the gradient passed to all entries (straight-through): what is matched is then what is stored.
     """
 
     images_per_class: int
@@ -44,7 +44,7 @@ class Spec:
     penalty: float = -1.0
     norm: str = "branch"
     init: str = "fit"
-    sparse: str = "end"
+    sparse: str = "always"
     fit_steps: int = 600
 
     def check(self, geometry: Geometry) -> None:

@@ -1,0 +1,44 @@
+"""Progress bars of a run."""
+
+from __future__ import annotations
+
+from speedk.distillation.loop import Progress
+
+
+class Bars:
+    """A bar while the start is fitted, and one over the outer iterations, with losses and time left."""
+
+    def __init__(self) -> None:
+        self._bar = None
+        self._name = ""
+
+    def progress(self) -> Progress:
+        return Progress(fit=self._fit, step=self._step, say=self._say)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+
+    def _fit(self, done: int, total: int, error: float) -> None:
+        bar = self._open("fitting to real images", total, done)
+        if done % 10 == 0 or done == total:
+            bar.set_postfix({"squared error": f"{float(error):.4f}"}, refresh=False)
+
+    def _step(self, done: int, total: int, numbers: dict[str, float]) -> None:
+        bar = self._open("distilling", total, done)
+        bar.set_postfix({name: f"{value:.4g}" for name, value in numbers.items()}, refresh=False)
+
+    def _say(self, line: str) -> None:
+        self.close()
+        print(line, flush=True)
+
+    def _open(self, name: str, total: int, done: int):
+        from tqdm import tqdm
+
+        if self._bar is None or self._name != name:
+            self.close()
+            self._bar = tqdm(total=total, desc=name, initial=done - 1, unit="step", dynamic_ncols=True)
+            self._name = name
+        self._bar.update(done - self._bar.n)
+        return self._bar

@@ -1,0 +1,76 @@
+"""speedk demo: the whole walk on the embedded digits, in a few minutes on a CPU."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+
+HELP = "Distil the embedded digits, evaluate the saved file beside its baselines, and draw it: a few minutes on a CPU."
+EPILOG = """\
+example:
+  speedk demo --out runs/demo
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--out", metavar="DIR", type=Path, help="where the runs go (default: a new folder under runs/)")
+    parser.add_argument("--runs", metavar="N", type=int, default=5, help="networks trained for each row (default: 5)")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: auto")
+    parser.add_argument("--steps", metavar="N", type=int, help="outer iterations (default: the recipe's)")
+
+
+def run(args: argparse.Namespace) -> int:
+    from speedk import evaluate
+    from speedk.cli._progress import Bars
+    from speedk.cli._text import table
+    from speedk.distillation import plan as plans
+    from speedk.evaluation import real_images, whole
+
+    began = time.monotonic()
+    out = args.out or _unused(Path("runs"))
+    made = {method: plans.plan("digits", ipc=1, method=method, out=out / method, device=args.device, steps=args.steps)
+            for method in ("speed", "pixels")}
+    real, device = made["speed"].real, str(made["speed"].device)
+    print(f"{real.name}: {len(real.train):,} training and {len(real.test):,} test images, split {real.split}; {real.note}\n"
+          f"objective {made['speed'].chosen}\n")
+    files, seconds = {}, {}
+    for method, plan in made.items():
+        print(f"distilling {method}: {plan.recipe.objective.steps:,} steps", flush=True)
+        bars, start = Bars(), time.monotonic()
+        try:
+            files[method] = plan.run(progress=bars.progress())
+        finally:
+            bars.close()
+        seconds[method] = time.monotonic() - start
+    reports = {}
+    for name, source, runs in (("SPEED", files["speed"], args.runs), ("pixels, same storage", files["pixels"], args.runs),
+                               ("one real image a class", real_images(real), args.runs),
+                               ("whole data set", whole(real), 1)):
+        print(f"evaluating: {name}", flush=True)
+        beside = source.with_name("evaluation.json") if isinstance(source, Path) else None
+        reports[name] = evaluate(source, real, networks=("convnet",), runs=runs, protocol="quick", device=device,
+                                 out=beside)
+    rows = [("trained on", "images", "float32 numbers", "accuracy", "runs")]
+    for name, report in reports.items():
+        result = report.results[0]
+        spread = f"{result.mean:.1f} +- {result.std:.1f} %" if result.mean is not None else "failed"
+        rows.append((name, f"{report.images:,}", f"{sum(report.storage.values()):,.0f}", spread, str(len(result.seeds))))
+    print(f"\n{table(rows, numbers=(1, 2, 4))}\n")
+    speed = reports["SPEED"]
+    print(f"accuracy on {len(real.test):,} test images ({real.split}; {real.note}); ConvNet, protocol "
+          f"{speed.protocol['name']} ({speed.protocol['epochs']} epochs), the whole data set 50 epochs; seeds from 0")
+    print(f"distilled in {seconds['speed']:.0f} s (pixels {seconds['pixels']:.0f} s), "
+          f"{time.monotonic() - began:.0f} s in all")
+    print(f"artifact {files['speed']}: {files['speed'].stat().st_size:,} bytes")
+    print(f"picture  {files['speed'].with_name('preview.png')}")
+    return 0
+
+
+def _unused(folder: Path) -> Path:
+    """folder/demo, or the first of demo-2, demo-3, ... that is not there yet."""
+    number, path = 1, folder / "demo"
+    while path.exists():
+        number += 1
+        path = folder / f"demo-{number}"
+    return path

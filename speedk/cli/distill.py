@@ -1,0 +1,140 @@
+"""speedk distill: from real images to one small file."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from speedk.distillation.plan import Plan
+
+HELP = "Distil a data set into one file of a few hundred kilobytes that networks can be trained on."
+EPILOG = """\
+Without arguments the embedded digits are distilled. A run directory holds distilled.safetensors, recipe.toml,
+log.jsonl, preview.png, TensorBoard events and checkpoints; a stopped run goes on with --resume.
+
+examples:
+  speedk distill
+  speedk distill --dataset imagenette --ipc 1
+  speedk distill --dataset cifar10 --data DIR --method pixels --steps 1000
+  speedk distill --data my_images/ --ipc 5 --dry-run
+  speedk distill --dataset cifar10 k=24 images_per_class=30 rates.scm=0.02
+  speedk distill --out runs/mine --resume
+"""
+LOWER = "lower batch (as in batch=64), images_per_class or the resolution"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("fields", metavar="key=value", nargs="*",
+                        help="a recipe field, by its name or as table.name (see `speedk recipes show`)")
+    parser.add_argument("--dataset", metavar="NAME", help="digits, cifar10, cifar100, tinyimagenet, imagenette, "
+                        "imagewoof, imagefruit, imagemeow, imagesquawk or imageyellow (default: digits)")
+    parser.add_argument("--data", metavar="DIR", type=Path,
+                        help="a folder of images: parquet files, or train/ and test/ with a folder per class")
+    parser.add_argument("--ipc", metavar="N", type=int, help="images per class whose storage may be used (default: 1)")
+    parser.add_argument("--method", metavar="NAME", help="speed or pixels (default: speed)")
+    parser.add_argument("--objective", metavar="NAME", default="auto",
+                        help="what is matched: dm, ...; auto is the paper's (tm) where a GPU makes it feasible, else dm")
+    parser.add_argument("--recipe", metavar="NAME|FILE", help="see `speedk recipes` (default: that of the row)")
+    parser.add_argument("--out", metavar="DIR", type=Path, help="the run directory (default: under runs/)")
+    parser.add_argument("--seed", metavar="S", type=int, help="of everything random (default: 0)")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: auto")
+    parser.add_argument("--steps", metavar="N", type=int, help="outer iterations (default: the recipe's)")
+    parser.add_argument("--resume", action="store_true", help="go on with the run in --out, or begin it")
+    parser.add_argument("--evaluate", action="store_true", help="evaluate the file at the end (protocol quick)")
+    parser.add_argument("--dry-run", action="store_true",
+                        help="print the recipe, the budget and an estimate of time and memory, and stop")
+
+
+def run(args: argparse.Namespace) -> int:
+    from speedk.cli._progress import Bars
+    from speedk.distillation import plan as plans
+    from speedk.distillation.loop import Interrupted
+    from speedk.distillation.recipe import parse_overrides
+
+    made = plans.plan(args.dataset, data=args.data, ipc=args.ipc, method=args.method, objective=args.objective,
+                      recipe=args.recipe, out=args.out, seed=args.seed, device=args.device, steps=args.steps,
+                      overrides=parse_overrides(args.fields), resume=args.resume, progress=True)
+    _announce(made, args)
+    if args.dry_run:
+        _dry_run(made)
+        return 0
+    bars = Bars()
+    try:
+        path = made.run(resume=args.resume, progress=bars.progress())
+    except Interrupted as stop:
+        bars.close()
+        print(f"{stop}; go on with: speedk distill --out {made.out} --resume"
+              + (f" --data {args.data}" if args.data is not None else ""))
+        return 130
+    finally:
+        bars.close()
+    _conclude(made, path)
+    if args.evaluate:
+        from speedk import evaluate
+
+        out = path.with_name("evaluation.json")
+        print(f"\n{evaluate(path, made.real, protocol='quick', device=str(made.device), out=out)}\n\n{out}")
+    return 0
+
+
+def _announce(made: Plan, args: argparse.Namespace) -> None:
+    """What will be done, before anything starts."""
+    from speedk.cli._text import table
+    from speedk.distillation.plan import trajectory_seconds
+
+    real, recipe = made.real, made.recipe
+    note = f"; {real.note}" if real.note else ""
+    spent = recipe.budget(real.geometry)
+    rows = [
+        ("data", f"{real.name}, split {real.split}, {len(real.train):,} training and {len(real.test):,} test images of "
+                 f"{real.geometry.channels}x{real.geometry.resolution}x{real.geometry.resolution}, "
+                 f"{real.geometry.classes} classes{note}"),
+        ("recipe", f"{recipe.about.name} ({recipe.about.row}), seed {recipe.run.seed}"),
+        *(("", text) for text in made.notes),
+        ("storage", f"{spent.counted:,.0f} of {spent.allowed:,} float32 numbers (ipc {recipe.data.ipc})"
+                    + (", budget off" if recipe.data.budget == "off" else "")),
+        ("objective", made.chosen),
+    ]
+    if args.objective == "auto" and recipe.objective_name != "tm":
+        iteration, total = trajectory_seconds(made, _facts(made))
+        rows.append(("", f"trajectory matching would take about {_time(iteration)} an iteration and {_time(total)} in "
+                         f"all on this {made.device.type}"))
+    rows += [("device", str(made.device)), ("run", str(made.out))]
+    print(table(rows), flush=True)
+
+
+def _facts(made: Plan) -> dict:
+    """The tables of the shipped recipe that `made` came from, for the settings of the other objectives."""
+    from speedk.distillation import recipe as recipes
+
+    name = made.recipe.about.name
+    return recipes.read(name) if name in recipes.shipped() else {}
+
+
+def _dry_run(made: Plan) -> None:
+    from speedk.distillation import recipe as recipes
+    from speedk.distillation.plan import estimate
+
+    print(f"\nrecipe, resolved:\n\n{recipes.to_toml(made.recipe.to_dict())}")
+    print(f"budget (float32 numbers):\n{made.recipe.budget(made.real.geometry).table()}\n")
+    measured = estimate(made)
+    steps = made.recipe.objective.steps
+    print(f"time    about {_time(measured.seconds(steps))}: the start {_time(measured.start_seconds)}, then {steps:,} "
+          f"steps of {_time(measured.step_seconds)} (measured over 3)")
+    print(f"memory  peak of {measured.peak_bytes / 2**30:.2f} GiB so far on {made.device}, the data among it")
+
+
+def _conclude(made: Plan, path: Path) -> None:
+    spent = made.recipe.budget(made.real.geometry)
+    print(f"\n{path}: {path.stat().st_size:,} bytes, {spent.counted:,.0f} float32 numbers counted of {spent.allowed:,}")
+    print(f"{path.with_name('preview.png')}: what was distilled")
+    print(f"next: speedk evaluate {path} --protocol quick")
+
+
+def _time(seconds: float) -> str:
+    for size, unit in ((86400, "days"), (3600, "hours"), (60, "minutes")):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds:.1f} s" if seconds >= 1 else f"{1000 * seconds:.0f} ms"

@@ -1,0 +1,51 @@
+"""speedk recipes: the recipes that come with the package."""
+
+from __future__ import annotations
+
+import argparse
+
+from speedk.cli._text import table
+
+HELP = "List the recipes that come with speedk, or print one."
+EPILOG = """\
+examples:
+  speedk recipes
+  speedk recipes show cifar10-ipc1-speed > mine.toml
+  speedk distill --recipe mine.toml --data DIR
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("action", nargs="?", choices=("list", "show"), default="list", help="default: list")
+    parser.add_argument("name", metavar="NAME", nargs="?", help="the recipe to show")
+
+
+def run(args: argparse.Namespace) -> int:
+    from speedk.distillation import recipe as recipes
+    from speedk.errors import ConfigError
+    from speedk.registry import nearest
+
+    shipped = recipes.shipped()
+    if args.action == "show":
+        if args.name is None:
+            raise ConfigError("say which: speedk recipes show NAME")
+        if args.name not in shipped:
+            raise ConfigError(f"no recipe {args.name!r}{nearest(args.name, list(shipped))}; `speedk recipes` lists them")
+        print(shipped[args.name], end="")
+        return 0
+    rows = [("recipe", "data", "ipc", "method", "N/c", "counted", "budget", "published accuracy")]
+    rows += [_row(name) for name in shipped]
+    print(table(rows, numbers=(2, 4, 5, 6)))
+    return 0
+
+
+def _row(name: str) -> tuple[str, ...]:
+    from speedk.data import catalogue
+    from speedk.distillation import recipe as recipes
+
+    resolved = recipes.resolve(recipes.read(name), "dm")
+    geometry = catalogue.entry(resolved.data.name).geometry
+    spent = resolved.budget(geometry)
+    images = getattr(resolved.parameterization, "images_per_class", resolved.data.ipc)
+    return (name, resolved.data.name, str(resolved.data.ipc), resolved.method, str(images), f"{spent.counted:,.0f}",
+            f"{spent.allowed:,}", resolved.about.published or "-")

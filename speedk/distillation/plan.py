@@ -1,0 +1,266 @@
+"""From what a user asks for to a run: recipe, real data, device, objective and where the results go."""
+
+from __future__ import annotations
+
+import dataclasses
+import resource
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from speedk import data, networks, registry
+from speedk.data import RealData
+from speedk.distillation import budget, loop, objectives, parameterizations
+from speedk.distillation import recipe as recipes
+from speedk.distillation.loop import Progress, Run
+from speedk.distillation.recipe import Recipe
+from speedk.errors import ConfigError
+
+PAPER_OBJECTIVE = "tm"
+DEFAULT_STEPS = 2000
+"""Outer steps where no recipe is shipped for a row: what the shipped ones of distribution matching have."""
+
+OWN_SETTINGS: dict[str, dict[str, Any]] = {
+    "speed": {"dm": {"optimizer": "adam", "steps": DEFAULT_STEPS}},
+    "pixels": {"dm": {"optimizer": "sgd", "momentum": 0.5, "rates": {"pixels": 1.0}, "steps": DEFAULT_STEPS}},
+}
+"""Outer settings by method and objective where no recipe says them; those of pixels are the original's."""
+
+TRAJECTORY = {"batch": 256, "inner_steps": 60, "max_start": 40, "expert_epochs": 2, "experts": 100, "steps": 20000}
+"""Of trajectory matching, where a recipe does not say: the settings of the larger published rows."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run that is ready to start. chosen: the objective and why; notes: what was decided on the way, for the user."""
+
+    recipe: Recipe
+    real: RealData
+    device: torch.device
+    out: Path
+    chosen: str
+    notes: tuple[str, ...]
+
+    def run(self, *, resume: bool = False, progress: Progress | None = None) -> Path:
+        """Distil; returns the path of the artifact. See `speedk.distillation.loop.distill`."""
+        return loop.distill(self.recipe, self.real, self.out, resume=resume, device=self.device, chosen=self.chosen,
+                            progress=progress)
+
+
+def distill(dataset: str | None = None, *, data: str | Path | None = None, ipc: int | None = None,
+            method: str | None = None, objective: str = "auto", recipe: str | Path | None = None,
+            out: str | Path | None = None, seed: int | None = None, device: str = "auto", steps: int | None = None,
+            resume: bool = False, progress: Progress | None = None, **fields: Any) -> Path:
+    """Distil a data set into one file, and return its path.
+
+    dataset: a name of `speedk.data` ("digits", "cifar10", ...; the embedded digits where neither it nor `data` is
+    given); data: a folder with images, alone or as the place of `dataset`. ipc: images per class whose storage the
+    file may take. method: "speed" or "pixels"; objective: "auto", "dm", ... recipe: the name of a shipped recipe or a
+    TOML file; without it the recipe of that row is taken, or one is made within the budget. Any recipe field can be
+    given by its name (k=24, rates={"scm": 0.01}). out: the run directory. With `resume` a stopped run goes on.
+    Raises speedk.errors.SpeedkError.
+    """
+    made = plan(dataset, data=data, ipc=ipc, method=method, objective=objective, recipe=recipe, out=out, seed=seed,
+                device=device, steps=steps, overrides=fields, resume=resume)
+    return made.run(resume=resume, progress=progress)
+
+
+def plan(dataset: str | None = None, *, data: str | Path | None = None, ipc: int | None = None,
+         method: str | None = None, objective: str = "auto", recipe: str | Path | None = None,
+         out: str | Path | None = None, seed: int | None = None, device: str = "auto", steps: int | None = None,
+         overrides: dict[str, Any] | None = None, resume: bool = False, progress: bool = False) -> Plan:
+    """What `distill` will do, without doing it. Arguments as for `distill`; progress: bars while data are read."""
+    where = _device(device)
+    changes = {**(overrides or {})}
+    for key, value in (("data.ipc", ipc), ("run.seed", seed), ("objective.steps", steps)):
+        if value is not None:
+            changes[key] = value
+    stored = Path(out) / "recipe.toml" if out is not None else None
+    if resume and recipe is None and stored is not None and stored.is_file():
+        return _resumed(recipes.read(stored), dataset, data, method, objective, changes, where, Path(out), progress)
+    notes: list[str] = []
+    tables = _tables(dataset, data, ipc, method, recipe, notes)
+    if dataset is not None and tables.get("data", {}).get("name", dataset) not in ("", dataset):
+        raise ConfigError(f"the recipe is for {tables['data']['name']}, not {dataset}")
+    chosen, why = choose(objective, where)
+    named = tables.get("data", {}).get("name") or dataset
+    draft = _data_fields(tables, changes)
+    real = _load(named, data, draft, progress)
+    if "parameterization" not in tables:
+        tables = _own(tables, real, method or "speed", draft.ipc, chosen, notes)
+    resolved = recipes.resolve(tables, chosen, changes)
+    resolved = dataclasses.replace(resolved, data=dataclasses.replace(resolved.data, name=named or ""))
+    resolved.budget(real.geometry)
+    folder = Path(out) if out is not None else Path("runs") / f"{_run_name(resolved, real)}-seed{resolved.run.seed}"
+    if resume and out is None and (folder / "recipe.toml").is_file():
+        return _resumed(recipes.read(folder / "recipe.toml"), dataset, data, method, objective, changes, where, folder,
+                        progress)
+    return Plan(resolved, real, where, folder, why, tuple(notes))
+
+
+def choose(objective: str, device: torch.device) -> tuple[str, str]:
+    """The objective that "auto" means on `device`, and a sentence on why."""
+    known = registry.names(objectives)
+    if objective != "auto":
+        registry.find(objectives, objective)
+        return objective, f"{objective}, as asked"
+    if PAPER_OBJECTIVE not in known:
+        return "dm", "dm: trajectory matching (tm), the paper's objective, is not part of this version"
+    if device.type != "cuda":
+        return "dm", "dm: without a GPU trajectory matching (tm), the paper's objective, takes too long"
+    return PAPER_OBJECTIVE, "tm: the paper's objective, and there is a GPU"
+
+
+def _device(name: str) -> torch.device:
+    if name not in ("auto", "cpu", "cuda"):
+        raise ConfigError(f"device={name!r} is not one of auto, cpu, cuda")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device=cuda, but PyTorch sees no GPU here; say cpu or auto")
+    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def _tables(dataset: str | None, folder: str | Path | None, ipc: int | None, method: str | None,
+            recipe: str | Path | None, notes: list[str]) -> dict[str, Any]:
+    """The recipe that was asked for, or of the row that was asked for; without a parameterization where none is."""
+    if recipe is not None:
+        tables = recipes.read(recipe)
+        stated = tables.get("parameterization", {}).get("method")
+        if method is not None and method != stated:
+            raise ConfigError(f"the recipe {recipe} is for the method {stated!r}, not {method!r}")
+        return tables
+    if dataset is None and folder is None:
+        dataset = "digits"
+    if method is not None:
+        registry.find(parameterizations, method)
+    if dataset is not None:
+        data.catalogue.entry(dataset)
+        name = recipes.find_row(dataset, ipc or 1, method or "speed")
+        if name is not None:
+            return recipes.read(name)
+    return {"data": {"name": dataset or "", "ipc": ipc or 1}}
+
+
+def _data_fields(tables: dict[str, Any], changes: dict[str, Any]) -> recipes.DataFields:
+    """The data table as it will be resolved: what must be known before the data are read."""
+    names = {f.name for f in dataclasses.fields(recipes.DataFields)}
+    values = dict(tables.get("data", {}))
+    for key, value in changes.items():
+        table, _, field = key.rpartition(".")
+        if table in ("", "data") and field in names:
+            values[field] = value
+    return recipes.build(recipes.DataFields, values, "data")
+
+
+def _load(name: str | None, folder: str | Path | None, fields: recipes.DataFields, progress: bool) -> RealData:
+    return data.load(name or None, folder, resolution=fields.resolution or None, split=fields.split or None,
+                     normaliser=fields.normaliser or None, progress=progress)
+
+
+def _own(tables: dict[str, Any], real: RealData, method: str, ipc: int, objective: str,
+         notes: list[str]) -> dict[str, Any]:
+    """A recipe where none is published: SPEED's sizes by the solver."""
+    sizes: dict[str, Any] = {"method": method}
+    if method == "speed":
+        sizes |= budget.solve(real.geometry, ipc)
+        notes.append("no recipe is shipped for this row: its sizes were solved for within the budget")
+    settings = OWN_SETTINGS.get(method, {}).get(objective, {})
+    about = {"name": f"{real.name}-ipc{ipc}-{method}", "row": "ours, solved for"}
+    return {"recipe": about, "parameterization": sizes, "objective": {objective: settings}, **tables}
+
+
+def _run_name(recipe: Recipe, real: RealData) -> str:
+    return f"{real.name}-ipc{recipe.data.ipc}-{recipe.method}-{recipe.objective_name}"
+
+
+def _resumed(tables: dict[str, Any], dataset: str | None, folder: str | Path | None, method: str | None,
+             objective: str, changes: dict[str, Any], device: torch.device, out: Path, progress: bool) -> Plan:
+    """The plan of a run directory; what is said again must agree with it."""
+    stored = recipes.from_resolved(tables)
+    said = {"data.name": dataset, "parameterization.method": method,
+            "objective.name": None if objective == "auto" else objective}
+    have = {"data.name": stored.data.name, "parameterization.method": stored.method,
+            "objective.name": stored.objective_name}
+    for name, value in said.items():
+        if value is not None and value != have[name]:
+            raise ConfigError(f"{out} holds a run with {name}={have[name]!r}, not {value!r}; choose another --out")
+    name = stored.objective_name
+    inner = {key: value for key, value in tables["objective"].items() if key != "name"}
+    resolved = recipes.resolve({**tables, "objective": {name: inner}}, name, changes)
+    real = _load(stored.data.name, folder, resolved.data, progress)
+    _, why = choose(objective, device)
+    return Plan(resolved, real, device, out, why if objective == "auto" else f"{name}, as asked", ())
+
+
+class _Enough(Exception):
+    pass
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Measured over a few steps: seconds of a step and of the start, peak memory in bytes."""
+
+    step_seconds: float
+    start_seconds: float
+    peak_bytes: int
+
+    def seconds(self, steps: int) -> float:
+        return self.start_seconds + steps * self.step_seconds
+
+
+def estimate(made: Plan, steps: int = 3) -> Estimate:
+    """Run the start and `steps` outer iterations of `made` for a moment, and throw them away."""
+    if made.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    run = Run(made.recipe, made.real, made.device)
+    seen: list[tuple[float, int, int]] = []
+
+    def watch(done: int, total: int, error: float) -> None:
+        seen.append((time.perf_counter(), done, total))
+        if len(seen) > 8 or seen[-1][0] - seen[0][0] > 10:
+            raise _Enough
+
+    began = time.perf_counter()
+    try:
+        run.initialise(Progress(fit=watch))
+        start = time.perf_counter() - began
+    except _Enough:
+        (first, done, total), (last, reached, _) = seen[0], seen[-1]
+        start = first - began + (last - first) / max(1, reached - done) * total
+    times = []
+    for _ in range(steps + 1):
+        began = time.perf_counter()
+        run.advance()
+        times.append(time.perf_counter() - began)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    if made.device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated()
+    return Estimate(min(times[1:]), start, peak)
+
+
+def trajectory_seconds(made: Plan, tables: dict[str, Any] | None = None) -> tuple[float, float]:
+    """About what trajectory matching would cost here: (seconds of one iteration, seconds of all and of the experts).
+
+    From one measured training step of the student: an iteration differentiates `inner_steps` of them once more, which
+    costs about three times their own time, and an expert trains for the epochs that can be read.
+    """
+    facts = TRAJECTORY | {k: v for k, v in (tables or {}).get("objective", {}).get("tm", {}).items() if k in TRAJECTORY}
+    real, geometry = made.real, made.real.geometry
+    student = networks.fresh(made.recipe.objective.network, geometry, 0, made.device)
+    batch = min(32, facts["batch"])
+    images = torch.zeros(batch, geometry.channels, geometry.resolution, geometry.resolution, device=made.device)
+    labels = torch.zeros(batch, dtype=torch.int64, device=made.device)
+    times = []
+    for _ in range(3):
+        began = time.perf_counter()
+        F.cross_entropy(student(images), labels).backward()
+        if made.device.type == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - began)
+    image = min(times) / batch
+    iteration = facts["inner_steps"] * facts["batch"] * image * 3
+    experts = facts["experts"] * (facts["max_start"] + facts["expert_epochs"] - 1) * len(real.train) * image
+    return iteration, facts["steps"] * iteration + experts

@@ -1,0 +1,115 @@
+"""What every parameterization and every objective keeps to, by name."""
+
+import pytest
+import torch
+from toys import make_real
+
+import speedk
+from speedk import registry
+from speedk.distillation import artifact, loop, objectives, parameterizations
+from speedk.distillation.recipe import resolve
+
+SMALL = {
+    "speed": {"images_per_class": 4, "D": 8, "K": 8, "H": 2, "R": 2, "k": 6, "patch": 4, "fit_steps": 4},
+    "pixels": {},
+}
+METHODS = registry.names(parameterizations)
+OBJECTIVES = registry.names(objectives)
+
+
+@pytest.fixture(scope="module")
+def real():
+    return make_real()
+
+
+def make_run(real, method, objective="dm", **fields):
+    tables = {"data": {"ipc": 4}, "parameterization": {"method": method, **SMALL[method]},
+              "objective": {objective: {"steps": 2, "batch": 4}}}
+    run = loop.Run(resolve(tables, objective, fields), real, torch.device("cpu"))
+    run.initialise(loop.Progress())
+    return run
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_decode(real, method):
+    synthetic = make_run(real, method).synthetic
+    index = torch.tensor([0, synthetic.size - 1, 0])
+    images, labels = synthetic.decode(index)
+    assert images.shape == (3, 3, 16, 16) and images.dtype == torch.float32
+    assert labels.shape[0] == 3 and synthetic.classes.tolist() == sorted(synthetic.classes.tolist())
+    assert set(synthetic.classes.tolist()) == {0, 1, 2}
+    everything, _ = synthetic.decode(torch.arange(synthetic.size))
+    torch.testing.assert_close(everything[index], images)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_accumulate_is_the_gradient_of_decode(real, method):
+    synthetic = make_run(real, method, **({"sparse": "end"} if method == "speed" else {})).synthetic.double()
+    index = torch.tensor([2, 5, 0])
+    slope = torch.randn(3, 3, 16, 16, dtype=torch.float64)
+    parameters = [p for group in synthetic.param_groups() for p in group["params"]]
+    expected = torch.autograd.grad((synthetic.decode(index)[0] * slope).sum(), parameters, allow_unused=True)
+    for _ in range(2):
+        synthetic.accumulate(index, slope)
+    for p, want in zip(parameters, expected, strict=True):
+        got = torch.zeros_like(p) if p.grad is None else p.grad
+        torch.testing.assert_close(got, 2 * want if want is not None else torch.zeros_like(p), rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("method", METHODS)
+def test_gradients_reach_every_learned_tensor(real, method, objective):
+    run = make_run(real, method, objective)
+    numbers = run.objective.step(run.synthetic, 0)
+    assert "loss" in numbers
+    for group in [*run.synthetic.param_groups(), *run.objective.learned()]:
+        assert sum(float(p.grad.abs().sum()) for p in group["params"]) > 0, group["name"]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_tensor_of_a_group_is_learned(real, method):
+    run = make_run(real, method)
+    learned = {id(p) for group in run.synthetic.param_groups() for p in group["params"]}
+    assert learned == {id(p) for p in run.synthetic.parameters()}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_save_load_decode_is_bit_equal_and_counted(real, method, tmp_path):
+    run = make_run(real, method)
+    run.advance()
+    run.synthetic.finalize()
+    index = torch.arange(run.synthetic.size)
+    before, labels = run.synthetic.decode(index)
+    artifact.save(tmp_path / "a.safetensors", run.synthetic, run.header("as asked"))
+    loaded = speedk.load(tmp_path / "a.safetensors")
+    assert torch.equal(loaded.images(), before.detach()) and torch.equal(loaded.labels, labels)
+    stored = sum(t.numel() * t.element_size() for t in run.synthetic.storage().values())
+    planned = type(run.synthetic).planned_storage(run.synthetic.spec, real.geometry, 4)
+    assert stored == 4 * sum(planned.values()) <= 4 * real.geometry.budget(4)
+    loaded.synthetic.finalize()
+    assert torch.equal(loaded.images(), before.detach())
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_start_depends_on_the_generator_alone(real, method):
+    torch.manual_seed(1)
+    first = make_run(real, method).synthetic.state_dict()
+    torch.manual_seed(2)
+    again = make_run(real, method).synthetic.state_dict()
+    assert all(torch.equal(first[name], again[name]) for name in first)
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_a_step_depends_on_seed_and_number_alone(real, objective):
+    def gradients(step, before):
+        run = make_run(real, "pixels", objective)
+        for earlier in before:
+            run.objective.step(run.synthetic, earlier)
+        run.optimizer.zero_grad()
+        state = run.objective.state_dict()
+        fresh = make_run(real, "pixels", objective)
+        fresh.objective.load_state_dict(state)
+        fresh.objective.step(fresh.synthetic, step)
+        return fresh.synthetic.images.grad
+
+    assert torch.equal(gradients(3, []), gradients(3, [])) and not torch.equal(gradients(3, []), gradients(4, []))

@@ -1,0 +1,75 @@
+"""Recipes: reading, overriding, refusing, and the way back from a run's own file."""
+
+import dataclasses
+import json
+
+import pytest
+
+from speedk.distillation import recipe as recipes
+from speedk.distillation.recipe import parse_overrides, read, resolve, shipped
+from speedk.errors import ConfigError
+
+ROW = "cifar10-ipc1-speed"
+
+
+@pytest.mark.parametrize("name", list(shipped()))
+def test_every_shipped_recipe_resolves_and_survives_its_own_file(name, tmp_path):
+    recipe = resolve(read(name), "dm")
+    assert recipe.about.name == name
+    path = tmp_path / "recipe.toml"
+    path.write_text(recipes.to_toml(recipe.to_dict()))
+    assert recipes.from_resolved(read(path)) == recipe
+    assert json.loads(json.dumps(recipe.to_dict())) == recipe.to_dict()
+
+
+def test_overrides():
+    recipe = resolve(read(ROW), "dm", parse_overrides(["k=24", "rates.scm=0.5", "objective.batch=8", "norm=sum", "lr=1"]))
+    assert (recipe.parameterization.k, recipe.objective.rates["scm"], recipe.objective.batch) == (24, 0.5, 8)
+    assert recipe.parameterization.norm == "sum" and recipe.objective.lr == 1.0
+    assert resolve(read(ROW), "dm").parameterization.k == 48
+
+
+@pytest.mark.parametrize(("pairs", "message"), [
+    (["stepz=3"], "no recipe field 'stepz'; did you mean 'steps'"),
+    (["k=many"], "parameterization.k='many' must be a whole number"),
+    (["k=true"], "must be a whole number"),
+    (["lr=nan"], "must be finite"),
+    (["k=-1"], "k=-1 is outside"),
+    (["D=33"], "D=33 is not a multiple of H=2"),
+    (["patch=5"], "patch=5 does not divide"),
+    (["norm=post"], "norm='post' is not one of branch, sum"),
+    (["init=magic"], "init='magic' is not one of random, fit"),
+    (["optimizer=lion"], "optimizer='lion' is not one of sgd, adam"),
+    (["batch=0"], "batch=0 must be at least 1"),
+    (["steps=-1"], "steps=-1 must not be negative"),
+    (["protocol=mine"], "protocol='mine' is not one of mtt, speed"),
+    (["ipc=0"], "ipc=0 must be at least 1"),
+    (["k"], "'k' is not key=value"),
+    (["budget=maybe"], "budget='maybe' must be on or off"),
+])
+def test_what_is_refused(pairs, message):
+    from speedk.geometry import Geometry
+
+    with pytest.raises(ConfigError, match=message):
+        resolve(read(ROW), "dm", parse_overrides(pairs)).budget(Geometry(10, 3, 32))
+
+
+def test_unknown_names(tmp_path):
+    with pytest.raises(ConfigError, match="did you mean 'cifar10-ipc1-speed'"):
+        read("cifar10-ipc1-sped")
+    with pytest.raises(ConfigError, match=r"no table \[dta\]; did you mean 'data'"):
+        resolve({"dta": {}, "parameterization": {"method": "pixels"}}, "dm")
+    with pytest.raises(ConfigError, match="'speedy' is not one of .*did you mean 'speed'"):
+        resolve({"parameterization": {"method": "speedy"}}, "dm")
+    with pytest.raises(ConfigError, match="'dmm' is not one of"):
+        resolve({"parameterization": {"method": "pixels"}}, "dmm")
+    with pytest.raises(ConfigError, match="lacks the field 'images_per_class'"):
+        resolve({"parameterization": {"method": "speed"}}, "dm")
+    (tmp_path / "bad.toml").write_text("k = [")
+    with pytest.raises(ConfigError, match="not TOML"):
+        read(tmp_path / "bad.toml")
+
+
+def test_a_recipe_is_frozen():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        resolve(read(ROW), "dm").parameterization.k = 3

@@ -1,0 +1,27 @@
+"""A small real set with something to learn, for tests of whole runs."""
+
+from __future__ import annotations
+
+import torch
+
+from speedk.data import RealData, Subset
+from speedk.data.normaliser import ChannelNormaliser
+from speedk.data.real import fingerprint
+from speedk.geometry import Geometry
+
+
+def make_real(classes: int = 3, channels: int = 3, resolution: int = 16, count: int = 12, seed: int = 0) -> RealData:
+    """Noisy stripes: the class sets their frequency."""
+    generator = torch.Generator().manual_seed(seed)
+    names = tuple(f"stripes {i}" for i in range(classes))
+
+    def part(count: int) -> Subset:
+        labels = torch.arange(classes).repeat_interleave(count)
+        wave = torch.sin(torch.arange(resolution)[None] * (labels[:, None] + 1) * 6.28 / resolution)
+        images = 128 + 80 * wave[:, None, :, None].expand(-1, channels, -1, resolution)
+        images = images + 20 * torch.randn(len(labels), channels, resolution, resolution, generator=generator)
+        return Subset(images.clamp(0, 255).to(torch.uint8), labels)
+
+    train, test = part(count), part(4)
+    return RealData("stripes", Geometry(classes, channels, resolution), names, "made", "", fingerprint(names, train, test),
+                    ChannelNormaliser((0.5,) * channels, (0.25,) * channels), train, test)
