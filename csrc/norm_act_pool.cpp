@@ -41,7 +41,7 @@ template <class T> void forward_plane(const NormActPool& j, int64_t plane, const
       const int64_t count = 2 * w - begin < kStrip ? 2 * w - begin : kStrip;
       for (int64_t i = 0; i < count; ++i) {
         const T a = scale * upper[begin + i] + shift, b = scale * lower[begin + i] + shift;
-        sums[i] = (a > 0 ? a : 0) + (b > 0 ? b : 0);
+        sums[i] = (a < 0 ? 0 : a) + (b < 0 ? 0 : b);  // a NaN stays one
       }
       T* target = out + row * w + begin / 2;
       for (int64_t i = 0; i < count / 2; ++i) target[i] = static_cast<T>(0.25) * (sums[2 * i] + sums[2 * i + 1]);
@@ -68,7 +68,7 @@ void backward_plane(const NormActPool& j, int64_t plane, const T* x, const T* d_
     const T* slope = d_out + row / 2 * w;
     for (int64_t i = 0; i < w; ++i) to[2 * i] = to[2 * i + 1] = static_cast<T>(0.25) * slope[i];
     if (j.W % 2) to[j.W - 1] = 0;
-    for (int64_t i = 0; i < 2 * w; ++i) to[i] = scale * from[i] + shift > 0 ? to[i] : 0;
+    for (int64_t i = 0; i < 2 * w; ++i) to[i] = scale * from[i] + shift <= 0 ? 0 : to[i];
     sum_g += sum_over<T>(2 * w, [&](int64_t i) { return to[i]; });
     sum_gx += sum_over<T>(2 * w, [&](int64_t i) { return to[i] * (from[i] - m); });
   }

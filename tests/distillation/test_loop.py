@@ -152,7 +152,7 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_step(real, tmp_
         return step(run)
 
     monkeypatch.setattr(loop.Run, "advance", poisoned)
-    with pytest.raises(TrainingError, match=r"is nan at step 4: .* lower .*the last good checkpoint is of step 3"):
+    with pytest.raises(TrainingError, match=r"is nan at step 4: .*lower them.*the last good checkpoint is of step 3"):
         loop.distill(small(sparse="end"), real, tmp_path / "run")
     monkeypatch.undo()
     assert loop.distill(small(sparse="end"), real, tmp_path / "run", resume=True).read_bytes() == loop.distill(

@@ -112,6 +112,18 @@ def test_threads_do_not_change_a_bit():
     assert torch.equal(*results)
 
 
+@on_backends("norm_act_pool")
+def test_a_nan_is_not_lost(backend):
+    x, weight, bias = inputs((2, 3, 4, 4), torch.float32)
+    x[0, 1, 2, 2] = torch.nan
+    x.requires_grad_()
+    with use_backend(backend):
+        out = norm_act_pool(x, weight, bias)
+    d_x, = torch.autograd.grad(out, x, torch.ones_like(out))
+    for tensor in (out, d_x):
+        assert tensor[0, 1].isnan().all() and tensor.isnan().sum() == tensor[0, 1].numel()
+
+
 def test_refusals():
     x, weight, bias = inputs((2, 3, 4, 4))
     for message, call in {
