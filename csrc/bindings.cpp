@@ -1,13 +1,18 @@
 // The one file that knows Python. Its callers have checked shapes, dtypes and devices and allocated the results; here are
 // addresses (0 for "not wanted") and sizes. The GIL is released while a kernel runs.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include "coo.h"
+#include "freenet.h"
 #include "isa.h"
+#include "mhsc.h"
 #include "norm_act_pool.h"
 #include "parallel.h"
 #include "patches.h"
 #include "topk.h"
+
+#include <vector>
 
 namespace py = pybind11;
 using namespace speedk;
@@ -27,6 +32,19 @@ Entries entries(int dtype, uintptr_t values, uintptr_t rows, uintptr_t cols, int
                 int64_t k, int64_t J, int64_t K) {
   return {static_cast<Dtype>(dtype), at(values), at(rows), at(cols), index_bytes, matrices, k, J, K};
 }
+
+// A Decoder that owns its list of addresses.
+struct Net {
+  std::vector<const float*> weights;
+  Decoder decoder;
+
+  Net(int64_t N, int64_t J, int64_t D, int64_t R, int64_t C, int64_t patch, int64_t columns, bool sum,
+      uintptr_t features, const std::vector<uintptr_t>& addresses, int threads) {
+    for (const uintptr_t address : addresses) weights.push_back(at<const float>(address));
+    decoder = {N, J, D, patch * patch * C, R, C, patch, columns, sum, at<const float>(features), weights.data(), threads};
+  }
+  Net(const Net&) = delete;
+};
 
 }  // namespace
 
@@ -56,6 +74,30 @@ PYBIND11_MODULE(_native, m) {
   m.def("mhsc_coo_backward", [](const Entries& e, uintptr_t saet, uintptr_t d_out, int64_t H, int64_t D,
                                 uintptr_t d_values, uintptr_t d_saet, uintptr_t partial, int threads) {
     return SPEEDK_CALL(mhsc_coo_backward, e, at(saet), at(d_out), H, D, at(d_values), at(d_saet), at(partial), threads);
+  }, released);
+
+  py::class_<Mhsc>(m, "Mhsc").def(py::init([](int dtype, int64_t N, int64_t H, int64_t J, int64_t K, int64_t D,
+                                             uintptr_t scm, uintptr_t saet, int threads) {
+    return Mhsc{static_cast<Dtype>(dtype), N, H, J, K, D, at(scm), at(saet), threads};
+  }));
+  m.attr("mhsc_parts") = kMhscParts;
+  m.def("mhsc", [](const Mhsc& job, uintptr_t out) { SPEEDK_CALL(mhsc, job, at(out)); }, released);
+  m.def("mhsc_backward", [](const Mhsc& job, uintptr_t d_out, uintptr_t d_scm, uintptr_t d_saet, uintptr_t partial) {
+    SPEEDK_CALL(mhsc_backward, job, at(d_out), at(d_scm), at(d_saet), at(partial));
+  }, released);
+
+  py::class_<Net>(m, "Net")
+      .def(py::init<int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, bool, uintptr_t,
+                    const std::vector<uintptr_t>&, int>())
+      .def_property_readonly("kept", [](const Net& net) { return kept_values(net.decoder); })
+      .def_property_readonly("parts", [](const Net& net) { return decoder_parts(net.decoder); });
+  m.def("decode", [](const Net& net, uintptr_t images, uintptr_t kept) {
+    SPEEDK_CALL(decode, net.decoder, at<float>(images), at<float>(kept));
+  }, released);
+  m.def("decode_backward", [](const Net& net, uintptr_t d_images, uintptr_t kept, uintptr_t d_features,
+                              uintptr_t d_weights, uintptr_t partial) {
+    SPEEDK_CALL(decode_backward, net.decoder, at<const float>(d_images), at<const float>(kept), at<float>(d_features),
+                at<float>(d_weights), at<float>(partial));
   }, released);
 
   py::class_<Patches>(m, "Patches").def(py::init([](int element_bytes, int64_t N, int64_t C, int64_t rows,

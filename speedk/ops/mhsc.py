@@ -2,28 +2,83 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
+
+from speedk.ops import dispatch
 
 
 def mhsc(scm: Tensor, saet: Tensor) -> Tensor:
     """Combine the epitomic tokens by the codes, head by head, and lay the heads side by side.
 
     Head h of the result is scm[:, h] @ saet[:, h D/H : (h+1) D/H]: the paper's [E^1 A^1, ..., E^H A^H] of Eq. 3,
-    transposed (a token a row).
+    transposed (a token a row). Differentiable once (any number of times on the torch backend).
 
-    scm: [N, H, J, K] floating, any strides; saet: [K, D] of the same dtype, D a multiple of H.
-    Returns [N, J, D]. Raises ValueError where the shapes do not fit.
+    scm: [N, H, J, K] floating, any strides; saet: [K, D] of the same dtype, any strides, D a multiple of H.
+    Returns [N, J, D]. Raises ValueError where the shapes or dtypes do not fit.
+    Backends: Triton, native (CPU; float32 and float64), torch.
     """
     if scm.ndim != 4 or saet.ndim != 2:
         raise ValueError(f"scm must be [N, H, J, K] and saet [K, D], got {tuple(scm.shape)} and {tuple(saet.shape)}")
     if scm.shape[3] != saet.shape[0]:
         raise ValueError(f"saet has K={saet.shape[0]} tokens but scm has K={scm.shape[3]} columns")
-    if saet.shape[1] % scm.shape[1]:
+    if scm.shape[1] == 0 or saet.shape[1] % scm.shape[1]:
         raise ValueError(f"D={saet.shape[1]} is not a multiple of H={scm.shape[1]} heads")
-    return mhsc_reference(scm, saet)
+    if scm.dtype != saet.dtype or not scm.is_floating_point():
+        raise ValueError(f"scm and saet must share a floating dtype, got {scm.dtype} and {saet.dtype}")
+    backend = _op.choose(scm, saet)
+    if backend == "torch":
+        return mhsc_reference(scm, saet)
+    return _mhsc(scm, saet, backend)
 
 
 def mhsc_reference(scm: Tensor, saet: Tensor) -> Tensor:
     n, h, j, k = scm.shape
-    pools = saet.reshape(k, h, -1).transpose(0, 1)  # [H, K, D/H]
+    pools = saet.reshape(k, h, saet.shape[1] // h).transpose(0, 1)  # [H, K, D/H]
     return (scm @ pools).transpose(1, 2).reshape(n, j, saet.shape[1])
+
+
+def why_not_native(scm: Tensor, saet: Tensor) -> str | None:
+    if scm.dtype not in (torch.float32, torch.float64):
+        return f"{scm.dtype} is computed in PyTorch"
+    return dispatch.why_not_native_cpu(scm, saet)
+
+
+_op = dispatch.Op("mhsc", native=why_not_native)
+
+
+@torch.library.custom_op("speedk::mhsc", mutates_args=())
+def _mhsc(scm: Tensor, saet: Tensor, backend: str) -> Tensor:
+    return dispatch.launchers(backend, "mhsc").mhsc_fwd(scm, saet)
+
+
+@_mhsc.register_fake
+def _(scm: Tensor, saet: Tensor, backend: str) -> Tensor:
+    return scm.new_empty(scm.shape[0], scm.shape[2], saet.shape[1])
+
+
+@torch.library.custom_op("speedk::mhsc_bwd", mutates_args=())
+def _mhsc_bwd(d_out: Tensor, scm: Tensor, saet: Tensor, need_scm: bool, need_saet: bool,
+              backend: str) -> tuple[Tensor, Tensor]:
+    grads = dispatch.launchers(backend, "mhsc").mhsc_bwd(d_out, scm, saet, need_scm, need_saet)
+    return tuple(scm.new_empty(0) if grad is None else grad for grad in grads)
+
+
+@_mhsc_bwd.register_fake
+def _(d_out: Tensor, scm: Tensor, saet: Tensor, need_scm: bool, need_saet: bool,
+      backend: str) -> tuple[Tensor, Tensor]:
+    return scm.new_empty(scm.shape if need_scm else 0), saet.new_empty(saet.shape if need_saet else 0)
+
+
+def _save(ctx, inputs, output) -> None:
+    scm, saet, ctx.backend = inputs
+    ctx.save_for_backward(scm, saet)
+
+
+def _backward(ctx, d_out: Tensor):
+    need_scm, need_saet, _ = ctx.needs_input_grad
+    d_scm, d_saet = _mhsc_bwd(d_out, *ctx.saved_tensors, need_scm, need_saet, ctx.backend)
+    return d_scm if need_scm else None, d_saet if need_saet else None, None
+
+
+_mhsc.register_autograd(_backward, setup_context=_save)

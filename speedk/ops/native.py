@@ -13,10 +13,6 @@ from speedk.ops.dispatch import native
 # The values of `Dtype` in csrc/isa.h.
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
 
-# Where a product feeds a kernel, the tokens are made in pieces of about this many bytes, which stay in the caches.
-PIECE_BYTES = 1 << 20
-
-
 def address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
@@ -31,6 +27,31 @@ def topk(scm: Tensor, k: int, *, dense: Tensor | None = None, mask: Tensor | Non
         DTYPES[scm.dtype], scm.data_ptr(), n * h, j, tokens, k, address(dense), address(mask), address(values),
         address(rows), address(cols), index_bytes, torch.get_num_threads(),
     )  # fmt: skip
+
+
+def _mhsc(scm: Tensor, saet: Tensor):
+    n, h, j, k = scm.shape
+    return native().Mhsc(DTYPES[scm.dtype], n, h, j, k, saet.shape[1], scm.data_ptr(), saet.data_ptr(),
+                         torch.get_num_threads())  # fmt: skip
+
+
+def mhsc_fwd(scm: Tensor, saet: Tensor) -> Tensor:
+    """The features [N, J, D]."""
+    scm, saet = scm.contiguous(), saet.contiguous()
+    features = scm.new_empty(scm.shape[0], scm.shape[2], saet.shape[1])
+    native().mhsc(_mhsc(scm, saet), features.data_ptr())
+    return features
+
+
+def mhsc_bwd(d_out: Tensor, scm: Tensor, saet: Tensor, need_scm: bool = True,
+             need_saet: bool = True) -> tuple[Tensor | None, Tensor | None]:
+    """d_scm [N, H, J, K] and d_saet [K, D], None where not needed."""
+    d_out, scm, saet = d_out.contiguous(), scm.contiguous(), saet.contiguous()
+    d_scm = torch.empty_like(scm) if need_scm else None
+    d_saet = torch.empty_like(saet) if need_saet else None
+    partial = saet.new_empty(native().mhsc_parts, *saet.shape) if need_saet else None
+    native().mhsc_backward(_mhsc(scm, saet), d_out.data_ptr(), address(d_scm), address(d_saet), address(partial))
+    return d_scm, d_saet
 
 
 def _entries(values: Tensor, rows: Tensor, cols: Tensor, J: int, K: int):
@@ -102,37 +123,57 @@ def unpatchify_fwd(tokens: Tensor, channels: int, patch: int, width: int, out: T
     return out
 
 
+def decode_fwd(features: Tensor, weights: list[Tensor], channels: int, patch: int, sum_norm: bool,
+               keep: bool) -> tuple[Tensor, Tensor]:
+    """Images [N, C, H, W] from features [N, J, D], and what `decode_bwd` needs (empty unless `keep`).
+
+    `weights` are ten of each block, then the final two.
+    """
+    features, weights = features.contiguous(), [w.contiguous() for w in weights]
+    n, j, _ = features.shape
+    side = _side(j) * patch
+    images = features.new_empty(n, channels, side, side)
+    net = _net(features, weights, channels, patch, sum_norm)
+    kept = features.new_empty(net.kept if keep else 0)
+    native().decode(net, images.data_ptr(), kept.data_ptr())
+    return images, kept
+
+
+def decode_bwd(d_images: Tensor, kept: Tensor, features: Tensor, weights: list[Tensor], channels: int, patch: int,
+               sum_norm: bool) -> tuple[Tensor, Tensor]:
+    """d_features, and the gradients of all weights laid end to end."""
+    d_images, features = d_images.contiguous(), features.contiguous()
+    weights = [w.contiguous() for w in weights]
+    net = _net(features, weights, channels, patch, sum_norm)
+    d_features = torch.empty_like(features)
+    d_weights = features.new_empty(sum(w.numel() for w in weights))
+    partial = features.new_empty(net.parts, d_weights.numel())
+    native().decode_backward(net, d_images.data_ptr(), kept.data_ptr(), d_features.data_ptr(), d_weights.data_ptr(),
+                             partial.data_ptr())  # fmt: skip
+    return d_features, d_weights
+
+
+def _net(features: Tensor, weights: list[Tensor], channels: int, patch: int, sum_norm: bool):
+    n, j, d = features.shape
+    return native().Net(n, j, d, len(weights) // 10, channels, patch, _side(j), sum_norm, features.data_ptr(),
+                        [w.data_ptr() for w in weights], torch.get_num_threads())  # fmt: skip
+
+
+def _side(patches: int) -> int:
+    return int(patches**0.5 + 0.5)
+
+
 def tokens_to_images_fwd(state: Tensor, weight: Tensor, bias: Tensor, channels: int, patch: int) -> Tensor:
-    """unpatchify(state @ weight.T + bias), piece by piece."""
-    n, j, _ = state.shape
-    side = round(j**0.5)
-    images = state.new_empty(n, channels, side * patch, side * patch)
-    step = _images_in_a_piece(j * weight.shape[0] * state.element_size(), n)
-    tokens = state.new_empty(step * j, weight.shape[0])
-    for start in range(0, n, step):
-        piece = state[start:start + step]
-        rows = tokens[:len(piece) * j]
-        torch.addmm(bias, piece.reshape(-1, piece.shape[-1]), weight.T, out=rows)
-        unpatchify_fwd(rows.view(len(piece), j, -1), channels, patch, side, out=images[start:start + step])
-    return images
+    """unpatchify(state @ weight.T + bias): a decoder without blocks."""
+    return decode_fwd(state, [weight, bias], channels, patch, False, False)[0]
 
 
 def tokens_to_images_bwd(d_images: Tensor, state: Tensor, weight: Tensor, patch: int) -> tuple[Tensor, Tensor, Tensor]:
-    """d_state [N, J, D], d_weight [L, D] and d_bias [L], piece by piece."""
-    n, j, d = state.shape
-    d_state = state.new_empty(n, j, d)
-    d_weight, d_bias = torch.zeros_like(weight), weight.new_zeros(weight.shape[0])
-    step = _images_in_a_piece(j * weight.shape[0] * state.element_size(), n)
-    for start in range(0, n, step):
-        d_tokens = patchify_fwd(d_images[start:start + step], patch).flatten(0, 1)
-        torch.mm(d_tokens, weight, out=d_state[start:start + step].view(-1, d))
-        d_weight.addmm_(d_tokens.T, state[start:start + step].reshape(-1, d))
-        d_bias += d_tokens.sum(0)
-    return d_state, d_weight, d_bias
-
-
-def _images_in_a_piece(bytes_of_one: int, images: int) -> int:
-    return max(1, min(PIECE_BYTES // max(bytes_of_one, 1), images))
+    """d_state [N, J, D], d_weight [L, D] and d_bias [L]."""
+    bias = weight.new_empty(weight.shape[0])  # of no consequence to the gradients, and nothing is kept
+    channels = d_images.shape[1]
+    d_state, d_weights = decode_bwd(d_images, weight, state, [weight, bias], channels, patch, False)
+    return d_state, d_weights[:weight.numel()].reshape(weight.shape).clone(), d_weights[weight.numel():].clone()
 
 
 def _norm_act_pool(x: Tensor, weight: Tensor, bias: Tensor, eps: float):

@@ -70,7 +70,7 @@ def tokens_to_images(state: Tensor, weight: Tensor, bias: Tensor, channels: int,
     state: [N, J, D] floating, any strides, J a square number; weight: [L, D]; bias: [L]; L = patch * patch * channels.
     Returns [N, C, H, W] with H = W = patch * sqrt(J).
     Raises ValueError where the shapes or dtypes do not fit.
-    Backends: Triton, native (CPU; float32 and float64), torch.
+    Backends: Triton, native (CPU, float32), torch.
     """
     length = patch * patch * channels
     if state.ndim != 3 or weight.shape != (length, state.shape[-1]) or bias.shape != (length,):
@@ -102,9 +102,15 @@ def why_not_native(*tensors: Tensor) -> str | None:
     return dispatch.why_not_native_cpu(*tensors)
 
 
+def why_not_native_product(*tensors: Tensor) -> str | None:
+    if tensors[0].dtype != torch.float32:
+        return f"{tensors[0].dtype} is computed in PyTorch"
+    return dispatch.why_not_native_cpu(*tensors)
+
+
 _fold = dispatch.Op("patchify", native=why_not_native)
 _unfold = dispatch.Op("unpatchify", native=why_not_native)
-_project = dispatch.Op("tokens_to_images")
+_project = dispatch.Op("tokens_to_images", native=why_not_native_product)
 
 
 @torch.library.custom_op("speedk::patchify", mutates_args=())

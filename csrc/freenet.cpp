@@ -1,0 +1,394 @@
+#include "freenet.h"
+
+#include <cstdlib>
+#include <cstring>
+#include <initializer_list>
+
+#include "gemm.h"
+#include "memory.h"
+#include "parallel.h"
+
+namespace speedk {
+namespace SPEEDK_ISA {
+namespace {
+
+constexpr int64_t kTokens = 32;  // of a block: 12 to 48 KiB for each array of it
+constexpr float kEps = 1e-6f;
+constexpr int W = kWidth<float>;
+
+enum Weight { proj_w, proj_b, norm1_w, norm1_b, fc1_w, fc1_b, fc2_w, fc2_b, norm2_w, norm2_b };
+
+float* floats(int64_t count) {
+  const size_t bytes = (static_cast<size_t>(count) * sizeof(float) + 127) / 64 * 64;
+  return static_cast<float*>(std::aligned_alloc(64, bytes));
+}
+
+// Rows of arrays that products read are padded: to whole vectors, and by one more, so that rows of 256 or 512 values do
+// not all fall into the same cache sets. Values beyond D are zero throughout.
+int64_t padded(int64_t width) { return (width + 15) / 16 * 16 + 16; }
+
+// The weights as products read them: transposed for the way forward, as they are for the way back.
+struct Packed {
+  explicit Packed(const Decoder& net, bool backward) : net(net), ld(padded(net.D)), ld_out(padded(net.L)) {
+    const int64_t square = net.D * ld, last = net.D * ld_out + ld_out + net.L * ld;
+    memory = floats(net.R * (3 * square + 7 * ld) + last);
+    float* next = memory;
+    for (int64_t r = 0; r < net.R; ++r) {
+      for (int w : {proj_w, fc1_w, fc2_w}) {
+        if (backward) plain[r][w] = copy(next, weight(r, w), net.D, net.D, ld);
+        else turned[r][w] = turn(next, weight(r, w), net.D, net.D, ld);
+        next += square;
+      }
+      for (int w : {proj_b, norm1_w, norm1_b, fc1_b, fc2_b, norm2_w, norm2_b}) {
+        plain[r][w] = copy(next, weight(r, w), 1, net.D, ld);
+        next += ld;
+      }
+    }
+    const float* out = net.weights[net.R * kBlockTensors];
+    if (backward) {
+      out_plain = copy(next, out, net.L, net.D, ld);
+    } else {
+      out_turned = turn(next, out, net.L, net.D, ld_out);
+      out_bias = copy(next + net.D * ld_out, net.weights[net.R * kBlockTensors + 1], 1, net.L, ld_out);
+    }
+  }
+  ~Packed() { std::free(memory); }
+  Packed(const Packed&) = delete;
+  Packed& operator=(const Packed&) = delete;
+
+  const float* weight(int64_t r, int w) const { return net.weights[r * kBlockTensors + w]; }
+
+  static float* copy(float* to, const float* from, int64_t rows, int64_t width, int64_t stride) {
+    for (int64_t r = 0; r < rows; ++r) {
+      for (int64_t i = 0; i < stride; ++i) to[r * stride + i] = i < width ? from[r * width + i] : 0.0f;
+    }
+    return to;
+  }
+  static float* turn(float* to, const float* from, int64_t rows, int64_t width, int64_t stride) {
+    for (int64_t i = 0; i < width; ++i) {
+      for (int64_t r = 0; r < stride; ++r) to[i * stride + r] = r < rows ? from[r * width + i] : 0.0f;
+    }
+    return to;
+  }
+
+  const Decoder& net;
+  int64_t ld, ld_out;
+  float* memory;
+  const float* turned[kMaxBlocks][kBlockTensors];
+  const float* plain[kMaxBlocks][kBlockTensors];
+  const float *out_turned = nullptr, *out_bias = nullptr, *out_plain = nullptr;
+};
+
+// y = x w + b over `rows` rows; widths in values, strides a whole number of vectors.
+void affine(int64_t rows, int64_t in, int64_t out, const float* x, int64_t ldx, const float* w, int64_t ldw,
+            const float* b, float* y, int64_t ldy) {
+  const int64_t wide = (out + W - 1) / W * W;
+  gemm<false>(rows, wide, in, x, ldx, 1, w, ldw, y, ldy);
+  for (int64_t t = 0; t < rows; ++t) {
+    for (int64_t i = 0; i < wide; i += W) store(y + t * ldy + i, load(y + t * ldy + i) + load(b + i));
+  }
+}
+
+// LayerNorm of one row of D values, in place: y becomes normalised w + b, `normalised` keeps what it is scaled from.
+// Returns 1 / standard deviation.
+float norm_row(float* y, float* normalised, const float* w, const float* b, int64_t D) {
+  Floats total{};
+  int64_t i = 0;
+  for (; i + W <= D; i += W) total += load(y + i);
+  float mean = sum_of<float>(total);
+  for (; i < D; ++i) mean += y[i];
+  mean /= static_cast<float>(D);
+  Floats squares{};
+  for (i = 0; i + W <= D; i += W) {
+    const Floats centred = load(y + i) - mean;
+    squares += centred * centred;
+  }
+  float variance = sum_of<float>(squares);
+  for (; i < D; ++i) variance += (y[i] - mean) * (y[i] - mean);
+  const float scale = 1.0f / __builtin_sqrtf(variance / static_cast<float>(D) + kEps);
+  for (i = 0; i + W <= D; i += W) {
+    const Floats n = (load(y + i) - mean) * scale;
+    if (normalised) store(normalised + i, n);
+    store(y + i, n * load(w + i) + load(b + i));
+  }
+  for (; i < D; ++i) {
+    const float n = (y[i] - mean) * scale;
+    if (normalised) normalised[i] = n;
+    y[i] = n * w[i] + b[i];
+  }
+  return scale;
+}
+
+// Turns the gradient of the result of norm_row into that of its input, in place, and adds to those of w and b.
+void norm_row_backward(float* d, const float* normalised, const float* w, float scale, float* d_w, float* d_b,
+                       int64_t D) {
+  float sum = 0, projection = 0;
+  Floats sums{}, projections{};
+  int64_t i = 0;
+  for (; i + W <= D; i += W) {
+    const Floats g = load(d + i), n = load(normalised + i);
+    store(d_w + i, load(d_w + i) + g * n);
+    store(d_b + i, load(d_b + i) + g);
+    const Floats scaled = g * load(w + i);
+    store(d + i, scaled);
+    sums += scaled;
+    projections += scaled * n;
+  }
+  for (; i < D; ++i) {
+    d_w[i] += d[i] * normalised[i];
+    d_b[i] += d[i];
+    d[i] *= w[i];
+    sum += d[i];
+    projection += d[i] * normalised[i];
+  }
+  sum = (sum + sum_of<float>(sums)) / static_cast<float>(D);
+  projection = (projection + sum_of<float>(projections)) / static_cast<float>(D);
+  for (i = 0; i + W <= D; i += W) {
+    store(d + i, (load(d + i) - sum - load(normalised + i) * projection) * scale);
+  }
+  for (; i < D; ++i) d[i] = (d[i] - sum - normalised[i] * projection) * scale;
+}
+
+// What a block of tokens leaves behind in one recurrent block; all [kTokens, ld] but the scales [kTokens].
+struct Trace {
+  float *normalised1, *hidden, *before, *active, *normalised2, *state, *scale1, *scale2;
+};
+constexpr int64_t kTraceArrays = 6;
+
+// One recurrent block on `rows` tokens: reads features x and `state` (null for the first), fills the trace.
+void forward_block(const Packed& p, int64_t r, int64_t rows, const float* x, int64_t ldx, const float* state,
+                   const Trace& t) {
+  const int64_t D = p.net.D, ld = p.ld, wide = (D + W - 1) / W * W;
+  const auto& turned = p.turned[r];
+  const auto& plain = p.plain[r];
+  affine(rows, D, D, x, ldx, turned[proj_w], ld, plain[proj_b], t.hidden, ld);
+  for (int64_t i = 0; i < rows; ++i) {
+    float* hidden = t.hidden + i * ld;
+    if (state && p.net.sum) {
+      for (int64_t c = 0; c < wide; c += W) store(hidden + c, load(hidden + c) + load(state + i * ld + c));
+    }
+    t.scale1[i] = norm_row(hidden, t.normalised1 + i * ld, plain[norm1_w], plain[norm1_b], D);
+    if (state && !p.net.sum) {
+      for (int64_t c = 0; c < wide; c += W) store(hidden + c, load(hidden + c) + load(state + i * ld + c));
+    }
+  }
+  affine(rows, D, D, t.hidden, ld, turned[fc1_w], ld, plain[fc1_b], t.before, ld);
+  for (int64_t i = 0; i < rows; ++i) {
+    for (int64_t c = 0; c < wide; c += W) store(t.active + i * ld + c, gelu(load(t.before + i * ld + c)));
+  }
+  affine(rows, D, D, t.active, ld, turned[fc2_w], ld, plain[fc2_b], t.state, ld);
+  for (int64_t i = 0; i < rows; ++i) {
+    float* out = t.state + i * ld;
+    for (int64_t c = 0; c < wide; c += W) store(out + c, load(out + c) + load(t.hidden + i * ld + c));
+    t.scale2[i] = norm_row(out, t.normalised2 + i * ld, plain[norm2_w], plain[norm2_b], D);
+  }
+}
+
+// The part of a trace that is kept, D values a token and not padded: written to `kept`, or read from it.
+float* keep(const Packed& p, int64_t rows, const Trace& t, float* kept, bool stream) {
+  const int64_t D = p.net.D;
+  for (const float* array : {t.normalised1, t.before, t.normalised2}) {
+    for (int64_t i = 0; i < rows; ++i, kept += D) {
+      write_out(kept, array + i * p.ld, D * static_cast<int64_t>(sizeof(float)), stream);
+    }
+  }
+  for (const float* scale : {t.scale1, t.scale2}) {
+    for (int64_t i = 0; i < rows; ++i) *kept++ = scale[i];
+  }
+  return kept;
+}
+const float* recall(const Packed& p, int64_t rows, const Trace& t, const float* kept) {
+  const int64_t D = p.net.D;
+  for (float* array : {t.normalised1, t.before, t.normalised2}) {
+    for (int64_t i = 0; i < rows; ++i, kept += D) std::memcpy(array + i * p.ld, kept, static_cast<size_t>(D) * sizeof(float));
+  }
+  for (float* scale : {t.scale1, t.scale2}) {
+    for (int64_t i = 0; i < rows; ++i) scale[i] = *kept++;
+  }
+  return kept;
+}
+
+// Fills what is not kept of the traces of all blocks, as the way forward did; returns the last state.
+const float* retrace(const Packed& p, int64_t rows, const float* kept, const Trace* traces) {
+  const int64_t ld = p.ld, wide = (p.net.D + W - 1) / W * W;
+  const float* state = nullptr;
+  for (int64_t r = 0; r < p.net.R; ++r) {
+    const Trace& t = traces[r];
+    const auto& plain = p.plain[r];
+    kept = recall(p, rows, t, kept);
+    for (int64_t i = 0; i < rows; ++i) {
+      for (int64_t c = 0; c < wide; c += W) {
+        const int64_t at = i * ld + c;
+        Floats hidden = load(t.normalised1 + at) * load(plain[norm1_w] + c) + load(plain[norm1_b] + c);
+        if (state && !p.net.sum) hidden += load(state + at);
+        store(t.hidden + at, hidden);
+        store(t.active + at, gelu(load(t.before + at)));
+        store(t.state + at, load(t.normalised2 + at) * load(plain[norm2_w] + c) + load(plain[norm2_b] + c));
+      }
+    }
+    state = t.state;
+  }
+  return state;
+}
+
+// Copies the values of token `index` from its place in the images, or to it.
+template <bool to_images> void move_token(const Decoder& net, int64_t index, float* token, float* images) {
+  const int64_t n = index / net.J, j = index % net.J, P = net.patch;
+  const int64_t width = net.columns * P, plane = net.J / net.columns * P * width;
+  float* image = images + n * net.C * plane + j / net.columns * P * width + j % net.columns * P;
+  for (int64_t c = 0; c < net.C; ++c) {
+    for (int64_t y = 0; y < P; ++y) {
+      for (int64_t x = 0; x < P; ++x) {
+        float& value = image[c * plane + y * width + x];
+        float& stored = token[(y * P + x) * net.C + c];
+        if (to_images) value = stored;
+        else stored = value;
+      }
+    }
+  }
+}
+
+// Memory of one thread: `traces` of them, and extra arrays [kTokens, ld].
+struct Workspace {
+  Workspace(const Packed& p, int64_t traces, int64_t arrays) {
+    const int64_t array = kTokens * p.ld;
+    memory = floats(traces * (kTraceArrays * array + 2 * kTokens) + arrays * array + kTokens * p.ld_out);
+    // Padding is read by products and never written: it has to be zero once.
+    const int64_t count = traces * (kTraceArrays * array + 2 * kTokens) + arrays * array + kTokens * p.ld_out;
+    for (int64_t i = 0; i < count; ++i) memory[i] = 0;
+    float* next = memory;
+    for (int64_t r = 0; r < traces; ++r) {
+      for (float** field : {&trace[r].normalised1, &trace[r].hidden, &trace[r].before, &trace[r].active,
+                            &trace[r].normalised2, &trace[r].state}) {
+        *field = next;
+        next += array;
+      }
+      trace[r].scale1 = next;
+      trace[r].scale2 = next + kTokens;
+      next += 2 * kTokens;
+    }
+    for (int64_t a = 0; a < arrays; ++a, next += array) extra[a] = next;
+    tokens = next;
+  }
+  ~Workspace() { std::free(memory); }
+  Workspace(const Workspace&) = delete;
+  Workspace& operator=(const Workspace&) = delete;
+
+  float* memory;
+  Trace trace[kMaxBlocks];
+  float* extra[4];
+  float* tokens;  // [kTokens, ld_out]
+};
+
+// d_w [out, in] += d^T x, d_b [out] += the sum of the rows of d.
+void add_outer(int64_t rows, int64_t out, int64_t in, const float* d, int64_t ldd, const float* x, int64_t ldx,
+               float* d_w, float* d_b) {
+  gemm<true>(out, in, rows, d, 1, ldd, x, ldx, d_w, in);
+  for (int64_t t = 0; t < rows; ++t) {
+    for (int64_t i = 0; i < out; ++i) d_b[i] += d[t * ldd + i];
+  }
+}
+
+// The way back through one block: `d` [rows, ld] is the gradient of its state and becomes that of the state before.
+// Adds to d_x [rows, ld] and to the weights' gradients at `g`.
+void backward_block(const Packed& p, int64_t r, int64_t rows, const float* x, int64_t ldx, bool first, const Trace& t,
+                    float* d, float* d_x, float* a, float* b, float* g) {
+  const int64_t D = p.net.D, ld = p.ld, wide = (D + W - 1) / W * W, square = D * D;
+  const auto& plain = p.plain[r];
+  float *proj = g, *proj_bias = proj + square, *n1 = proj_bias + D, *n1_bias = n1 + D, *fc1 = n1_bias + D,
+        *fc1_bias = fc1 + square, *fc2 = fc1_bias + D, *fc2_bias = fc2 + square, *n2 = fc2_bias + D, *n2_bias = n2 + D;
+  for (int64_t i = 0; i < rows; ++i) {
+    norm_row_backward(d + i * ld, t.normalised2 + i * ld, plain[norm2_w], t.scale2[i], n2, n2_bias, D);
+  }
+  add_outer(rows, D, D, d, ld, t.active, ld, fc2, fc2_bias);
+  gemm<false>(rows, wide, D, d, ld, 1, plain[fc2_w], ld, a, ld);
+  for (int64_t i = 0; i < rows; ++i) {
+    for (int64_t c = 0; c < wide; c += W) {
+      store(a + i * ld + c, load(a + i * ld + c) * gelu_slope(load(t.before + i * ld + c)));
+    }
+  }
+  add_outer(rows, D, D, a, ld, t.hidden, ld, fc1, fc1_bias);
+  gemm<true>(rows, wide, D, a, ld, 1, plain[fc1_w], ld, d, ld);
+  for (int64_t i = 0; i < rows; ++i) {
+    for (int64_t c = 0; c < wide; c += W) store(b + i * ld + c, load(d + i * ld + c));
+    norm_row_backward(b + i * ld, t.normalised1 + i * ld, plain[norm1_w], t.scale1[i], n1, n1_bias, D);
+    for (int64_t c = 0; !first && p.net.sum && c < wide; c += W) store(d + i * ld + c, load(b + i * ld + c));
+  }
+  add_outer(rows, D, D, b, ld, x, ldx, proj, proj_bias);
+  gemm<true>(rows, wide, D, b, ld, 1, plain[proj_w], ld, d_x, ld);
+}
+
+}  // namespace
+
+void decode(const Decoder& net, float* images, float* kept) {
+  const Packed p(net, false);
+  const int64_t kept_bytes = kept ? kept_values(net) * static_cast<int64_t>(sizeof(float)) : 0;
+  const bool stream = kept_bytes > kStreamBytes;
+  if (stream) prefer_large_pages(kept, kept_bytes);
+  const int64_t tokens = net.N * net.J, blocks = (tokens + kTokens - 1) / kTokens;
+  const int64_t bytes = tokens * net.L * static_cast<int64_t>(sizeof(float));
+  if (bytes > kStreamBytes) prefer_large_pages(images, bytes);
+  parallel_for(net.threads, blocks, 8, [&](int64_t begin, int64_t end) {
+    Workspace w(p, 2, 0);  // a block reads the state of the one before: two traces, in turns
+    for (int64_t block = begin; block < end; ++block) {
+      const int64_t first = block * kTokens, rows = first + kTokens < tokens ? kTokens : tokens - first;
+      const float* x = net.features + first * net.D;
+      const float* state = nullptr;
+      float* next = kept ? kept + first * net.R * (3 * net.D + 2) : nullptr;
+      for (int64_t r = 0; r < net.R; ++r) {
+        const Trace& trace = w.trace[r % 2];
+        forward_block(p, r, rows, x, net.D, state, trace);
+        if (kept) next = keep(p, rows, trace, next, stream);
+        state = trace.state;
+      }
+      affine(rows, net.D, net.L, state ? state : x, state ? p.ld : net.D, p.out_turned, p.ld_out, p.out_bias, w.tokens, p.ld_out);
+      for (int64_t i = 0; i < rows; ++i) move_token<true>(net, first + i, w.tokens + i * p.ld_out, images);
+    }
+    finish_stream(stream);
+  });
+}
+
+void decode_backward(const Decoder& net, const float* d_images, const float* kept, float* d_features, float* d_weights,
+                     float* partial) {
+  const Packed p(net, true);
+  const int64_t D = net.D, ld = p.ld, tokens = net.N * net.J, blocks = (tokens + kTokens - 1) / kTokens;
+  const int64_t one = block_weights(net), count = all_weights(net);
+  const int64_t parts = decoder_parts(net), wide = (D + W - 1) / W * W;
+  parallel_for(net.threads, parts, 1, [&](int64_t begin, int64_t end) {
+    Workspace w(p, net.R, 4);
+    float *d = w.extra[0], *d_x = w.extra[1];
+    for (int64_t part = begin; part < end; ++part) {
+      float* sums = partial + part * count;
+      for (int64_t i = 0; i < count; ++i) sums[i] = 0;
+      for (int64_t block = blocks * part / parts; block < blocks * (part + 1) / parts; ++block) {
+        const int64_t first = block * kTokens, rows = first + kTokens < tokens ? kTokens : tokens - first;
+        const float* x = net.features + first * D;
+        const float* state = retrace(p, rows, kept + first * net.R * (3 * D + 2), w.trace);
+        for (int64_t i = 0; i < rows; ++i) {
+          move_token<false>(net, first + i, w.tokens + i * p.ld_out, const_cast<float*>(d_images));
+        }
+        float* last = sums + net.R * one;
+        add_outer(rows, net.L, D, w.tokens, p.ld_out, state ? state : x, state ? ld : D, last, last + net.L * D);
+        gemm<false>(rows, wide, net.L, w.tokens, p.ld_out, 1, p.out_plain, ld, d, ld);
+        for (int64_t i = 0; i < rows * ld; ++i) d_x[i] = 0;
+        for (int64_t r = net.R - 1; r >= 0; --r) {
+          backward_block(p, r, rows, x, D, r == 0, w.trace[r], d, d_x, w.extra[2], w.extra[3],
+                         sums + r * one);
+        }
+        for (int64_t i = 0; i < rows; ++i) {
+          for (int64_t c = 0; c < D; ++c) d_features[(first + i) * D + c] = (net.R ? d_x : d)[i * ld + c];
+        }
+      }
+    }
+  });
+  parallel_for(net.threads, count, 4096, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      float sum = 0;
+      for (int64_t part = 0; part < parts; ++part) sum += partial[part * count + i];
+      d_weights[i] = sum;
+    }
+  });
+}
+
+}  // namespace SPEEDK_ISA
+}  // namespace speedk

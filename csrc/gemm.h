@@ -1,0 +1,68 @@
+// Products of matrices that fit the caches: a token block by a weight, a head's codes by its tokens. One thread runs one
+// product; the kernels are parallel over images.
+#pragma once
+#include "simd.h"
+
+namespace speedk {
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int kTileRows = 8;
+#else
+constexpr int kTileRows = 4;  // 16 registers: 8 sums, 2 columns of B, 1 of A
+#endif
+
+// rows x (columns vectors) of C, held in registers. `part` is how many values of the last vector count, 0 for all.
+template <class T, int rows, int columns, bool add, bool partial>
+SPEEDK_SHARED void tile(int64_t K, const T* A, int64_t am, int64_t ak, const T* B, int64_t ldb, T* C, int64_t ldc,
+                        int64_t part) {
+  constexpr int width = kWidth<T>;
+  Simd<T> sum[rows][columns];
+  for (int r = 0; r < rows; ++r) {
+    for (int c = 0; c < columns; ++c) sum[r][c] = Simd<T>{};
+  }
+  for (int64_t k = 0; k < K; ++k) {
+    Simd<T> b[columns];
+    for (int c = 0; c < columns; ++c) {
+      b[c] = partial ? load_some(B + k * ldb + c * width, part) : load(B + k * ldb + c * width);
+    }
+    for (int r = 0; r < rows; ++r) {
+      const Simd<T> a = spread(A[r * am + k * ak]);
+      for (int c = 0; c < columns; ++c) sum[r][c] += a * b[c];
+    }
+  }
+  for (int r = 0; r < rows; ++r) {
+    for (int c = 0; c < columns; ++c) {
+      T* to = C + r * ldc + c * width;
+      if (partial) {
+        store_some(to, add ? load_some<T>(to, part) + sum[r][c] : sum[r][c], part);
+      } else {
+        store(to, add ? load<T>(to) + sum[r][c] : sum[r][c]);
+      }
+    }
+  }
+}
+
+template <class T, int columns, bool add, bool partial>
+void column_of_tiles(int64_t M, int64_t K, const T* A, int64_t am, int64_t ak, const T* B, int64_t ldb, T* C,
+                     int64_t ldc, int64_t part) {
+  int64_t m = 0;
+  for (; m + kTileRows <= M; m += kTileRows) {
+    tile<T, kTileRows, columns, add, partial>(K, A + m * am, am, ak, B, ldb, C + m * ldc, ldc, part);
+  }
+  for (; m < M; ++m) tile<T, 1, columns, add, partial>(K, A + m * am, am, ak, B, ldb, C + m * ldc, ldc, part);
+}
+
+// C [M, N] = A [M, K] B [K, N], or += with `add`. A[m, k] lies at m am + k ak; B and C have rows of ldb and ldc.
+template <bool add, class T>
+void gemm(int64_t M, int64_t N, int64_t K, const T* A, int64_t am, int64_t ak, const T* B, int64_t ldb, T* C,
+          int64_t ldc) {
+  constexpr int width = kWidth<T>;
+  int64_t n = 0;
+  for (; n + 2 * width <= N; n += 2 * width) column_of_tiles<T, 2, add, false>(M, K, A, am, ak, B + n, ldb, C + n, ldc, 0);
+  for (; n + width <= N; n += width) column_of_tiles<T, 1, add, false>(M, K, A, am, ak, B + n, ldb, C + n, ldc, 0);
+  if (n < N) column_of_tiles<T, 1, add, true>(M, K, A, am, ak, B + n, ldb, C + n, ldc, N - n);
+}
+
+}  // namespace
+}  // namespace speedk

@@ -1,0 +1,105 @@
+#include "mhsc.h"
+
+#include <cstdlib>
+
+#include "gemm.h"
+#include "memory.h"
+#include "parallel.h"
+
+namespace speedk {
+namespace SPEEDK_ISA {
+namespace {
+
+template <class T> T* values(int64_t count) {
+  return static_cast<T*>(std::malloc((static_cast<size_t>(count) + 1) * sizeof(T)));
+}
+
+template <class T> void forward(const Mhsc& s, T* out) {
+  const auto* scm = static_cast<const T*>(s.scm);
+  const auto* saet = static_cast<const T*>(s.saet);
+  const int64_t d = s.D / s.H, bytes = s.J * s.D * static_cast<int64_t>(sizeof(T));
+  // Heads apart, so that the rows of one head's tokens are neighbours and never compete for a cache set.
+  T* pools = values<T>(s.K * s.D);
+  for (int64_t h = 0; h < s.H; ++h) {
+    for (int64_t k = 0; k < s.K; ++k) {
+      for (int64_t i = 0; i < d; ++i) pools[(h * s.K + k) * d + i] = saet[k * s.D + h * d + i];
+    }
+  }
+  const bool stream = s.N * bytes > kStreamBytes;
+  if (stream) prefer_large_pages(out, s.N * bytes);
+  parallel_for(s.threads, s.N, (int64_t{1} << 18) / (bytes + 1) + 1, [&](int64_t begin, int64_t end) {
+    T* features = values<T>(s.J * s.D);
+    for (int64_t n = begin; n < end; ++n) {
+      for (int64_t h = 0; h < s.H; ++h) {
+        gemm<false>(s.J, d, s.K, scm + (n * s.H + h) * s.J * s.K, s.K, 1, pools + h * s.K * d, d, features + h * d, s.D);
+      }
+      write_out(out + n * s.J * s.D, features, bytes, stream);
+    }
+    finish_stream(stream);
+    std::free(features);
+  });
+  std::free(pools);
+}
+
+template <class T> void backward(const Mhsc& s, const T* d_out, T* d_scm, T* d_saet, T* partial) {
+  const auto* scm = static_cast<const T*>(s.scm);
+  const auto* saet = static_cast<const T*>(s.saet);
+  const int64_t d = s.D / s.H, matrix = s.J * s.K, bytes = matrix * static_cast<int64_t>(sizeof(T));
+  T* turned = values<T>(s.K * s.D);  // [D, K]
+  for (int64_t k = 0; k < s.K; ++k) {
+    for (int64_t i = 0; i < s.D; ++i) turned[i * s.K + k] = saet[k * s.D + i];
+  }
+  const bool stream = d_scm && s.N * s.H * bytes > kStreamBytes;
+  if (stream) prefer_large_pages(d_scm, s.N * s.H * bytes);
+  parallel_for(s.threads, kMhscParts * s.H, 1, [&](int64_t begin, int64_t end) {
+    T* piece = values<T>(matrix);
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t part = task / s.H, h = task % s.H;
+      T* sum = d_saet ? partial + part * s.K * s.D + h * s.K * d : nullptr;  // [H, K, d] within a part
+      for (int64_t i = 0; sum && i < s.K * d; ++i) sum[i] = 0;
+      for (int64_t n = s.N * part / kMhscParts; n < s.N * (part + 1) / kMhscParts; ++n) {
+        const int64_t at = (n * s.H + h) * matrix;
+        const T* gradient = d_out + n * s.J * s.D + h * d;
+        if (d_scm) {
+          gemm<false>(s.J, s.K, d, gradient, s.D, 1, turned + h * d * s.K, s.K, piece, s.K);
+          write_out(d_scm + at, piece, bytes, stream);
+        }
+        if (sum) gemm<true>(s.K, d, s.J, scm + at, 1, s.K, gradient, s.D, sum, d);
+      }
+    }
+    finish_stream(stream);
+    std::free(piece);
+  });
+  for (int64_t k = 0; d_saet && k < s.K; ++k) {
+    for (int64_t h = 0; h < s.H; ++h) {
+      for (int64_t i = 0; i < d; ++i) {
+        T sum = 0;
+        for (int64_t part = 0; part < kMhscParts; ++part) {
+          sum += partial[part * s.K * s.D + (h * s.K + k) * d + i];
+        }
+        d_saet[k * s.D + h * d + i] = sum;
+      }
+    }
+  }
+  std::free(turned);
+}
+
+}  // namespace
+
+void mhsc(const Mhsc& job, void* out) {
+  if (job.dtype == Dtype::float32) forward(job, static_cast<float*>(out));
+  else forward(job, static_cast<double*>(out));
+}
+
+void mhsc_backward(const Mhsc& job, const void* d_out, void* d_scm, void* d_saet, void* partial) {
+  if (job.dtype == Dtype::float32) {
+    backward(job, static_cast<const float*>(d_out), static_cast<float*>(d_scm), static_cast<float*>(d_saet),
+             static_cast<float*>(partial));
+  } else {
+    backward(job, static_cast<const double*>(d_out), static_cast<double*>(d_scm), static_cast<double*>(d_saet),
+             static_cast<double*>(partial));
+  }
+}
+
+}  // namespace SPEEDK_ISA
+}  // namespace speedk

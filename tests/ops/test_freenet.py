@@ -1,0 +1,237 @@
+"""The decoder on every backend: Eq. 4 written out token by token in float64, both norms, gradients of all weights."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from support import DEVICES, assert_matches, compiles, poisoned_memory
+
+from speedk.ops import (
+    BlockWeights,
+    FReeNetWeights,
+    coo_encode,
+    dispatch,
+    freenet,
+    freenet_block,
+    freenet_coo,
+    mhsc,
+    sparsify,
+    use_backend,
+)
+from speedk.ops.freenet import _freenet, _freenet_bwd
+
+BACKENDS = [pytest.param("native", marks=pytest.mark.skipif(dispatch.native() is None, reason="not built")), "torch"]
+
+SHAPES = [  # N, H, J, K, D, R, patch, channels
+    (3, 2, 64, 16, 32, 1, 4, 3),  # CIFAR-10, 1 image per class
+    (2, 6, 64, 16, 96, 3, 4, 3),
+    (7, 3, 9, 7, 21, 3, 3, 2),  # nothing a multiple of a vector
+    (40, 1, 4, 5, 16, 2, 2, 1),
+    (1, 1, 1, 1, 1, 1, 1, 1),
+    (0, 2, 4, 3, 8, 2, 2, 3),
+]
+
+
+def make(shape, norm="branch", dtype=torch.float32):
+    n, h, j, k, d, r, patch, channels = shape
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*size, mean=0.0, scale=1.0):
+        return (mean + scale * torch.randn(*size, generator=generator, dtype=torch.float64)).to(dtype)
+
+    def linear(out, inside):
+        return draw(out, inside, scale=inside**-0.5), draw(out, scale=0.1)
+
+    def layer_norm():
+        return draw(d, mean=1.0, scale=0.1), draw(d, scale=0.1)
+
+    blocks = tuple(BlockWeights(*linear(d, d), *layer_norm(), *linear(d, d), *linear(d, d), *layer_norm())
+                   for _ in range(r))  # fmt: skip
+    final = linear(patch * patch * channels, d)
+    return draw(n, h, j, k), draw(k, d), FReeNetWeights(blocks, *final, channels, patch, j, norm)
+
+
+def leaves_of(scm, saet, weights, dtype=None, device="cpu"):
+    """The same, as leaves of a new graph, and a flat list of them."""
+    flat = [t.detach().to(device, dtype or t.dtype, copy=True).requires_grad_() for t in
+            (scm, saet, *(t for block in weights.blocks for t in block), weights.weight, weights.bias)]
+    blocks = tuple(BlockWeights(*flat[2 + 10 * r:12 + 10 * r]) for r in range(len(weights.blocks)))
+    return flat[0], flat[1], weights._replace(blocks=blocks, weight=flat[-2], bias=flat[-1]), flat
+
+
+def by_the_paper(scm, saet, weights):
+    """Eq. 2 to 4, token by token: plain arithmetic on vectors, no library layer."""
+    def norm(v, w, b):
+        v = v - v.mean(-1, keepdim=True)
+        return v / torch.sqrt(v.square().mean(-1, keepdim=True) + 1e-6) * w + b
+
+    n, h, j, _ = scm.shape
+    d, patch = saet.shape[1], weights.patch
+    side = math.isqrt(j)
+    images = scm.new_zeros(n, weights.channels, side * patch, side * patch)
+    rows = []
+    for token in range(j):
+        features = torch.cat([scm[:, i, token] @ saet[:, i * d // h:(i + 1) * d // h] for i in range(h)], -1)
+        state = torch.zeros_like(features)
+        for b in weights.blocks:
+            branch = features @ b.proj_weight.T + b.proj_bias
+            if weights.norm == "branch":
+                hidden = norm(branch, b.norm1_weight, b.norm1_bias) + state
+            else:
+                hidden = norm(branch + state, b.norm1_weight, b.norm1_bias)
+            inner = hidden @ b.fc1_weight.T + b.fc1_bias
+            inner = inner * (1 + torch.erf(inner / math.sqrt(2))) / 2
+            state = norm(inner @ b.fc2_weight.T + b.fc2_bias + hidden, b.norm2_weight, b.norm2_bias)
+        values = state @ weights.weight.T + weights.bias
+        rows.append(values.reshape(n, patch, patch, weights.channels).permute(0, 3, 1, 2))
+    grid = [torch.cat(rows[y * side:(y + 1) * side], -1) for y in range(side)]
+    return torch.cat(grid, -2) if grid else images
+
+
+def run(function, scm, saet, weights, d_images, dtype=None, device="cpu"):
+    *inputs, flat = leaves_of(scm, saet, weights, dtype, device)
+    images = function(*inputs)
+    grads = torch.autograd.grad(images, flat, d_images.to(images))
+    return [t.cpu() for t in (images.detach(), *grads)]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("norm", ["branch", "sum"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_values_and_gradients(shape, norm, device, backend):
+    inputs = make(shape, norm)
+    side = math.isqrt(shape[2]) * shape[6]
+    d_images = torch.randn(shape[0], shape[7], side, side)
+    with use_backend(backend), poisoned_memory():
+        got = run(freenet, *inputs, d_images, device=device)
+        plain = freenet(*(t.to(device) for t in inputs[:2]), leaves_of(*inputs, device=device)[2]).detach().cpu()
+    with use_backend("torch"):
+        library = run(freenet, *inputs, d_images)
+    exact = run(by_the_paper, *inputs, d_images, torch.float64)
+    assert torch.equal(plain, got[0]), "the way without gradients gives the same bits"
+    for i, triple in enumerate(zip(got, library, exact)):
+        assert_matches(f"{shape} tensor {i}", *triple)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_without_gradients_nothing_is_kept(backend):
+    scm, saet, weights = make(SHAPES[1])
+    with use_backend(backend), torch.no_grad():
+        plain = freenet(scm, saet, weights)
+    with use_backend(backend):
+        assert torch.equal(plain, freenet(scm.requires_grad_(), saet, weights).detach())
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_from_stored_entries(backend):
+    scm, saet, weights = make(SHAPES[1])
+    values, rows, cols = coo_encode(scm, 9)
+    with use_backend(backend):
+        got = freenet_coo(values, rows, cols, saet, weights)
+        library = freenet(sparsify(scm, 9), saet, weights)
+        with pytest.raises(ValueError, match="out of range"):
+            freenet_coo(values, rows, cols, saet[:3], weights)
+    exact = by_the_paper(sparsify(scm, 9).double(), *leaves_of(scm, saet, weights, torch.float64)[1:3])
+    assert_matches("images", got, library, exact)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_same_bits_on_any_number_of_threads(backend):
+    inputs = make((40, 2, 16, 8, 32, 2, 2, 3))
+    found, before = set(), torch.get_num_threads()
+    try:
+        for threads in (1, 2, 3, 4):
+            torch.set_num_threads(threads)
+            with use_backend(backend):
+                got = run(freenet, *inputs, torch.ones(40, 3, 8, 8))
+            found.add(b"".join(t.numpy().tobytes() for t in got))
+    finally:
+        torch.set_num_threads(before)
+    assert backend == "torch" or len(found) == 1
+
+
+def test_gelu_over_its_whole_range():
+    """One block of identities, whose GELU sees -8 to 8: the polynomial of the native kernel against the definition."""
+    if dispatch.native() is None:
+        pytest.skip("not built")
+    x = torch.linspace(-1, 1, 16 * 1024)[torch.randperm(16 * 1024)].reshape(1024, 16)
+    eye, zero, one = torch.eye(16), torch.zeros(16), torch.ones(16)
+    block = BlockWeights(eye, zero, 4 * one, zero, eye, zero, eye, zero, one, zero)
+    weights = FReeNetWeights((block,), eye, zero, 1, 4, 1)
+    scm, saet = x[:, None, None, :], eye
+    d_images = torch.randn(1024, 1, 4, 4)
+    got = run(freenet, scm, saet, weights, d_images)
+    with use_backend("torch"):
+        library = run(freenet, scm, saet, weights, d_images)
+    for i, triple in enumerate(zip(got, library, run(by_the_paper, scm, saet, weights, d_images, torch.float64))):
+        assert_matches(f"tensor {i}", *triple)
+
+
+def test_strides():
+    scm, saet, weights = make((3, 2, 16, 8, 12, 2, 2, 3))
+    want = freenet(scm, saet, weights)
+    turned = weights._replace(blocks=tuple(BlockWeights(*(t.t().contiguous().t() for t in b)) for b in weights.blocks))
+    assert torch.equal(freenet(scm.transpose(2, 3).contiguous().transpose(2, 3), saet.T.contiguous().T, turned), want)
+    shared = scm[:1].expand(3, 2, 16, 8)
+    assert torch.allclose(freenet(shared, saet, weights), want[:1].expand_as(want), atol=1e-6)
+
+
+@pytest.mark.parametrize("norm", ["branch", "sum"])
+def test_gradcheck_and_double_precision(norm):
+    inputs = make((2, 2, 4, 3, 6, 2, 1, 2), norm, torch.float64)
+    *_, flat = leaves_of(*inputs)
+
+    def images(*flat):
+        blocks = tuple(BlockWeights(*flat[2 + 10 * r:12 + 10 * r]) for r in range(2))
+        return freenet(flat[0], flat[1], inputs[2]._replace(blocks=blocks, weight=flat[-2], bias=flat[-1]))
+
+    with use_backend("torch"):
+        assert torch.autograd.gradcheck(images, flat)
+        assert torch.autograd.gradgradcheck(lambda scm: images(scm, *flat[1:]), flat[0])
+    assert torch.allclose(images(*flat), by_the_paper(*inputs))
+
+
+@pytest.mark.skipif(dispatch.native() is None, reason="not built")
+@pytest.mark.parametrize("layout", ["plain", "expanded"])
+def test_opcheck(layout):
+    scm, saet, weights = make((3, 2, 4, 3, 6, 2, 2, 3))
+    features = mhsc(scm, saet)
+    flat = [t for b in weights.blocks for t in b] + [weights.weight, weights.bias]
+    _, kept = _freenet(features, flat, 3, 2, False, True)
+    d_images = torch.ones(()).expand(3, 3, 4, 4) if layout == "expanded" else torch.randn(3, 3, 4, 4)
+    torch.library.opcheck(_freenet_bwd, (d_images, kept, features, flat, 3, 2, False))
+    features, flat = features.requires_grad_(), [t.requires_grad_() for t in flat]
+    torch.library.opcheck(_freenet, (features, flat, 3, 2, False, True))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_compile(backend):
+    scm, saet, weights = make((3, 2, 4, 3, 6, 2, 2, 3))
+    with use_backend(backend):
+        compiles(lambda scm: freenet(scm, saet, weights), scm)
+
+
+def test_transforms_take_torch():
+    scm, saet, weights = make((3, 2, 4, 3, 6, 2, 2, 3), dtype=torch.float64)
+    _, tangent = torch.func.jvp(lambda a: freenet(a, saet, weights), (scm,), (torch.ones_like(scm),))
+    step = 1e-6
+    numeric = (freenet(scm + step, saet, weights) - freenet(scm - step, saet, weights)) / (2 * step)
+    assert torch.allclose(tangent, numeric, atol=1e-6)
+
+
+def test_refusals():
+    scm, saet, weights = make((3, 2, 4, 3, 6, 2, 2, 3))
+    state = torch.zeros(3, 4, 6)
+    for message, call in {
+        "at least one block": lambda: freenet(scm, saet, weights._replace(blocks=())),
+        "norm='post'": lambda: freenet(scm, saet, weights._replace(norm="post")),
+        "J=4 patches but the weights are for 9": lambda: freenet(scm, saet, weights._replace(patches=9)),
+        r"must be \(12, 6\), got \(11, 6\)": lambda: freenet(scm, saet, weights._replace(weight=torch.randn(11, 6))),
+        "a weight is torch.float64": lambda: freenet(scm, saet, weights._replace(bias=torch.randn(12).double())),
+        "norm='post' ": lambda: freenet_block(state, None, weights.blocks[0], norm="post"),
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            call()
