@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from speedk.errors import ConfigError, TrainingError
+from speedk.files import write_atomic
 
 if TYPE_CHECKING:
     from speedk.data import RealData
@@ -49,7 +50,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--other-data", action="store_true",
                         help="test a file on data that it was not distilled from")
     parser.add_argument("--out", metavar="FILE", type=Path,
-                        help="the report as JSON (default: evaluation.json beside a distilled file)")
+                        help="the report as JSON (default: evaluation.json beside FILE; one that is there already "
+                        "becomes evaluation.1.json)")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -64,18 +66,33 @@ def run(args: argparse.Namespace) -> int:
         source = whole(real)
     elif args.real is not None:
         source = real_images(real, args.real)
-    out = args.out or (args.file.with_name("evaluation.json") if args.file is not None else None)
+    out = args.out
+    if out is None and args.file is not None:
+        out = args.file.with_name("evaluation.json")
     report = evaluate(source, real, networks=names, runs=args.runs, protocol=args.protocol, seed=args.seed,
                       standardisation=args.standardisation, rate=args.rate, epochs=args.epochs,
-                      device=_device(args.device), other_data=args.other_data, out=out)
+                      device=_device(args.device), other_data=args.other_data)
     print(report)
     if out is not None:
+        if args.out is None:
+            _keep(out)
+        write_atomic(out, report.to_json().encode())
         print(f"\n{out}")
     if report.failed:
         count = sum(len(result.failures) for result in report.results)
         raise TrainingError(f"{count} of {sum(len(r.seeds) for r in report.results)} runs failed: no mean is given for "
                             "their network; a lower --rate may help")
     return 0
+
+
+def _keep(out: Path) -> None:
+    """Move an earlier report out of the way: hours may have gone into it."""
+    if out.exists():
+        number = 1
+        while (earlier := out.with_name(f"{out.stem}.{number}{out.suffix}")).exists():
+            number += 1
+        out.rename(earlier)
+        print(f"\nthe earlier report is now {earlier}")
 
 
 def _check(args: argparse.Namespace, names: list[str]) -> None:
@@ -91,6 +108,8 @@ def _check(args: argparse.Namespace, names: list[str]) -> None:
         raise ConfigError(f"there is nothing to run: --runs {args.runs}, --networks {args.networks}")
     if args.seed < 0:
         raise ConfigError(f"--seed {args.seed} is negative")
+    if args.out is not None and not args.out.parent.is_dir():
+        raise ConfigError(f"--out {args.out}: {args.out.parent} is not a folder, create it first")
     if args.file is None and args.dataset is None and args.data is None:
         raise ConfigError("say which data: --dataset NAME, --data DIR, or both")
 

@@ -55,7 +55,7 @@ def evaluate(source: str | os.PathLike[str] | Distilled | sources.Source, real: 
     real = real.to(device)
     trained = _train_and_test(source, real, list(dict.fromkeys(networks)), range(seed, seed + runs), plan, device,
                               threads, progress)
-    name = ("whole" if source.whole else protocol) + (f", {epochs} epochs" if epochs is not None else "")
+    name = ("whole" if source.whole else protocol) + (" (changed)" if (rate, epochs) != (None, None) else "")
     report = Report(
         source=source.title, images=source.size, storage=source.storage, data=real.describe(),
         protocol={"name": name, "standardisation": standardisation, "schedule": str(plan), "epochs": plan.epochs,

@@ -76,8 +76,8 @@ class Report:
             ("source", f"{self.source}: {self.images:,} images"),
             ("storage", f"{numbers:,.10g} float32 numbers, {4 * numbers:,.10g} bytes" + _parts(self.storage)),
             ("data", f"{self.data['name']}, split {self.data['split']}, {self.data['test']:,} test images{note}"),
-            ("protocol", f"{self.protocol['name']}, {self.protocol['standardisation']} "
-                         f"({_STANDARDISATION[self.protocol['standardisation']]}): {self.protocol['schedule']}"),
+            ("protocol", f"{self.protocol['name']}: {self.protocol['schedule']}"),
+            ("", f"{self.protocol['standardisation']}: {_STANDARDISATION[self.protocol['standardisation']]}"),
             ("accuracy", f"per cent of the test set after the last epoch; seeds {_seeds(self.results)}; "
                          f"{self.seconds:,.0f} s on {self.device}"),
         ]

@@ -89,16 +89,13 @@ def distilled(artifact: Distilled, real: RealData, other_data: bool = False) -> 
     if said.get("fingerprint") != real.fingerprint and not other_data:
         raise _elsewhere(artifact.path, said, real)
     images, labels = artifact.images("normalised"), artifact.labels
-    source = Source(
+    return Source(
         artifact.path, lambda seed, real, device: ImageSet.of(images, labels, device), len(labels),
         rate=header["objective"].get("lr"), standardisation=header["protocol"],
         storage={part: numbers for part, numbers, _ in artifact.storage()},
         details={"method": artifact.method, "objective": header["objective"]["name"], "ipc": artifact.ipc,
                  "checksum": artifact.fingerprint, "numbers": header["numbers"], "budget": header["budget"],
-                 "distilled_from": said})
-    if source.rate is not None and not (isinstance(source.rate, (int, float)) and 0 < source.rate < math.inf):
-        raise DataError(f"{artifact.path} says a rate of {source.rate!r}, at which nothing can be trained")
-    return source, real
+                 "distilled_from": said}), real
 
 
 def arrays(path: str | Path, images: Tensor, labels: Tensor, real: RealData, normalised: bool = False) -> Source:

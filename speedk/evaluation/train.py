@@ -82,7 +82,7 @@ class Workers:
     def __enter__(self) -> Workers:
         if self.threads:
             torch.set_num_threads(1)
-            self._pool = ThreadPoolExecutor(self.threads)
+            self._pool = single_threaded(self.threads)
         return self
 
     def __exit__(self, *_) -> None:
@@ -111,6 +111,15 @@ class Workers:
             yield
             if self.threads:
                 torch.set_num_threads(1)
+
+
+def single_threaded(count: int) -> ThreadPoolExecutor:
+    """A pool of threads in which torch uses one thread for an operation.
+
+    Each thread has to say so for itself: what another one said reaches torch's own loops but not the BLAS, whose sums
+    would then depend on the number of threads.
+    """
+    return ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(1,))
 
 
 class Stopped(Exception):
@@ -142,7 +151,7 @@ def train_all(names: Sequence[str], sets: Mapping[int, ImageSet], geometry: Geom
     for data in sets.values():  # what a set makes once and keeps is made before the threads
         data.fetch(torch.zeros(1, dtype=torch.int64, device=workers.device))
     side_by_side = [run for run in runs if workers.threads and separable(run.network)]
-    with ThreadPoolExecutor(max(1, len(side_by_side))) as pool:
+    with single_threaded(max(1, len(side_by_side))) as pool:
         try:
             for done in as_completed([pool.submit(_train, run, sets[run.seed], schedule, workers, tick)
                                       for run in side_by_side]):

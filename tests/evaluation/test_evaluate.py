@@ -60,8 +60,8 @@ def test_the_report_says_what_it_must(real, write_artifact):
     noted = dataclasses.replace(real, note="stripes are not images")
     text = str(evaluate(write_artifact(real), noted))
     for part in ("stripes, split made up, 90 test images, stripes are not images", "1,152 float32 numbers, 4,608 bytes",
-                 "quick, 4 epochs, mtt (no per-batch standardisation)", "SGD at 0.02", "after epoch 3", "seeds 0 1",
-                 "6 images"):
+                 "quick (changed): 4 epochs, batch 256, SGD at 0.02", "after epoch 3", "seeds 0 1", "6 images",
+                 "mtt: no per-batch standardisation"):
         assert part in text, text
     assert "standardised by its own statistics" in str(evaluate(write_artifact(real, protocol="speed"), real))
 

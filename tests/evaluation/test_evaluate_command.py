@@ -46,6 +46,15 @@ def test_a_file_gives_a_table_and_json_beside_it(run, real, write_artifact, caps
     assert run.asked == [("stripes", None, {"split": None, "resolution": 8, "normaliser": "channel"})]
 
 
+def test_an_earlier_report_is_kept(run, real, write_artifact, capsys):
+    path = write_artifact(real)
+    for seed in (1, 2, 3):
+        assert run(f"{path} --dataset stripes {SHORT} --seed {seed}") == 0
+    kept = [json.loads(path.with_name(f"evaluation{part}.json").read_text())["seed"] for part in (".1", ".2", "")]
+    assert kept == [1, 2, 3]
+    assert "the earlier report is now" in capsys.readouterr().out
+
+
 def test_a_file_finds_the_data_it_came_from(run, real, write_artifact, monkeypatch):
     path = write_artifact(real)
     with pytest.raises(DataError, match="distilled from 'stripes', which no data set is named: give its folder"):
@@ -62,7 +71,7 @@ def test_real_images_whole_sets_and_archives(run, real, tmp_path, capsys):
     assert run(f"--dataset stripes --real 3 {SHORT} --out {tmp_path / 'r.json'}") == 0
     assert json.loads((tmp_path / "r.json").read_text())["images"] == 9
     assert run(f"--dataset stripes --whole {SHORT}") == 0
-    assert "whole, 2 epochs" in capsys.readouterr().out
+    assert "whole (changed): 2 epochs" in capsys.readouterr().out
     np.savez(tmp_path / "a.npz", images=real.train.images[:6].numpy(), labels=real.train.labels[:6].numpy())
     assert run(f"{tmp_path / 'a.npz'} --dataset stripes {SHORT}") == 0
     assert (tmp_path / "evaluation.json").exists()
@@ -83,6 +92,7 @@ def test_a_failed_run_fails_the_command(run, real, write_artifact, capsys):
     ("--whole --dataset stripes --networks ,", "nothing to run"),
     ("--whole --dataset stripes --runs 0", "--runs 0"),
     ("--whole --dataset stripes --seed -1", "--seed -1 is negative"),
+    ("--whole --dataset stripes --out nowhere/a.json", "nowhere is not a folder"),
 ])
 def test_wrong_command_lines_are_refused_before_data_are_read(run, line, message):
     with pytest.raises(ConfigError, match=message):
