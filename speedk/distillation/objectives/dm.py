@@ -18,6 +18,9 @@ from speedk.workers import Pool
 HELD = 4
 """Pieces of a class whose graph is held at once; a class of more is walked twice, a piece at a time."""
 
+HELD_REAL = 4096
+"""Real images that are held at once, about."""
+
 
 @dataclass(frozen=True)
 class Spec(ObjectiveSpec):
@@ -54,32 +57,40 @@ class DistributionMatching(Objective):
         generator = seeds.generator(self.seed, "dm", step)
         student = networks.fresh(spec.network, geometry, seeds.derive(self.seed, "student", step), self.device)
         student.requires_grad_(False)
-        classes = range(geometry.classes)
-        members = [(synthetic.classes == label).nonzero()[:, 0] for label in classes]
-        piece = self._pool.images(geometry.resolution)
-        with torch.no_grad():
-            decoded = [synthetic.decode(index)[0] for index in members]
-        total = 0.0
-        # A few classes at a time bound the real images that are held.
-        for group in torch.arange(geometry.classes).split(max(1, 4096 // spec.batch)):
-            labels = group.tolist()
-            real = {label: self.real.sample(label, spec.batch, generator) for label in labels}
-            draws = {label: dsa.draw(1, geometry, generator, shared=True) if spec.augment else None for label in labels}
-            with self._pool as pool:
-                parts = [(label, part) for label in labels for part in real[label].split(piece)]
-                sums = pool.map(_embed, [(student, part, draws[label]) for label, part in parts])
-                targets = dict.fromkeys(labels, 0)
-                for (label, _), of_part in zip(parts, sums, strict=True):
-                    targets[label] = targets[label] + of_part / len(real[label])
-                matched = pool.map(_match, [(student, decoded[label], targets[label], draws[label], piece)
-                                            for label in labels])
-            for label, (loss, gradient) in zip(labels, matched, strict=True):
-                total += float(loss)
-                synthetic.accumulate(members[label], gradient)
-        return {"loss": total}
+        loss, gradients = 0.0, []
+        with self._pool as pool, torch.no_grad():
+            members = [(synthetic.classes == label).nonzero()[:, 0] for label in range(geometry.classes)]
+            decoded = pool.map(_decode, [(synthetic, index) for index in members])
+            # A few classes at a time bound the real images that are held.
+            for labels in torch.arange(geometry.classes).split(max(1, HELD_REAL // spec.batch)):
+                for found, gradient in self._match(student, decoded, labels.tolist(), generator):
+                    loss += float(found)
+                    gradients.append(gradient)
+            synthetic.accumulate(torch.cat(members), torch.cat(gradients), pool=pool)
+        return {"loss": loss}
+
+    def _match(self, student: nn.Module, decoded: list[Tensor], labels: list[int],
+               generator: torch.Generator) -> list[tuple[Tensor, Tensor]]:
+        """Loss and gradient of each class of `labels`."""
+        spec, pool = self.spec, self._pool
+        piece = pool.images(self.real.geometry.resolution)
+        real = {label: self.real.sample(label, spec.batch, generator) for label in labels}
+        draws = {label: dsa.draw(1, self.real.geometry, generator, shared=True) if spec.augment else None
+                 for label in labels}
+        parts = [(label, part) for label in labels for part in real[label].split(piece)]
+        sums = pool.map(_features, [(student, part, draws[label]) for label, part in parts])
+        targets = dict.fromkeys(labels, 0)
+        for (label, _), of_part in zip(parts, sums, strict=True):
+            targets[label] = targets[label] + of_part / len(real[label])
+        return pool.map(_distance, [(student, decoded[label], targets[label], draws[label], piece) for label in labels])
 
     def artifact_fields(self) -> dict[str, float]:
         return {"lr": self.spec.lr}
+
+
+@torch.no_grad()
+def _decode(synthetic: Parameterization, index: Tensor) -> Tensor:
+    return synthetic.decode(index)[0]
 
 
 def _features(student: nn.Module, images: Tensor, draw: dsa.Draw | None) -> Tensor:
@@ -87,13 +98,8 @@ def _features(student: nn.Module, images: Tensor, draw: dsa.Draw | None) -> Tens
     return student.features(images if draw is None else dsa.apply(images, draw)).sum(dim=0)
 
 
-@torch.no_grad()
-def _embed(student: nn.Module, images: Tensor, draw: dsa.Draw | None) -> Tensor:
-    return _features(student, images, draw)
-
-
-def _match(student: nn.Module, images: Tensor, target: Tensor, draw: dsa.Draw | None,
-           piece: int) -> tuple[Tensor, Tensor]:
+def _distance(student: nn.Module, images: Tensor, target: Tensor, draw: dsa.Draw | None,
+              piece: int) -> tuple[Tensor, Tensor]:
     """||target - mean embedding||^2 of one class, and its gradient with respect to the class's images."""
     pieces = [part.requires_grad_() for part in images.split(piece)]
     if len(pieces) <= HELD:
@@ -101,7 +107,8 @@ def _match(student: nn.Module, images: Tensor, target: Tensor, draw: dsa.Draw | 
             mean = sum(_features(student, part, draw) for part in pieces) / len(images)
             loss = (mean - target).square().sum()
         return loss.detach(), torch.cat(torch.autograd.grad(loss, pieces))
-    mean = sum(_embed(student, part, draw) for part in pieces) / len(images)
+    with torch.no_grad():
+        mean = sum(_features(student, part, draw) for part in pieces) / len(images)
     slope = 2 * (mean - target) / len(images)
     gradients = []
     for part in pieces:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from speedk.errors import ArtifactError
 from speedk.geometry import Geometry
+from speedk.workers import Pool
 
 if TYPE_CHECKING:
     from speedk.data import RealData
@@ -45,13 +46,15 @@ class Parameterization(nn.Module):
         """Images [B, C, H, W], normalised, and labels (int64 [B] or float [B, classes]) of int64 `index` [B]."""
         raise NotImplementedError
 
-    def accumulate(self, index: Tensor, d_images: Tensor, d_labels: Tensor | None = None) -> None:
+    def accumulate(self, index: Tensor, d_images: Tensor, d_labels: Tensor | None = None,
+                   pool: Pool | None = None) -> None:
         """Add to the gradients of the learned tensors those of sum(images * d_images) (+ sum(labels * d_labels)).
 
-        An objective decodes without a graph, differentiates its loss down to the images, and hands the result here, in
-        as many pieces as memory asks for; so no graph of the decoder outlives a piece.
+        An objective decodes without a graph, differentiates its loss down to the images, and hands the result here; so
+        no graph of the decoder outlives a piece of the batch. `pool`, if entered, may do the pieces.
         """
-        images, labels = self.decode(index)
+        with torch.enable_grad():
+            images, labels = self.decode(index)
         outputs, gradients = [images], [d_images]
         if d_labels is not None and labels.requires_grad:
             outputs, gradients = [images, labels], [d_images, d_labels]

@@ -17,6 +17,7 @@ from speedk.distillation.parameterizations.base import Parameterization, class_l
 from speedk.errors import ArtifactError, ConfigError
 from speedk.geometry import Geometry
 from speedk.ops.freenet import NORMS
+from speedk.workers import Pool
 
 INITS = ("random", "fit")
 SPARSE = ("end", "always")
@@ -117,14 +118,28 @@ class Speed(Parameterization):
         values, rows, cols = (part[index.to(part.device)] for part in self.stored)
         return ops.freenet_coo(values, rows, cols, self.saet, self.freenet.weights()), labels
 
-    def accumulate(self, index: Tensor, d_images: Tensor, d_labels: Tensor | None = None) -> None:
+    def accumulate(self, index: Tensor, d_images: Tensor, d_labels: Tensor | None = None,
+                   pool: Pool | None = None) -> None:
+        pool = pool or Pool(index.device, threads=1)
+        piece = pool.images(self.geometry.resolution)
+        shared = [self.saet, *self.freenet.parameters()]
+        found = pool.map(self._gradients, zip(index.split(piece), d_images.split(piece)))
+        for tensor in (self.scm, *shared):
+            if tensor.grad is None:
+                tensor.grad = torch.zeros_like(tensor)
+        for rows, (of_codes, *of_shared) in zip(index.split(piece), found):
+            self.scm.grad.index_add_(0, rows, of_codes)
+            for tensor, gradient in zip(shared, of_shared, strict=True):
+                tensor.grad += gradient
+
+    def _gradients(self, index: Tensor, d_images: Tensor) -> tuple[Tensor, ...]:
+        """Of sum(images * d_images): for the codes of `index`, the tokens and the decoder's parameters."""
         # A gather's own backward fills a gradient as large as all codes each time; a leaf of its rows does not.
-        rows = self.scm.detach()[index].requires_grad_()
-        codes = _TopK.apply(rows, self.spec.k) if self.spec.sparse == "always" else rows
-        self.freenet(codes, self.saet).backward(d_images)
-        if self.scm.grad is None:
-            self.scm.grad = torch.zeros_like(self.scm)
-        self.scm.grad.index_add_(0, index, rows.grad)
+        with torch.enable_grad():
+            rows = self.scm.detach()[index].requires_grad_()
+            codes = _TopK.apply(rows, self.spec.k) if self.spec.sparse == "always" else rows
+            images = self.freenet(codes, self.saet)
+        return torch.autograd.grad(images, [rows, self.saet, *self.freenet.parameters()], d_images)
 
     def penalty(self, images: Tensor | None = None, features: Tensor | None = None) -> Tensor | None:
         """lambda times the sum of |A| over all codes (Eq. 5)."""
