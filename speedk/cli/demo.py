@@ -32,8 +32,8 @@ def run(args: argparse.Namespace) -> int:
     made = {method: plans.plan("digits", ipc=1, method=method, out=out / method, device=args.device, steps=args.steps)
             for method in ("speed", "pixels")}
     real, device = made["speed"].real, str(made["speed"].device)
-    print(f"{real.name}: {len(real.train):,} training and {len(real.test):,} test images, split {real.split}; {real.note}\n"
-          f"objective {made['speed'].chosen}\n")
+    print(f"{real.name}: {len(real.train):,} training and {len(real.test):,} test images, split {real.split}; "
+          f"{real.note}\nobjective {made['speed'].chosen}\n")
     files, seconds = {}, {}
     for method, plan in made.items():
         print(f"distilling {method}: {plan.recipe.objective.steps:,} steps", flush=True)
@@ -44,9 +44,10 @@ def run(args: argparse.Namespace) -> int:
             bars.close()
         seconds[method] = time.monotonic() - start
     reports = {}
-    for name, source, runs in (("SPEED", files["speed"], args.runs), ("pixels, same storage", files["pixels"], args.runs),
-                               ("one real image a class", real_images(real), args.runs),
-                               ("whole data set", whole(real), 1)):
+    sources = {"SPEED": files["speed"], "pixels, same storage": files["pixels"],
+               "one real image a class": real_images(real), "whole data set": whole(real)}
+    for name, source in sources.items():
+        runs = 1 if name == "whole data set" else args.runs
         print(f"evaluating: {name}", flush=True)
         beside = source.with_name("evaluation.json") if isinstance(source, Path) else None
         reports[name] = evaluate(source, real, networks=("convnet",), runs=runs, protocol="quick", device=device,
@@ -55,7 +56,8 @@ def run(args: argparse.Namespace) -> int:
     for name, report in reports.items():
         result = report.results[0]
         spread = f"{result.mean:.1f} +- {result.std:.1f} %" if result.mean is not None else "failed"
-        rows.append((name, f"{report.images:,}", f"{sum(report.storage.values()):,.0f}", spread, str(len(result.seeds))))
+        numbers = f"{sum(report.storage.values()):,.0f}"
+        rows.append((name, f"{report.images:,}", numbers, spread, str(len(result.seeds))))
     print(f"\n{table(rows, numbers=(1, 2, 4))}\n")
     speed = reports["SPEED"]
     print(f"accuracy on {len(real.test):,} test images ({real.split}; {real.note}); ConvNet, protocol "

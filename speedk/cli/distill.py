@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--ipc", metavar="N", type=int, help="images per class whose storage may be used (default: 1)")
     parser.add_argument("--method", metavar="NAME", help="speed or pixels (default: speed)")
     parser.add_argument("--objective", metavar="NAME", default="auto",
-                        help="what is matched: dm, ...; auto is the paper's (tm) where a GPU makes it feasible, else dm")
+                        help="what is matched: dm, ...; auto is the paper's (tm) where a GPU makes it feasible, or dm")
     parser.add_argument("--recipe", metavar="NAME|FILE", help="see `speedk recipes` (default: that of the row)")
     parser.add_argument("--out", metavar="DIR", type=Path, help="the run directory (default: under runs/)")
     parser.add_argument("--seed", metavar="S", type=int, help="of everything random (default: 0)")

@@ -2,7 +2,7 @@
 
     python tests/distillation/kill_and_resume.py --kills 20
 
-Prints where each kill fell and exits with 1 where the bytes differ. Run without arguments by the tests, with fewer kills.
+Prints where each kill fell and exits with 1 where the bytes differ. The tests run it with fewer kills.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def run(out: Path, kill_after: float | None) -> str:
     if kill_after is not None:
         time.sleep(kill_after)
         process.kill()
-    last = (["ready"] + process.stdout.read().split("\n"))[-2:]
+    last = ["ready", *process.stdout.read().split("\n")][-2:]
     if process.wait() not in (0, -9):
         raise SystemExit(f"a run failed with exit code {process.returncode}")
     return last[0] or "ready"

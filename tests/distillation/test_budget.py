@@ -75,8 +75,9 @@ def test_the_solver_keeps_the_papers_rules(row):
     classes, channels, resolution, ipc, *_, allowed = PUBLISHED[row]
     sizes = budget.solve(Geometry(classes, channels, resolution), ipc)
     J, L = (resolution // sizes["patch"]) ** 2, sizes["patch"] ** 2 * channels
-    assert J == PUBLISHED[row][11]
-    counted = sum(budget.speed_storage(sizes["images_per_class"] * classes, *(sizes[n] for n in "DKHRk"), J, L).values())
+    assert PUBLISHED[row][11] == J
+    N = sizes["images_per_class"] * classes
+    counted = sum(budget.speed_storage(N, *(sizes[n] for n in "DKHRk"), J, L).values())
     assert 0.9 * allowed < counted <= allowed
     assert sizes["D"] // sizes["H"] <= sizes["K"] and sizes["k"] / (J * sizes["K"]) < 0.05
     assert sizes["images_per_class"] > 10

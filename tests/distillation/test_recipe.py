@@ -23,7 +23,8 @@ def test_every_shipped_recipe_resolves_and_survives_its_own_file(name, tmp_path)
 
 
 def test_overrides():
-    recipe = resolve(read(ROW), "dm", parse_overrides(["k=24", "rates.scm=0.5", "objective.batch=8", "norm=sum", "lr=1"]))
+    pairs = ["k=24", "rates.scm=0.5", "objective.batch=8", "norm=sum", "lr=1"]
+    recipe = resolve(read(ROW), "dm", parse_overrides(pairs))
     assert (recipe.parameterization.k, recipe.objective.rates["scm"], recipe.objective.batch) == (24, 0.5, 8)
     assert recipe.parameterization.norm == "sum" and recipe.objective.lr == 1.0
     assert resolve(read(ROW), "dm").parameterization.k == 48

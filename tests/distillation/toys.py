@@ -23,5 +23,6 @@ def make_real(classes: int = 3, channels: int = 3, resolution: int = 16, count: 
         return Subset(images.clamp(0, 255).to(torch.uint8), labels)
 
     train, test = part(count), part(4)
-    return RealData("stripes", Geometry(classes, channels, resolution), names, "made", "", fingerprint(names, train, test),
-                    ChannelNormaliser((0.5,) * channels, (0.25,) * channels), train, test)
+    normaliser = ChannelNormaliser((0.5,) * channels, (0.25,) * channels)
+    return RealData("stripes", Geometry(classes, channels, resolution), names, "made", "",
+                    fingerprint(names, train, test), normaliser, train, test)
