@@ -30,7 +30,7 @@ def run(args: argparse.Namespace) -> int:
         if args.name is None:
             raise ConfigError("say which: speedk recipes show NAME")
         if args.name not in shipped:
-            raise ConfigError(f"no recipe {args.name!r}{nearest(args.name, list(shipped))} (`speedk recipes` lists them)")
+            raise ConfigError(f"no recipe {args.name!r}{nearest(args.name, list(shipped))}")
         print(shipped[args.name], end="")
         return 0
     rows = [("recipe", "data", "ipc", "method", "N/c", "counted", "budget", "published accuracy")]
