@@ -44,7 +44,7 @@ def _add_layer_norm_fwd_kernel(
     BR: tl.constexpr, BD: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * BR + tl.arange(0, BR)
-    col = tl.arange(0, BD)
+    col = tl.arange(0, BD).to(tl.int64)
     keep = (row < rows)[:, None] & (col < D)[None, :]
     x = tl.load(x_ptr + row[:, None] * x_row + col[None, :] * x_col, keep, 0.0).to(tl.float32)
     if HAS_RESIDUAL:
@@ -64,7 +64,7 @@ def _add_layer_norm_bwd_kernel(
 ):  # fmt: skip
     """A program walks `tiles` blocks of rows; partial is [programs, 2, D], the sums of d_weight and d_bias."""
     program = tl.program_id(0).to(tl.int64)
-    col = tl.arange(0, BD)
+    col = tl.arange(0, BD).to(tl.int64)
     weight = tl.load(weight_ptr + col * weight_col, col < D, 0.0).to(tl.float32)
     d_weight = tl.zeros((BR, BD), tl.float32)  # summed over its rows at the end: once across the warps, not per block
     d_bias = tl.zeros((BR, BD), tl.float32)

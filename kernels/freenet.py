@@ -5,6 +5,10 @@ not fit in registers, the BM hidden rows Z' as the operand of the next product, 
 result will go in the end: written and read back by the same program, it stays in the caches. So device memory sees
 the features and the state once and the result once, whatever D is. The weights stream from the second-level cache a
 block of columns at a time; docs/math/freenet.md has the arithmetic.
+
+Nothing but the arguments is kept for the backward pass. It goes through the block again, CHUNK tokens at a time, and
+leaves in buffers of that many rows what the gradients of the weights are products of; those three products are plain
+matrix products over the tokens, which the library does at the roof.
 """
 
 from __future__ import annotations
@@ -15,8 +19,8 @@ import triton.language as tl
 from torch import Tensor
 
 from speedk.kernels._launch import block, dot_precision, on_device_of
-from speedk.kernels._tiles import load_row, multiply
-from speedk.kernels.add_layer_norm import row_statistics
+from speedk.kernels._tiles import load_row, load_rows, multiply
+from speedk.kernels.add_layer_norm import norm_backward, row_statistics
 
 
 @triton.jit
@@ -44,11 +48,11 @@ def _freenet_block_fwd_kernel(
                  PRECISION)  # fmt: skip
     x += load_row(proj_bias_ptr, col, in_col)
     if HAS_STATE and SUM:
-        x += tl.load(state_ptr + row[:, None] * state_row + col[None, :] * state_col, keep, 0.0).to(tl.float32)
+        x += load_rows(state_ptr, row, state_row, col, state_col, keep)
     centred, rstd = row_statistics(x, keep, D, eps)
     hidden = centred * rstd[:, None] * load_row(norm1_weight_ptr, col, in_col) + load_row(norm1_bias_ptr, col, in_col)
     if HAS_STATE and not SUM:
-        hidden += tl.load(state_ptr + row[:, None] * state_row + col[None, :] * state_col, keep, 0.0).to(tl.float32)
+        hidden += load_rows(state_ptr, row, state_row, col, state_col, keep)
     tl.store(out_ptrs, hidden.to(dtype), keep)
     tl.debug_barrier()  # the other threads read these rows next
 
@@ -67,11 +71,121 @@ def _freenet_block_fwd_kernel(
     tl.store(out_ptrs, y.to(dtype), keep)
 
 
+@triton.jit
+def gelu_slope(x):
+    return 0.5 * (1.0 + tl.erf(x * 0.7071067811865476)) + x * 0.3989422804014327 * tl.exp(-0.5 * x * x)
+
+
+@triton.jit
+def sum_rows(sums_ptr, col, in_col, x):
+    tl.store(sums_ptr + col, tl.sum(x, 0), in_col)
+
+
+@triton.jit(do_not_specialize=["M"])
+def _freenet_block_bwd_kernel(
+    d_out_ptr, features_ptr, state_ptr, proj_weight_ptr, proj_bias_ptr, norm1_weight_ptr, norm1_bias_ptr,
+    fc1_weight_ptr, fc1_bias_ptr, fc2_weight_ptr, fc2_bias_ptr, norm2_weight_ptr,
+    d_features_ptr, d_state_ptr, hidden_ptr, active_ptr, d_inner_ptr, d_mlp_ptr, d_branch_ptr, sums_ptr,
+    M, D, eps, d_out_row, d_out_col, features_row, features_col, state_row, state_col,
+    BM: tl.constexpr, BD: tl.constexpr, BK: tl.constexpr, BC: tl.constexpr,
+    HAS_STATE: tl.constexpr, SUM: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Writes d_features, d_state, the factors of the weights' gradients (hidden, active, d_inner, d_mlp, d_branch),
+    and sums [programs, 7, D] over its rows: the gradients of the vectors, in the order of `VECTORS`.
+
+    Until their own values come, d_branch holds the normalised projection and d_inner the input of GELU.
+    """
+    program = tl.program_id(0).to(tl.int64)
+    row = program * BM + tl.arange(0, BM)
+    col = tl.arange(0, BD)
+    in_row, in_col = row < M, col < D
+    keep = in_row[:, None] & in_col[None, :]
+    at = row[:, None] * D + col[None, :]
+    dtype = d_features_ptr.dtype.element_ty
+    sums_ptr += program * 7 * D
+
+    x = tl.zeros((BM, BD), tl.float32)
+    x = multiply(features_ptr, features_row, features_col, row, in_row, proj_weight_ptr, D, 1, col, in_col, D, BK, x,
+                 PRECISION)  # fmt: skip
+    x += load_row(proj_bias_ptr, col, in_col)
+    if HAS_STATE and SUM:
+        x += load_rows(state_ptr, row, state_row, col, state_col, keep)
+    centred, rstd1 = row_statistics(x, keep, D, eps)
+    x = centred * rstd1[:, None]
+    tl.store(d_branch_ptr + at, x.to(dtype), keep)
+    x = x * load_row(norm1_weight_ptr, col, in_col) + load_row(norm1_bias_ptr, col, in_col)
+    if HAS_STATE and not SUM:
+        x += load_rows(state_ptr, row, state_row, col, state_col, keep)
+    tl.store(hidden_ptr + at, x.to(dtype), keep)
+    tl.debug_barrier()  # the other threads read these rows next
+
+    y = tl.zeros((BM, BD), tl.float32)
+    for first in range(0, D, BC):
+        c = first + tl.arange(0, BC)
+        inner_at, inner_keep = row[:, None] * D + c[None, :], in_row[:, None] & (c < D)[None, :]
+        inner = tl.zeros((BM, BC), tl.float32)
+        inner = multiply(hidden_ptr, D, 1, row, in_row, fc1_weight_ptr, D, 1, c, c < D, D, BK, inner, PRECISION)
+        inner += load_row(fc1_bias_ptr, c, c < D)
+        active = gelu(inner).to(dtype)
+        tl.store(d_inner_ptr + inner_at, inner.to(dtype), inner_keep)
+        tl.store(active_ptr + inner_at, active, inner_keep)
+        fc2 = tl.load(fc2_weight_ptr + col[None, :] * D + c[:, None], in_col[None, :] & (c < D)[:, None], 0.0)
+        y = tl.dot(active, fc2, y, input_precision=PRECISION)
+    y += load_row(fc2_bias_ptr, col, in_col) + tl.load(hidden_ptr + at, keep, 0.0).to(tl.float32)
+    centred, rstd2 = row_statistics(y, keep, D, eps)
+    y = centred * rstd2[:, None]
+    d_out = load_rows(d_out_ptr, row, d_out_row, col, d_out_col, keep)
+    sum_rows(sums_ptr + 5 * D, col, in_col, d_out * y)
+    sum_rows(sums_ptr + 6 * D, col, in_col, d_out)
+    weight = tl.load(norm2_weight_ptr + col, in_col, 0.0).to(tl.float32)
+    d_mlp = norm_backward(d_out, y, weight, rstd2, D)
+    sum_rows(sums_ptr + 4 * D, col, in_col, d_mlp)
+    tl.store(d_mlp_ptr + at, d_mlp.to(dtype), keep)
+    tl.debug_barrier()
+
+    d_hidden = tl.zeros((BM, BD), tl.float32)
+    for first in range(0, D, BC):
+        c = first + tl.arange(0, BC)
+        inner_at, inner_keep = row[:, None] * D + c[None, :], in_row[:, None] & (c < D)[None, :]
+        d_inner = tl.zeros((BM, BC), tl.float32)
+        d_inner = multiply(d_mlp_ptr, D, 1, row, in_row, fc2_weight_ptr, 1, D, c, c < D, D, BK, d_inner, PRECISION)
+        d_inner *= gelu_slope(tl.load(d_inner_ptr + inner_at, inner_keep, 0.0).to(tl.float32))
+        sum_rows(sums_ptr + 3 * D, c, c < D, d_inner)
+        tl.store(d_inner_ptr + inner_at, d_inner.to(dtype), inner_keep)
+        fc1 = tl.load(fc1_weight_ptr + c[:, None] * D + col[None, :], (c < D)[:, None] & in_col[None, :], 0.0)
+        d_hidden = tl.dot(d_inner.to(dtype), fc1, d_hidden, input_precision=PRECISION)
+    d_hidden += tl.load(d_mlp_ptr + at, keep, 0.0).to(tl.float32)
+    x = tl.load(d_branch_ptr + at, keep, 0.0).to(tl.float32)
+    sum_rows(sums_ptr + 1 * D, col, in_col, d_hidden * x)
+    sum_rows(sums_ptr + 2 * D, col, in_col, d_hidden)
+    if HAS_STATE and not SUM:
+        tl.store(d_state_ptr + at, d_hidden.to(dtype), keep)
+    weight = tl.load(norm1_weight_ptr + col, in_col, 0.0).to(tl.float32)
+    d_branch = norm_backward(d_hidden, x, weight, rstd1, D)
+    sum_rows(sums_ptr, col, in_col, d_branch)
+    if HAS_STATE and SUM:
+        tl.store(d_state_ptr + at, d_branch.to(dtype), keep)
+    tl.debug_barrier()  # every thread has read what d_branch held before
+    tl.store(d_branch_ptr + at, d_branch.to(dtype), keep)
+    tl.debug_barrier()
+
+    x = tl.zeros((BM, BD), tl.float32)
+    x = multiply(d_branch_ptr, D, 1, row, in_row, proj_weight_ptr, 1, D, col, in_col, D, BK, x, PRECISION)
+    tl.store(d_features_ptr + at, x.to(dtype), keep)
+
+
 MAX_WIDTH = 512
 """The widest D whose rows a program holds."""
 
+CHUNK = 16384
+"""Tokens that the backward pass takes at a time: enough programs to fill a GPU once or twice, and no more memory."""
 
-def freenet_block_meta(D: int, precision: str, itemsize: int) -> dict[str, int]:
+VECTORS = (1, 2, 3, 5, 7, 8, 9)
+"""Where the vectors stand among the ten weights: the projection's bias, the first norm's two, the biases of both
+linears, the second norm's two."""
+
+
+def freenet_block_fwd_meta(D: int, precision: str, itemsize: int) -> dict[str, int]:
     """Blocks for width D: BM tokens, BK columns of a product's operands, BC hidden columns of the MLP at a time."""
     BD = block(D)
     if BD == 512:  # 64 rows of float32 would spill; 32 go through mma, not wgmma, on Hopper
@@ -79,6 +193,21 @@ def freenet_block_meta(D: int, precision: str, itemsize: int) -> dict[str, int]:
     wide = 64 if BD == 256 and itemsize == 2 else 32
     return {"BM": 64, "BD": BD, "BK": wide, "BC": min(BD, wide), "num_warps": 4 if BD <= 128 else 8,
             "num_stages": 2 if precision == "ieee" else 3}  # fmt: skip
+
+
+def freenet_block_bwd_meta(D: int, precision: str, itemsize: int) -> dict[str, int]:
+    """The same for the backward kernel, which holds more at a time."""
+    BD = block(D)
+    if itemsize == 4 and precision == "ieee":  # no tensor cores: operands come through registers
+        BM, narrow, warps, stages = {128: (32, 32, 8, 2), 256: (16, 32, 8, 2), 512: (16, 16, 16, 1)}.get(
+            BD, (64, 32, 4, 2))  # fmt: skip
+    elif itemsize == 4:
+        BM, narrow, warps, stages = {128: (64, 32, 8, 3), 256: (32, 32, 8, 3), 512: (32, 16, 16, 2)}.get(
+            BD, (64, 32, 4, 3))  # fmt: skip
+    else:
+        BM, narrow, warps, stages = {128: (64, 32, 8, 3), 256: (64, 32, 8, 3), 512: (32, 32, 8, 2)}.get(
+            BD, (64, 32, 4, 3))  # fmt: skip
+    return {"BM": BM, "BD": BD, "BK": narrow, "BC": min(BD, narrow), "num_warps": warps, "num_stages": stages}
 
 
 def freenet_block_fwd(features: Tensor, state: Tensor | None, weights: tuple[Tensor, ...], norm: str,
@@ -93,7 +222,7 @@ def freenet_block_fwd(features: Tensor, state: Tensor | None, weights: tuple[Ten
     first = state is None
     state = features if first else state.reshape(-1, D)
     precision = dot_precision(features.dtype)
-    meta = freenet_block_meta(D, precision, features.element_size())
+    meta = freenet_block_fwd_meta(D, precision, features.element_size())
     M = len(features)
     with on_device_of(features):
         _freenet_block_fwd_kernel[(triton.cdiv(M, meta["BM"]),)](
@@ -101,3 +230,51 @@ def freenet_block_fwd(features: Tensor, state: Tensor | None, weights: tuple[Ten
             HAS_STATE=not first, SUM=norm == "sum", PRECISION=precision, **meta,
         )  # fmt: skip
     return out
+
+
+def freenet_block_bwd(
+    d_out: Tensor, features: Tensor, state: Tensor | None, weights: tuple[Tensor, ...], norm: str, eps: float
+) -> tuple[Tensor, Tensor | None, list[Tensor]]:
+    """Gradients of `freenet_block_fwd` for d_out [N, J, D], any strides: (d_features, d_state or None, the ten of the
+    weights). Sums have one order everywhere, but for the library's matrix products."""
+    shape, D = features.shape, features.shape[-1]
+    weights = tuple(w.contiguous() for w in weights)
+    total = [torch.zeros(w.shape, device=w.device, dtype=torch.float32) for w in weights]
+    d_features = torch.empty(shape, device=features.device, dtype=features.dtype)
+    d_state = None if state is None else torch.empty_like(d_features)
+    features, d_out = features.reshape(-1, D), d_out.reshape(-1, D)
+    state = None if state is None else state.reshape(-1, D)
+    M = len(features)
+    buffers = torch.empty(5, min(M, CHUNK), D, device=features.device, dtype=features.dtype)
+    for start in range(0, M, CHUNK) if D else ():
+        rows = slice(start, start + CHUNK)
+        x, s = features[rows], None if state is None else state[rows]
+        d_s = None if state is None else d_state.view(-1, D)[rows]
+        hidden, active, d_inner, d_mlp, d_branch = factors = buffers[:, :len(x)].unbind()
+        sums = _backward_chunk(d_out[rows], x, s, weights, d_features.view(-1, D)[rows], d_s, factors, norm, eps)
+        for i, vector in zip(VECTORS, sums, strict=True):
+            total[i] += vector
+        for i, d_y, operand in ((0, d_branch, x), (4, d_inner, hidden), (6, d_mlp, active)):
+            if d_y.dtype == torch.float32:
+                total[i].addmm_(d_y.T, operand)
+            else:
+                total[i] += d_y.T @ operand
+    return d_features, d_state, [t.to(w.dtype) for t, w in zip(total, weights, strict=True)]
+
+
+def _backward_chunk(d_out, features, state, weights, d_features, d_state, factors, norm, eps) -> Tensor:
+    """Launch on one chunk of rows; returns the gradients of the vectors, [7, D] float32."""
+    M, D = features.shape
+    precision = dot_precision(features.dtype)
+    meta = freenet_block_bwd_meta(D, precision, features.element_size())
+    first = state is None
+    state, d_state = (features, d_features) if first else (state, d_state)
+    programs = triton.cdiv(M, meta["BM"])
+    sums = torch.empty(programs, 7, D, device=features.device, dtype=torch.float32)
+    with on_device_of(features):
+        _freenet_block_bwd_kernel[(programs,)](
+            d_out, features, state, *weights[:9], d_features, d_state, *factors, sums, M, D, eps,
+            *d_out.stride(), *features.stride(), *state.stride(),
+            HAS_STATE=not first, SUM=norm == "sum", PRECISION=precision, **meta,
+        )  # fmt: skip
+    return sums.sum(0)

@@ -29,13 +29,13 @@ def _patches_kernel(
 ):  # fmt: skip
     """FOLD: tokens -> image; else image -> tokens. `side`: patches in a row; `count`: N J tokens."""
     token = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT)
-    r = tl.program_id(1) * BP + tl.arange(0, BP)
+    r = (tl.program_id(1) * BP + tl.arange(0, BP)).to(tl.int64)
     n, j = token // J, token % J
-    c = tl.arange(0, BW)
+    c = tl.arange(0, BW).to(tl.int64)
     for first in range(0, C, BC):
         ch = first + tl.arange(0, BC)
         # tokens side: [BT, BP, BW, BC], channel fastest
-        inner = ((r[:, None, None] * P + c[None, :, None]) * C + ch[None, None, :]).to(tl.int64)
+        inner = (r[:, None, None] * P + c[None, :, None]) * C + ch[None, None, :]
         tokens_ptrs = tokens_ptr + (n * tokens_n + j * tokens_j)[:, None, None, None] + inner[None] * tokens_l
         fits = (r < P)[:, None, None] & (c < P)[None, :, None] & (ch < C)[None, None, :]
         tokens_keep = (token < count)[:, None, None, None] & fits[None]
@@ -101,7 +101,7 @@ def line_outputs(lines, C, P: tl.constexpr, LT: tl.constexpr, BP: tl.constexpr):
     """The outputs l = (r P + c) C + ch of LT lines from `lines` on, flat [LT BP], and whether they exist."""
     flat = tl.arange(0, LT * BP)
     line, c = lines + flat // BP, flat % BP
-    return ((line % P) * P + c) * C + line // P, (line < C * P) & (c < P)
+    return (((line % P) * P + c) * C + line // P).to(tl.int64), (line < C * P) & (c < P)
 
 
 @triton.jit
@@ -109,7 +109,7 @@ def line_offsets(lines, C, image_c, image_h, image_w, P: tl.constexpr, LT: tl.co
     """Where those outputs lie within a patch of the image, flat [LT BP]."""
     flat = tl.arange(0, LT * BP)
     line, c = lines + flat // BP, flat % BP
-    return (line // P).to(tl.int64) * image_c + (line % P).to(tl.int64) * image_h + c * image_w
+    return (line // P).to(tl.int64) * image_c + (line % P).to(tl.int64) * image_h + c.to(tl.int64) * image_w
 
 
 @triton.jit
@@ -150,7 +150,7 @@ def _tokens_to_images_state_bwd_kernel(
 ):  # fmt: skip
     """d_state = (the patches of d_image) . weight."""
     token = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
-    d = tl.program_id(1) * BD + tl.arange(0, BD)
+    d = (tl.program_id(1) * BD + tl.arange(0, BD)).to(tl.int64)
     patch_ptrs = d_image_ptr + patch_offsets(token, J, side, image_n, image_h, image_w, P)
     acc = tl.zeros((BM, BD), tl.float32)
     for first in range(0, C * P, LT):
@@ -173,7 +173,7 @@ def _tokens_to_images_weight_bwd_kernel(
     """A program walks `tiles` blocks of tokens and writes partial sums: d_weight [split, L, D], d_bias [split, L]."""
     split = tl.program_id(0).to(tl.int64)
     first = tl.program_id(1) * LT
-    d = tl.program_id(2) * BD + tl.arange(0, BD)
+    d = (tl.program_id(2) * BD + tl.arange(0, BD)).to(tl.int64)
     output, exists = line_outputs(first, C, P, LT, BP)
     offsets = line_offsets(first, C, image_c, image_h, image_w, P, LT, BP)
     d_weight = tl.zeros((LT * BP, BD), tl.float32)

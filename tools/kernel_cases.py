@@ -58,6 +58,7 @@ def _of(recipe: tuple[int, ...], dtype: torch.dtype, label: str, products: bool)
     if D == 96:
         yield label, lambda: freenet.freenet_block_fwd(state, None, block, "branch", 1e-6)
     yield label, lambda: freenet.freenet_block_fwd(state, state, block, "branch", 1e-6)
+    yield label, lambda: freenet.freenet_block_bwd(state, state, state, block, "branch", 1e-6)
     yield label, lambda: patches.tokens_to_images_fwd(state, final, new(L), C, patch)
     images = new(N, C, math.isqrt(J) * patch, math.isqrt(J) * patch)
     yield label, lambda: patches.tokens_to_images_bwd(images, state, final, patch)

@@ -125,9 +125,16 @@ def why_not_native(values: Tensor, rows: Tensor, cols: Tensor, *saet: Tensor) ->
     return dispatch.why_not_native_cpu(values, rows, cols, *saet)
 
 
+def why_not_triton(values: Tensor, rows: Tensor, cols: Tensor, *saet: Tensor) -> str | None:
+    for index in (rows, cols):
+        if index.dtype in (torch.uint32, torch.uint64):
+            return f"{index.dtype} indices are looked up in PyTorch"
+    return dispatch.why_not_triton(values, rows, cols, *saet)
+
+
 _encode = dispatch.Op("coo_encode", native=why_not_native_topk)
-_decode = dispatch.Op("coo_decode", native=why_not_native)
-_mhsc = dispatch.Op("mhsc_coo", native=why_not_native)
+_decode = dispatch.Op("coo_decode", triton=why_not_triton, native=why_not_native)
+_mhsc = dispatch.Op("mhsc_coo", triton=why_not_triton, native=why_not_native)
 
 
 @torch.library.custom_op("speedk::coo_encode", mutates_args=())

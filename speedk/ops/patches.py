@@ -108,9 +108,15 @@ def why_not_native_product(*tensors: Tensor) -> str | None:
     return dispatch.why_not_native_cpu(*tensors)
 
 
-_fold = dispatch.Op("patchify", native=why_not_native)
-_unfold = dispatch.Op("unpatchify", native=why_not_native)
-_project = dispatch.Op("tokens_to_images", native=why_not_native_product)
+def why_not_triton_product(state: Tensor, weight: Tensor, bias: Tensor) -> str | None:
+    if weight.shape[0] > 3 * 128**2:
+        return "patches wider than 128 are projected in PyTorch"
+    return dispatch.why_not_triton(state, weight, bias)
+
+
+_fold = dispatch.Op("patchify", triton=dispatch.why_not_triton, native=why_not_native)
+_unfold = dispatch.Op("unpatchify", triton=dispatch.why_not_triton, native=why_not_native)
+_project = dispatch.Op("tokens_to_images", triton=why_not_triton_product, native=why_not_native_product)
 
 
 @torch.library.custom_op("speedk::patchify", mutates_args=())

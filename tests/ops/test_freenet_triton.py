@@ -5,12 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 from support import assert_matches, poisoned_memory
-from triton_support import DOT_FLOATS, LAYOUTS, randn
+from triton_support import DOT_FLOATS, LAYOUTS, gradients, randn
 
-from speedk.kernels.freenet import freenet_block_fwd
+from speedk.kernels import freenet
+from speedk.kernels.freenet import freenet_block_bwd, freenet_block_fwd
 from speedk.ops.freenet import EPS, BlockWeights, freenet_block
 
-SHAPES = [(2, 64, 32), (1, 7, 96), (3, 5, 1), (1, 3, 17), (1, 5, 200), (1, 3, 320), (0, 4, 8)]
+SHAPES = [(2, 64, 32), (1, 7, 96), (3, 5, 1), (1, 3, 17), (0, 4, 8)]
+WIDE = [(1, 5, 200), (1, 3, 320)]  # other blocks than the narrow ones; slow under the interpreter
 
 
 def block_weights(D: int, dtype: torch.dtype, layout: str = "plain") -> BlockWeights:
@@ -45,7 +47,49 @@ def test_forward(shape, dtype, norm):
     check_forward(randn(*shape, dtype=dtype), state, block_weights(shape[-1], dtype), norm.replace("first", "sum"))
 
 
+def check_backward(d_out, features, state, weights, norm):
+    with poisoned_memory():
+        d_features, d_state, d_weights = freenet_block_bwd(d_out, features, state, tuple(weights), norm, EPS)
+
+    def function(features, *rest):
+        return freenet_block(features, rest[0] if len(rest) > 10 else None, BlockWeights(*rest[-10:]), norm)
+
+    inputs = [features, *([] if state is None else [state]), *weights]
+    want = gradients(function, *inputs, cotangent=d_out)
+    want64 = gradients(function, *double(inputs), cotangent=d_out.double())
+    assert (d_state is None) == (state is None)
+    got = [d_features, *([] if state is None else [d_state]), *d_weights]
+    names = ["features", *([] if state is None else ["state"]), *BlockWeights._fields]
+    for name, value, library, exact in zip(names, got, want, want64, strict=True):
+        assert_matches(f"d_{name}", value, library, exact)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", DOT_FLOATS)
+@pytest.mark.parametrize("norm", ["first", "branch", "sum"])
+def test_backward(shape, dtype, norm):
+    state = None if norm == "first" else randn(*shape, dtype=dtype, seed=1)
+    check_backward(randn(*shape, dtype=dtype, seed=2), randn(*shape, dtype=dtype), state,
+                   block_weights(shape[-1], dtype), norm.replace("first", "sum"))  # fmt: skip
+
+
+@pytest.mark.parametrize("shape", WIDE, ids=str)
+def test_wide(shape):
+    d_out, features, state = (randn(*shape, seed=s) for s in (2, 0, 1))
+    weights = block_weights(shape[-1], torch.float32)
+    check_forward(features, state, weights, "sum")
+    check_backward(d_out, features, state, weights, "branch")
+
+
+def test_backward_in_chunks(monkeypatch):
+    monkeypatch.setattr(freenet, "CHUNK", 70)
+    shape = (9, 25, 20)
+    check_backward(*(randn(*shape, seed=s) for s in (2, 0, 1)), block_weights(20, torch.float32), "branch")
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_strides(layout):
-    features, state = (randn(3, 6, 24, seed=s, layout=layout) for s in range(2))
-    check_forward(features, state, block_weights(24, torch.float32, layout), "branch")
+    features, state, d_out = (randn(3, 6, 24, seed=s, layout=layout) for s in range(3))
+    weights = block_weights(24, torch.float32, "plain" if layout == "expanded" else layout)
+    check_forward(features, state, weights, "branch")
+    check_backward(d_out, features, state, weights, "sum")
