@@ -131,5 +131,5 @@ def add_layer_norm_bwd(
             d_out, x, residual, weight, d_x, partial, len(x), D, eps, tiles,
             *d_out.stride(), *x.stride(), *residual.stride(), *weight.stride(), HAS_RESIDUAL=not plain, **meta,
         )  # fmt: skip
-    d_weight, d_bias = partial.sum(0).to(weight.dtype)
+    d_weight, d_bias = (part.sum(0).to(weight.dtype) for part in partial.unbind(1))
     return d_x, d_weight, d_bias

@@ -44,7 +44,14 @@ def why_not_native(scm: Tensor, saet: Tensor) -> str | None:
     return dispatch.why_not_native_cpu(scm, saet)
 
 
-_op = dispatch.Op("mhsc", native=why_not_native)
+def why_not_triton(scm: Tensor, saet: Tensor) -> str | None:
+    width = saet.shape[1] // scm.shape[1]
+    if width > 256:
+        return f"heads of width {width} are wider than the 256 that one program holds"
+    return dispatch.why_not_triton(scm, saet)
+
+
+_op = dispatch.Op("mhsc", triton=why_not_triton, native=why_not_native)
 
 
 @torch.library.custom_op("speedk::mhsc", mutates_args=())

@@ -1,0 +1,122 @@
+"""One recurrent block of FReeNet (paper, Eq. 4)."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import gelu, linear
+
+from speedk.ops import dispatch
+from speedk.ops.add_layer_norm import add_layer_norm_reference
+
+EPS = 1e-6
+NORMS = ("branch", "sum")
+
+
+class BlockWeights(NamedTuple):
+    """The 3 D^2 + 7 D parameters of one recurrent block."""
+
+    proj_weight: Tensor  # [D, D]
+    proj_bias: Tensor  # [D]
+    norm1_weight: Tensor  # [D]
+    norm1_bias: Tensor  # [D]
+    fc1_weight: Tensor  # [D, D]
+    fc1_bias: Tensor  # [D]
+    fc2_weight: Tensor  # [D, D]
+    fc2_bias: Tensor  # [D]
+    norm2_weight: Tensor  # [D]
+    norm2_bias: Tensor  # [D]
+
+
+def freenet_block(features: Tensor, state: Tensor | None, weights: BlockWeights, norm: str = "branch") -> Tensor:
+    """One recurrent block of Eq. 4.
+
+    norm="branch" is Eq. 4 as printed, Z' = LN1(P(features)) + state; norm="sum" is Z' = LN1(P(features) + state).
+    The two are one function where state is None (the first block, Z_0 = 0).
+
+    Differentiable once in features, state and weights (any number of times on the torch backend); on Triton nothing
+    but the arguments is kept for the backward pass.
+
+    features: [N, J, D] floating, any strides, the shared result of `mhsc`; state: [N, J, D] or None; all of one dtype.
+    Returns [N, J, D]. Raises ValueError where shapes do not fit or `norm` is neither.
+    Backends: Triton, torch.
+    """
+    if norm not in NORMS:
+        raise ValueError(f"norm={norm!r} is not one of {NORMS}")
+    if state is not None and state.shape != features.shape:
+        raise ValueError(f"features are {tuple(features.shape)} but state is {tuple(state.shape)}")
+    D = features.shape[-1]
+    for name, weight in zip(BlockWeights._fields, weights, strict=True):
+        if weight.shape != ((D, D) if name in MATRICES else (D,)):
+            raise ValueError(f"features have D={D}, which does not fit a {name} of {tuple(weight.shape)}")
+    backend = _op.choose(features, state, *weights)
+    if backend == "torch":
+        return freenet_block_reference(features, state, weights, norm)
+    return _freenet_block(features, state, list(weights), norm)
+
+
+MATRICES = ("proj_weight", "fc1_weight", "fc2_weight")
+
+
+def freenet_block_reference(features: Tensor, state: Tensor | None, weights: BlockWeights, norm: str) -> Tensor:
+    w = weights
+    branch = linear(features, w.proj_weight, w.proj_bias)
+    if norm == "sum" or state is None:
+        hidden = add_layer_norm_reference(branch, state, w.norm1_weight, w.norm1_bias, EPS)
+    else:
+        hidden = add_layer_norm_reference(branch, None, w.norm1_weight, w.norm1_bias, EPS) + state
+    mlp = linear(gelu(linear(hidden, w.fc1_weight, w.fc1_bias)), w.fc2_weight, w.fc2_bias)
+    return add_layer_norm_reference(mlp, hidden, w.norm2_weight, w.norm2_bias, EPS)
+
+
+def why_not_triton(features: Tensor, state: Tensor | None, *weights: Tensor) -> str | None:
+    tensors = [features, *weights] if state is None else [features, state, *weights]
+    if any(t.dtype != features.dtype for t in tensors):
+        return "tensors of several dtypes are computed in PyTorch"
+    if features.shape[-1] > 512:
+        return f"D={features.shape[-1]} is wider than the 512 that one program holds"
+    return dispatch.why_not_triton(*tensors)
+
+
+_op = dispatch.Op("freenet_block", triton=why_not_triton)
+
+
+@torch.library.custom_op("speedk::freenet_block", mutates_args=())
+def _freenet_block(features: Tensor, state: Tensor | None, weights: list[Tensor], norm: str) -> Tensor:
+    return dispatch.launchers("triton", "freenet").freenet_block_fwd(features, state, tuple(weights), norm, EPS)
+
+
+@_freenet_block.register_fake
+def _(features: Tensor, state: Tensor | None, weights: list[Tensor], norm: str) -> Tensor:
+    return features.new_empty(features.shape)
+
+
+@torch.library.custom_op("speedk::freenet_block_bwd", mutates_args=())
+def _freenet_block_bwd(d_out: Tensor, features: Tensor, state: Tensor | None, weights: list[Tensor],
+                       norm: str) -> list[Tensor]:
+    """d_features, then d_state (empty where there is no state), then the ten of the weights."""
+    launch = dispatch.launchers("triton", "freenet").freenet_block_bwd
+    d_features, d_state, d_weights = launch(d_out, features, state, tuple(weights), norm, EPS)
+    return [d_features, features.new_empty(0) if d_state is None else d_state, *d_weights]
+
+
+@_freenet_block_bwd.register_fake
+def _(d_out: Tensor, features: Tensor, state: Tensor | None, weights: list[Tensor], norm: str) -> list[Tensor]:
+    shapes = [features.shape, (0,) if state is None else state.shape, *(w.shape for w in weights)]
+    return [features.new_empty(shape) for shape in shapes]
+
+
+def _save(ctx, inputs, output) -> None:
+    features, state, weights, ctx.norm = inputs
+    ctx.save_for_backward(features, state, *weights)
+
+
+def _backward(ctx, d_out: Tensor):
+    features, state, *weights = ctx.saved_tensors
+    d_features, d_state, *d_weights = _freenet_block_bwd(d_out, features, state, weights, ctx.norm)
+    return d_features, None if state is None else d_state, d_weights, None
+
+
+_freenet_block.register_autograd(_backward, setup_context=_save)

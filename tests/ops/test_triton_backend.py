@@ -1,0 +1,185 @@
+"""The ops on the Triton backend: results and gradients against float64, opcheck, compile, and what is refused."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from support import assert_matches, compiles
+from triton_support import DEVICE, LAYOUTS, randn
+
+from speedk.ops import (
+    BlockWeights,
+    FReeNetWeights,
+    add_layer_norm,
+    coo_decode,
+    explain,
+    freenet,
+    freenet_block,
+    freenet_coo,
+    mhsc,
+    mhsc_coo,
+    patchify,
+    tokens_to_images,
+    unpatchify,
+    use_backend,
+)
+from speedk.ops.add_layer_norm import _add_layer_norm, _add_layer_norm_bwd
+from speedk.ops.coo import _coo_decode, _coo_decode_bwd, _mhsc_coo, _mhsc_coo_bwd
+from speedk.ops.freenet_block import _freenet_block, _freenet_block_bwd
+from speedk.ops.mhsc import _mhsc, _mhsc_bwd
+from speedk.ops.patches import _patchify, _tokens_to_images, _tokens_to_images_bwd, _unpatchify
+
+ROWS = torch.tensor([0, 0, 2, 3, 1, 3] * 2, dtype=torch.uint8).reshape(3, 2, 2).to(DEVICE)
+COLS = torch.tensor([4, 1, 2, 0, 3, 0] * 2, dtype=torch.uint8).reshape(3, 2, 2).to(DEVICE)
+MATRICES = (0, 4, 6)
+
+
+def block_weights(D: int) -> list[torch.Tensor]:
+    return [randn(D, D, seed=20 + i) / D**0.5 if i in MATRICES else randn(D, seed=20 + i) / 4 + (i in (2, 8))
+            for i in range(10)]  # fmt: skip
+
+
+def decoder(weights) -> FReeNetWeights:
+    blocks = tuple(BlockWeights(*weights[i:i + 10]) for i in range(0, len(weights) - 2, 10))
+    return FReeNetWeights(blocks, *weights[-2:], channels=1, patch=2, patches=4, norm="branch")
+
+
+DECODER = [*block_weights(6), *block_weights(6), randn(4, 6, seed=7), randn(4, seed=8)]
+
+CASES = {  # a differentiable function of its inputs
+    "mhsc": (mhsc, [randn(3, 2, 4, 5), randn(5, 6, seed=1)]),
+    "add_layer_norm": (add_layer_norm, [randn(3, 4, 6), randn(3, 4, 6, seed=1), randn(6, seed=2), randn(6, seed=3)]),
+    "plain layer norm": (lambda x, w, b: add_layer_norm(x, None, w, b), [randn(7, 6), randn(6), randn(6, seed=3)]),
+    "patchify": (lambda x: patchify(x, 2), [randn(2, 3, 4, 6)]),
+    "unpatchify": (lambda x: unpatchify(x, 3, 2), [randn(2, 4, 12)]),
+    "tokens_to_images": (lambda *x: tokens_to_images(*x, 3, 2), [randn(2, 4, 6), randn(12, 6), randn(12, seed=2)]),
+    "coo_decode": (lambda v: coo_decode(v, ROWS, COLS, 4, 5), [randn(3, 2, 2)]),
+    "mhsc_coo": (lambda v, s: mhsc_coo(v, ROWS, COLS, s, 4), [randn(3, 2, 2), randn(5, 6, seed=1)]),
+    "first block": (lambda x, *w: freenet_block(x, None, BlockWeights(*w)), [randn(3, 4, 6), *block_weights(6)]),
+    "branch": (lambda x, z, *w: freenet_block(x, z, BlockWeights(*w), "branch"),
+               [randn(3, 4, 6), randn(3, 4, 6, seed=1), *block_weights(6)]),
+    "sum": (lambda x, z, *w: freenet_block(x, z, BlockWeights(*w), "sum"),
+            [randn(3, 4, 6), randn(3, 4, 6, seed=1), *block_weights(6)]),
+    "freenet": (lambda a, e, *w: freenet(a, e, decoder(w)), [randn(3, 2, 4, 5), randn(5, 6, seed=1), *DECODER]),
+    "freenet_coo": (lambda v, e, *w: freenet_coo(v, ROWS, COLS, e, decoder(w)),
+                    [randn(3, 2, 2), randn(5, 6, seed=1), *DECODER]),
+}  # fmt: skip
+
+
+def run(function, inputs):
+    leaves = [x.detach().clone().requires_grad_() for x in inputs]
+    out = function(*leaves)
+    cotangent = randn(*out.shape, seed=9).to(out.dtype)
+    return [out.detach(), *torch.autograd.grad(out, leaves, cotangent)]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_values_and_gradients(name):
+    function, inputs = CASES[name]
+    with use_backend("triton"):
+        got = run(function, inputs)
+    with use_backend("torch"):
+        library, exact = run(function, inputs), run(function, [x.double() for x in inputs])
+    for i, triple in enumerate(zip(got, library, exact, strict=True)):
+        assert_matches(f"{name} {i}", *triple)
+
+
+@pytest.mark.parametrize("name", ["coo_decode", "patchify", "unpatchify"])
+def test_second_gradients(name):
+    """These are linear, so that their backward passes are differentiated by each other."""
+    function, inputs = CASES[name]
+    with use_backend("triton"):
+        (x,) = (x.clone().requires_grad_() for x in inputs)
+        cotangent = torch.ones_like(function(x)).requires_grad_()
+        (grad,) = torch.autograd.grad(function(x), x, cotangent, create_graph=True)
+        (again,) = torch.autograd.grad(grad, cotangent, x.detach())
+        assert torch.equal(again, function(x))
+
+
+def op_calls(layout: str):
+    def new(*shape, seed=0):
+        return randn(*shape, seed=seed, layout=layout)
+
+    weights, state = block_weights(6), new(3, 4, 6, seed=1)
+    images, saet, values, d_out = new(3, 3, 4, 4), new(5, 6), new(3, 2, 2), new(3, 4, 6, seed=2)
+    yield _mhsc, (new(3, 2, 4, 5), saet, "triton")
+    yield _mhsc_bwd, (d_out, new(3, 2, 4, 5), saet, True, True, "triton")
+    yield _mhsc_bwd, (d_out, new(3, 2, 4, 5), saet, False, True, "triton")
+    yield _add_layer_norm, (new(3, 4, 6), state, new(1, 6)[0], new(1, 6)[0], 1e-6)
+    yield _add_layer_norm_bwd, (d_out, new(3, 4, 6), None, new(1, 6)[0], 1e-6)
+    yield _patchify, (images, 2, "triton")
+    yield _unpatchify, (new(3, 4, 12), 3, 2, 2, "triton")
+    yield _tokens_to_images, (state, new(12, 6), new(1, 12)[0], 3, 2, "triton")
+    yield _tokens_to_images_bwd, (images, state, new(12, 6), 2, "triton")
+    yield _coo_decode, (values, ROWS, COLS, 4, 5, True, "triton")
+    yield _coo_decode_bwd, (new(3, 2, 4, 5), ROWS, COLS, "triton")
+    yield _mhsc_coo, (values, ROWS, COLS, saet, 4, True, "triton")
+    yield _mhsc_coo_bwd, (d_out, values, ROWS, COLS, saet, "triton")
+    yield _freenet_block, (new(3, 4, 6), state, weights, "branch")
+    yield _freenet_block_bwd, (d_out, new(3, 4, 6), None, weights, "sum")
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_opcheck(layout):
+    for op, arguments in op_calls(layout):
+        if not op._name.endswith("_bwd"):
+            arguments = [
+                a.detach().requires_grad_() if isinstance(a, torch.Tensor) and a.is_floating_point() else a
+                for a in arguments
+            ]
+        torch.library.opcheck(op, tuple(arguments))
+
+
+@pytest.mark.parametrize("name", ["freenet", "freenet_coo", "unpatchify"])
+def test_compile(name):
+    function, inputs = CASES[name]
+    with use_backend("triton"):
+        compiles(function, *inputs)
+
+
+def test_bad_indices_are_refused_when_looked_for():
+    cols = COLS.clone()
+    cols[1, 1, 0] = 5
+    with use_backend("triton"):
+        with pytest.raises(ValueError, match="below K=5"):
+            coo_decode(randn(3, 2, 2), ROWS, cols, 4, 5)
+        dense = coo_decode(randn(3, 2, 2), ROWS, cols, 4, 5, check=False)
+        assert dense[1, 1].count_nonzero() == 1
+
+
+@pytest.mark.parametrize(("call", "reason"), [
+    (lambda: mhsc(randn(1, 1, 2, 3), randn(3, 300)), "heads of width 300"),
+    (lambda: mhsc(randn(1, 1, 2, 3).double(), randn(3, 4).double()), "float64"),
+    (lambda: add_layer_norm(randn(2, 20000), None, randn(20000), randn(20000)), "16384"),
+    (lambda: add_layer_norm(randn(2, 4).half(), None, randn(4), randn(4)), "several dtypes"),
+    (lambda: freenet_block(randn(1, 2, 520), None, BlockWeights(*block_weights(520))), "512"),
+    (lambda: tokens_to_images(randn(1, 1, 2), randn(140**2 * 3, 2), randn(140**2 * 3), 3, 140), "128"),
+], ids=["head", "double", "row", "mixed", "block", "patch"])  # fmt: skip
+def test_refusals(call, reason):
+    with use_backend("triton"), pytest.raises(ValueError, match=f"triton backend: .*{reason}"):
+        call()
+    call()
+
+
+def test_a_gpu_takes_triton_and_a_cpu_only_when_asked():
+    found = explain("mhsc", randn(1, 1, 2, 3), randn(3, 4))
+    assert found["triton"] == ("chosen" if DEVICE == "cuda" else "available")
+
+
+@pytest.mark.skipif(DEVICE == "cpu" or torch.cuda.mem_get_info()[1] < 40 * 2**30, reason="needs a GPU of 40 GiB")
+def test_beyond_32_bits():
+    """Tensors of more than 2^31 elements: offsets that do not fit 32 bits."""
+    N = 2**31 // (32 * 64) + 100
+    x = torch.zeros(N, 32, 64, dtype=torch.bfloat16, device=DEVICE)
+    x[-1] = randn(32, 64, dtype=torch.bfloat16)
+    weight, bias = randn(64, dtype=torch.bfloat16), randn(64, dtype=torch.bfloat16)
+    with use_backend("triton"):
+        last = add_layer_norm(x, None, weight, bias)[-1]
+        assert_matches("norm", last, torch.nn.functional.layer_norm(x[-1], (64,), weight, bias, 1e-6),
+                       torch.nn.functional.layer_norm(x[-1].double(), (64,), weight.double(), bias.double(), 1e-6))
+        assert torch.equal(patchify(x[:, None], 4)[-1], patchify(x[-1:, None], 4)[0])
+        scm, saet = x[:, None], randn(64, 64, dtype=torch.bfloat16)
+        assert torch.equal(mhsc(scm, saet)[-1], mhsc(scm[-1:], saet)[0])
+        values = torch.ones(N, 1, 1, dtype=torch.bfloat16, device=DEVICE)
+        index = torch.full((N, 1, 1), 31, dtype=torch.uint8, device=DEVICE)
+        assert coo_decode(values, index, index, 32, 64)[-1].nonzero().tolist() == [[0, 31, 31]]
