@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from support import assert_matches, compiles
-from triton_support import DEVICE, LAYOUTS, randn
+from triton_support import DEVICE, randn
 
 from speedk.ops import (
     BlockWeights,
@@ -119,7 +119,7 @@ def op_calls(layout: str):
     yield _freenet_block_bwd, (d_out, new(3, 4, 6), None, weights, "sum")
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", ["transposed", "expanded"])
 def test_opcheck(layout):
     for op, arguments in op_calls(layout):
         if not op._name.endswith("_bwd"):
