@@ -21,11 +21,10 @@ namespace {
 
 template <class T = void> T* at(uintptr_t address) { return reinterpret_cast<T*>(address); }
 
-bool topk(int dtype, uintptr_t scm, int64_t rows, int64_t J, int64_t K, int64_t k, uintptr_t dense, uintptr_t mask,
+Topk topk(int dtype, uintptr_t scm, int64_t rows, int64_t J, int64_t K, int64_t k, uintptr_t dense, uintptr_t mask,
           uintptr_t values, uintptr_t row_index, uintptr_t col_index, int index_bytes, int threads) {
-  const Topk job{static_cast<Dtype>(dtype), at(scm), rows, J, K, k, at(dense), at<bool>(mask), at(values),
-                 at(row_index), at(col_index), index_bytes, threads};
-  return SPEEDK_CALL(topk, job);
+  return {static_cast<Dtype>(dtype), at(scm), rows, J, K, k, at(dense), at<bool>(mask), at(values),
+          at(row_index), at(col_index), index_bytes, threads};
 }
 
 Entries entries(int dtype, uintptr_t values, uintptr_t rows, uintptr_t cols, int index_bytes, int64_t matrices,
@@ -58,7 +57,13 @@ PYBIND11_MODULE(_native, m) {
 #else
   m.attr("cuda") = false;
 #endif
-  m.def("topk", &topk, released);
+  py::class_<Topk>(m, "Topk").def(py::init(&topk));
+  m.def("topk", [](const Topk& job) { return SPEEDK_CALL(topk, job); }, released);
+#ifdef SPEEDK_CUDA
+  m.def("topk_cuda", [](const Topk& job, uintptr_t nan, uintptr_t stream) {
+    return topk_cuda(job, at<int>(nan), at(stream));
+  }, released);
+#endif
 
   py::class_<Entries>(m, "Entries").def(py::init(&entries));
   m.def("coo_decode", [](const Entries& e, uintptr_t dense, int threads) {

@@ -140,7 +140,8 @@ _mhsc = dispatch.Op("mhsc_coo", triton=why_not_triton, native=why_not_native)
 @torch.library.custom_op("speedk::coo_encode", mutates_args=())
 def _coo_encode(scm: Tensor, k: int, check: bool, backend: str) -> tuple[Tensor, Tensor, Tensor]:
     values, rows, cols = _encoded(scm, k)
-    if native.topk(scm, k, values=values, rows=rows, cols=cols) and check:
+    nan = native.topk(scm, k, values=values, rows=rows, cols=cols)
+    if check and nan:
         raise holds_nan()
     return values, rows, cols
 

@@ -169,6 +169,25 @@ def why_not_native_cpu(*tensors: Tensor) -> str | None:
     return None
 
 
+def why_not_native_cuda(*tensors: Tensor) -> str | None:
+    """The part of a native backend's `why_not` that is the same for every CUDA op."""
+    missing = native_missing()
+    if missing is not None:
+        return missing
+    if not native_cuda():
+        return "the extension is built without its CUDA files (nvcc was not found, or SPEEDK_CUDA=OFF)"
+    for tensor in tensors:
+        if not tensor.is_cuda:
+            return f"a tensor is on {tensor.device}, the kernel is for the GPU"
+    return None
+
+
+@torch.compiler.assume_constant_result
+def native_cuda() -> bool:
+    """Whether the extension holds CUDA kernels, wherever they can run."""
+    return native() is not None and native().cuda
+
+
 def checks(check: bool | None, backend: str, tensor: Tensor) -> bool:
     """Whether an op looks for bad values (a NaN, an index out of range) in `tensor` and raises.
 

@@ -18,15 +18,24 @@ def address(tensor: Tensor | None) -> int:
 
 
 def topk(scm: Tensor, k: int, *, dense: Tensor | None = None, mask: Tensor | None = None, values: Tensor | None = None,
-         rows: Tensor | None = None, cols: Tensor | None = None) -> bool:
-    """Fill whichever results are given, all contiguous, from scm [N, H, J, K]; returns whether scm holds a NaN."""
+         rows: Tensor | None = None, cols: Tensor | None = None) -> bool | Tensor:
+    """Fill whichever results are given, all contiguous, from scm [N, H, J, K]; returns whether scm holds a NaN (on a GPU
+    as a flag there, int32 [1]: asking for its truth waits)."""
     scm = scm.contiguous()
     n, h, j, tokens = scm.shape
     index_bytes = 0 if rows is None else rows.element_size()
-    return native().topk(
+    job = native().Topk(
         DTYPES[scm.dtype], scm.data_ptr(), n * h, j, tokens, k, address(dense), address(mask), address(values),
         address(rows), address(cols), index_bytes, torch.get_num_threads(),
     )  # fmt: skip
+    if not scm.is_cuda:
+        return native().topk(job)
+    flag = torch.zeros(1, dtype=torch.int32, device=scm.device)
+    with torch.cuda.device(scm.device):
+        code = native().topk_cuda(job, flag.data_ptr(), torch.cuda.current_stream().cuda_stream)
+    if code:
+        raise RuntimeError(f"the topk kernel could not be launched: CUDA error {code}")
+    return flag
 
 
 def _mhsc(scm: Tensor, saet: Tensor):

@@ -69,7 +69,7 @@ def why_not_native_topk(scm: Tensor, k: int) -> str | None:
         return f"{scm.dtype} is computed in PyTorch"
     if scm.shape[2] * scm.shape[3] >= 2**31:
         return "positions beyond 31 bits are computed in PyTorch"
-    return dispatch.why_not_native_cpu(scm)
+    return dispatch.why_not_native_cuda(scm) if scm.is_cuda else dispatch.why_not_native_cpu(scm)
 
 
 _mask = dispatch.Op("topk_mask", native=why_not_native_topk)
@@ -79,7 +79,8 @@ _sparse = dispatch.Op("sparsify", native=why_not_native_topk)
 @torch.library.custom_op("speedk::topk_mask", mutates_args=())
 def _topk_mask(scm: Tensor, k: int, check: bool, backend: str) -> Tensor:
     mask = torch.empty(scm.shape, dtype=torch.bool, device=scm.device)
-    if native.topk(scm, k, mask=mask) and check:
+    nan = native.topk(scm, k, mask=mask)
+    if check and nan:
         raise holds_nan()
     return mask
 
@@ -92,7 +93,8 @@ def _(scm: Tensor, k: int, check: bool, backend: str) -> Tensor:
 @torch.library.custom_op("speedk::sparsify", mutates_args=())
 def _sparsify(scm: Tensor, k: int, check: bool, backend: str) -> Tensor:
     kept = torch.empty(scm.shape, dtype=scm.dtype, device=scm.device)
-    if native.topk(scm, k, dense=kept) and check:
+    nan = native.topk(scm, k, dense=kept)
+    if check and nan:
         raise holds_nan()
     return kept
 
