@@ -94,9 +94,18 @@ def explain(op: str, *arguments: object) -> dict[str, str]:
     if op not in _ops:
         raise ValueError(f"{op!r} is not one of {', '.join(sorted(_ops))}")
     table = _ops[op]
-    found = {b: _installed(table, b) if not arguments else table.why_not(b, *arguments) for b in BACKENDS}
-    chosen = _forced or next(b for b in BACKENDS if found[b] is None and not (b == "triton" and INTERPRETED))
+    if not arguments:
+        found = {b: _installed(table, b) for b in BACKENDS}
+    else:
+        found = {b: table.why_not(b, *arguments) for b in BACKENDS}
+    wanted = (_forced,) if _forced else tuple(b for b in BACKENDS if not (b == "triton" and INTERPRETED))
+    chosen = next((b for b in wanted if found[b] is None), None)
     return {b: reason or ("chosen" if b == chosen else "available") for b, reason in found.items()}
+
+
+def forced() -> str | None:
+    """The backend that `use_backend` or SPEEDK_BACKEND insists on, or None."""
+    return _forced
 
 
 def ops() -> list[str]:

@@ -19,8 +19,8 @@ def address(tensor: Tensor | None) -> int:
 
 def topk(scm: Tensor, k: int, *, dense: Tensor | None = None, mask: Tensor | None = None, values: Tensor | None = None,
          rows: Tensor | None = None, cols: Tensor | None = None) -> bool | Tensor:
-    """Fill whichever results are given, all contiguous, from scm [N, H, J, K]; returns whether scm holds a NaN (on a GPU
-    as a flag there, int32 [1]: asking for its truth waits)."""
+    """Fill whichever results are given, all contiguous, from scm [N, H, J, K]; returns whether scm holds a NaN (on a
+    GPU as a flag there, int32 [1]: asking for its truth waits)."""
     scm = scm.contiguous()
     n, h, j, tokens = scm.shape
     index_bytes = 0 if rows is None else rows.element_size()

@@ -1,0 +1,24 @@
+"""The fused norm on its own, against PyTorch's addition and LayerNorm."""
+
+import pytest
+import torch
+from cases import DEEP, DEVICE, MIDDLE
+from torch.nn.functional import layer_norm
+
+from speedk.ops import add_layer_norm
+
+
+@pytest.mark.parametrize("case", [MIDDLE, DEEP], ids=lambda c: c.name)
+def bench_add_layer_norm(contest, case):
+    x, residual, d_out = (torch.randn(case.N, case.J, case.D, device=DEVICE) for _ in range(3))
+    weight, bias = torch.randn(case.D, device=DEVICE), torch.randn(case.D, device=DEVICE)
+    leaves = [t.requires_grad_() for t in (x, residual, weight, bias)]
+
+    def library(x, residual, weight, bias):
+        return layer_norm(x + residual, x.shape[-1:], weight, bias, 1e-6)
+
+    def both(function):
+        return lambda: torch.autograd.grad(function(*leaves), leaves, d_out)
+
+    contest("add_layer_norm fwd+bwd", case.name, {"speedk": both(add_layer_norm)}, {"add, layer_norm": both(library)},
+            moved=4 * 6 * x.numel())

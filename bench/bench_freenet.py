@@ -1,0 +1,63 @@
+"""The whole decoder: from stored entries without gradients, and in training, with peak memory.
+
+The peer is the straightforward form: the SAETs repeated for each image, E A in each block. `torch.compile` gets the
+same function.
+"""
+
+import pytest
+import torch
+from cases import DEEP, DEVICE, LARGE, MIDDLE, SMALL
+from torch.nn.functional import gelu, layer_norm, linear
+
+from speedk.ops import freenet, freenet_coo
+from speedk.ops.patches import unpatchify_reference
+
+
+def straightforward(scm, saet, weights):
+    n, h, j, k = scm.shape
+    state = None
+    for b in weights.blocks:
+        pools = saet.view(1, k, h, -1).transpose(1, 2).repeat(n, 1, 1, 1)
+        features = (scm @ pools).transpose(1, 2).reshape(n, j, -1)
+        width = features.shape[-1:]
+        hidden = layer_norm(linear(features, b.proj_weight, b.proj_bias), width, b.norm1_weight, b.norm1_bias, 1e-6)
+        hidden = hidden if state is None else hidden + state
+        inner = gelu(linear(hidden, b.fc1_weight, b.fc1_bias))
+        state = layer_norm(linear(inner, b.fc2_weight, b.fc2_bias) + hidden, width, b.norm2_weight, b.norm2_bias, 1e-6)
+    return unpatchify_reference(linear(state, weights.weight, weights.bias), weights.channels, weights.patch)
+
+
+def products(case) -> int:
+    """FLOP of a pass forward, E A counted once."""
+    tokens = case.N * case.J
+    return 2 * tokens * (case.K * case.D + case.R * 3 * case.D**2 + case.D * case.L)
+
+
+@pytest.mark.parametrize("case", [MIDDLE, LARGE], ids=lambda c: c.name)
+def bench_freenet_coo(contest, case):
+    stored, saet, weights = case.entries(), case.saet(), case.weights()
+
+    def dense():
+        at = stored[1].long() * case.K + stored[2].long()
+        scm = torch.zeros(case.N, case.H, case.J * case.K, device=DEVICE).scatter_(-1, at, stored[0])
+        return straightforward(scm.view(case.N, case.H, case.J, case.K), saet, weights)
+
+    with torch.no_grad():
+        contest("freenet_coo", case.name, {"speedk": lambda: freenet_coo(*stored, saet, weights, check=False)},
+                {"dense, eager": dense}, flops=products(case) - 2 * case.N * case.J * case.K * case.D, memory=True)
+
+
+@pytest.mark.parametrize("case", [SMALL, MIDDLE, DEEP, LARGE], ids=lambda c: c.name)
+def bench_freenet_training(contest, case):
+    weights = case.weights()
+    flat = [t for block in weights.blocks for t in block] + [weights.weight, weights.bias]
+    leaves = [t.requires_grad_() for t in (case.scm(), case.saet(), *flat)]
+    d_images = case.images()
+
+    def both(function):
+        return lambda: torch.autograd.grad(function(*leaves[:2], weights), leaves, d_images)
+
+    peers = {"eager": both(straightforward)}
+    if case is MIDDLE:
+        peers["torch.compile"] = both(torch.compile(straightforward))
+    contest("freenet fwd+bwd", case.name, {"speedk": both(freenet)}, peers, flops=3 * products(case), memory=True)

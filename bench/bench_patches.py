@@ -1,0 +1,50 @@
+"""patchify, unpatchify and tokens_to_images against permutes and pixel_shuffle."""
+
+import pytest
+import torch
+from cases import DEVICE, LARGE, MIDDLE
+from torch.nn.functional import fold, linear, unfold
+
+from speedk.ops import patchify, tokens_to_images, unpatchify
+from speedk.ops.patches import patchify_reference, tokens_to_images_reference, unpatchify_reference
+
+CASES = pytest.mark.parametrize("case", [MIDDLE, LARGE], ids=lambda c: c.name)
+
+
+@CASES
+def bench_moves(contest, case):
+    images = case.images()
+    tokens = patchify_reference(images, case.patch)
+    moved = 2 * 4 * images.numel()
+
+    def unfolded():
+        columns = unfold(images, case.patch, stride=case.patch)  # channel slowest
+        return columns.view(case.N, case.channels, -1, case.J).permute(0, 3, 2, 1).reshape(case.N, case.J, case.L)
+
+    def folded():
+        columns = tokens.view(case.N, case.J, -1, case.channels).permute(0, 3, 2, 1).reshape(case.N, case.L, case.J)
+        return fold(columns, (case.side, case.side), case.patch, stride=case.patch)
+
+    contest("patchify", case.name, {"speedk": lambda: patchify(images, case.patch)},
+            {"permute": lambda: patchify_reference(images, case.patch), "unfold": unfolded}, moved=moved,
+            yardsticks={"copy": images.clone})
+    contest("unpatchify", case.name, {"speedk": lambda: unpatchify(tokens, case.channels, case.patch)},
+            {"permute": lambda: unpatchify_reference(tokens, case.channels, case.patch), "fold": folded}, moved=moved)
+
+
+@CASES
+def bench_tokens_to_images(contest, case):
+    state = torch.randn(case.N, case.J, case.D, device=DEVICE)
+    weight, bias = torch.randn(case.L, case.D, device=DEVICE), torch.randn(case.L, device=DEVICE)
+
+    def convolution():
+        grid = linear(state, weight, bias)
+        grid = grid.view(case.N, case.J, -1, case.channels).permute(0, 3, 2, 1).flatten(1, 2)
+        side = round(case.J**0.5)
+        return torch.nn.functional.pixel_shuffle(grid.reshape(case.N, -1, side, side), case.patch)
+
+    contest("tokens_to_images", case.name,
+            {"speedk": lambda: tokens_to_images(state, weight, bias, case.channels, case.patch)},
+            {"linear + permute": lambda: tokens_to_images_reference(state, weight, bias, case.channels, case.patch),
+             "linear + pixel_shuffle": convolution},
+            moved=4 * (state.numel() + case.N * case.J * case.L), flops=2 * case.N * case.J * case.D * case.L)

@@ -1,0 +1,152 @@
+"""Contests between ways to compute the same thing, and the table of their results.
+
+A contest checks first that all contestants agree, then times them in turns, round after round, and keeps the best
+round of each: other work on the machine slows a round down, never up, and hits all contestants alike. Roofs are
+measured in the same session: a copy and a fill of 256 MiB, a product of two 2048 x 2048 matrices. JSON goes to
+bench/results/.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+RESULTS = Path(__file__).parent / "results"
+SECONDS = 1.5  # of a contest, where three rounds do not take longer
+CUDA = torch.cuda.is_available()
+
+_rows: list[dict] = []
+_roofs: dict[str, float] = {}
+
+
+def pytest_configure(config):
+    torch.manual_seed(0)
+
+
+def seconds(call: Callable[[], object]) -> float:
+    if CUDA:
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    result = call()
+    if CUDA:
+        torch.cuda.synchronize()
+    taken = time.perf_counter() - start
+    del result
+    return taken
+
+
+def best(calls: dict[str, Callable[[], object]]) -> dict[str, float]:
+    """The best time of each, in seconds, of rounds in turns."""
+    found = {name: seconds(call) for name, call in calls.items()}  # the first round warms up
+    found = dict.fromkeys(found, float("inf"))
+    started, rounds = time.perf_counter(), 0
+    while rounds < 3 or (time.perf_counter() - started < SECONDS and rounds < 200):
+        for name, call in calls.items():
+            found[name] = min(found[name], seconds(call))
+        rounds += 1
+    return found
+
+
+def peak_bytes(call: Callable[[], object]) -> int | None:
+    """Memory that `call` takes beyond what is held already, or None where the system does not say."""
+    if CUDA:
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        return torch.cuda.max_memory_allocated() - before
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again from here
+        status = _status()
+    except OSError:
+        return None
+    before = status["VmRSS"]
+    result = call()
+    after = _status()["VmHWM"]
+    del result
+    return max(after - before, 0)
+
+
+def _status() -> dict[str, int]:
+    lines = (line.split() for line in Path("/proc/self/status").read_text().splitlines())
+    return {words[0].rstrip(":"): 1024 * int(words[1]) for words in lines if words[-1:] == ["kB"]}
+
+
+def roofs() -> dict[str, float]:
+    """Measured here: bytes a second of a copy (read and write) and of a fill, FLOP a second of a float32 product."""
+    if not _roofs:
+        device = "cuda" if CUDA else "cpu"
+        source, square = torch.randn(1 << 26, device=device), torch.randn(2048, 2048, device=device)
+        target = torch.empty_like(source)
+        time_of = best({"copy": lambda: target.copy_(source), "fill": lambda: target.fill_(1.0),
+                        "product": lambda: square @ square})  # fmt: skip
+        _roofs.update(copy=2 * 4 * source.numel() / time_of["copy"], fill=4 * source.numel() / time_of["fill"],
+                      product=2 * 2048**3 / time_of["product"])
+    return _roofs
+
+
+def agree(name: str, got, want) -> None:
+    """Tensors, or tuples of them, are equal or close to float32's rounding."""
+    for a, b in zip(*((x if isinstance(x, tuple | list) else [x]) for x in (got, want)), strict=True):
+        if a.is_floating_point():
+            scale = b.abs().max().clamp(min=1e-30)
+            assert ((a - b).abs().max() / scale).item() < 1e-4, f"{name} computes something else"
+        else:
+            assert torch.equal(a.long(), b.long()), f"{name} computes something else"
+
+
+@pytest.fixture
+def contest(request):
+    def run(op: str, case: str, ours: dict[str, Callable[[], object]], peers: dict[str, Callable[[], object]],
+            moved: int = 0, flops: int = 0, memory: bool = False, yardsticks: dict | None = None) -> None:
+        """Time `ours` (by backend) against `peers`; `moved` bytes and `flops` are the least the op has to do.
+        Yardsticks are timed along and not compared for their results (a copy of the input, say)."""
+        calls = {**ours, **peers}
+        first = next(iter(peers.values()))()
+        for name, call in calls.items():
+            agree(f"{op}: {name}", call(), first)
+        times = best({**calls, **(yardsticks or {})})
+        peaks = {name: peak_bytes(call) for name, call in calls.items()} if memory else {}
+        roof = max(moved / roofs()["copy"], flops / roofs()["product"])
+        rival = min(times[name] for name in peers)
+        for name, taken in times.items():
+            _rows.append({
+                "op": op, "case": case, "who": name, "ours": name in ours, "milliseconds": 1e3 * taken,
+                "gigabytes_per_second": moved / taken / 1e9, "gigaflops": flops / taken / 1e9,
+                "of_roof": roof / taken, "times_best_peer": rival / taken, "peak_bytes": peaks.get(name),
+            })  # fmt: skip
+
+    return run
+
+
+def pytest_terminal_summary(terminalreporter, exitstatus, config):
+    if not _rows:
+        return
+    write = terminalreporter.write_line
+    device = torch.cuda.get_device_name() if CUDA else f"{platform.machine()}, {torch.get_num_threads()} threads"
+    roof = roofs()
+    write("")
+    write(f"{device}: copy {roof['copy'] / 1e9:.1f} GB/s, fill {roof['fill'] / 1e9:.1f} GB/s, "
+          f"float32 product {roof['product'] / 1e9:.0f} GFLOP/s")
+    titles = f"{'ms':>9}{'GB/s':>8}{'GFLOP/s':>9}{'% roof':>8}{'x best peer':>13}{'peak MB':>9}"
+    write(f"{'op':<24}{'case':<22}{'':<26}{titles}")
+    last = None
+    for row in _rows:
+        head = (row["op"], row["case"]) if (row["op"], row["case"]) != last else ("", "")
+        last = (row["op"], row["case"])
+        peak = "" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 1e6:.0f}"
+        mark = "*" if row["ours"] else " "
+        write(f"{head[0]:<24}{head[1]:<22}{mark + row['who']:<26}{row['milliseconds']:>9.2f}"
+              f"{row['gigabytes_per_second']:>8.1f}{row['gigaflops']:>9.0f}{100 * row['of_roof']:>8.0f}"
+              f"{row['times_best_peer']:>13.2f}{peak:>9}")
+    RESULTS.mkdir(exist_ok=True)
+    name = "".join(c if c.isalnum() else "-" for c in device.lower())
+    report = {"device": device, "torch": torch.__version__, "load_before": os.getloadavg()[1], "roofs": roof,
+              "rows": _rows}
+    (RESULTS / f"{name}.json").write_text(json.dumps(report, indent=1) + "\n")

@@ -1,0 +1,51 @@
+"""speedk doctor: what is built here, which backend each op takes, and why not the others."""
+
+from __future__ import annotations
+
+import argparse
+
+from speedk.cli._text import table
+
+HELP = "Print what is built, which backend each op takes here, and why not the others."
+EPILOG = """\
+examples:
+  speedk doctor
+  SPEEDK_BACKEND=torch speedk doctor
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    pass
+
+
+def run(args: argparse.Namespace) -> int:
+    import platform
+
+    import torch
+
+    import speedk
+    from speedk import ops
+    from speedk.ops import dispatch
+
+    native = dispatch.native()
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    facts = {
+        "speedk": speedk.__version__,
+        "Python": f"{platform.python_version()} on {platform.system()} {platform.machine()}",
+        "torch": f"{torch.__version__}, {torch.get_num_threads()} threads",
+        "GPU": ", ".join(gpus) or "none",
+        "Triton": dispatch.triton_missing() or "ready",
+        "native": dispatch.native_missing() or f"built; {native.isa()}, threads of {native.parallel_backend()}",
+        "CUDA kernels": "compiled" if dispatch.native_cuda() else "not compiled",
+        "forced backend": dispatch.forced() or "none",
+    }
+    print("\n".join(f"{name:<16}{value}" for name, value in facts.items()))
+    print()
+    rows = [("op", "takes", "why not the ones before")]
+    for op in dispatch.ops():
+        found = ops.explain(op)
+        chosen = next((b for b, said in found.items() if said == "chosen"), "nothing")
+        before = [f"{b}: {said}" for b, said in found.items() if said not in ("chosen", "available")]
+        rows.append((op, chosen, "; ".join(before)))
+    print(table(rows))
+    return 0

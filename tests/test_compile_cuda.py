@@ -1,0 +1,45 @@
+"""Every CUDA file compiles for GPUs that are not at hand, and the extension imports where there is no driver."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from speedk.ops import dispatch
+
+ROOT = Path(__file__).resolve().parents[1]
+SOURCES = sorted((ROOT / "csrc").glob("*.cu"))
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not here")
+@pytest.mark.parametrize("arch", [80, 90])
+@pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.name)
+def test_compiles_without_spills(source, arch, tmp_path):
+    command = ["nvcc", "-std=c++17", "-O3", f"-arch=sm_{arch}", "-DSPEEDK_CUDA", "-Xptxas", "-v", "-cubin",
+               "-o", str(tmp_path / "out.cubin"), str(source)]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    kernels = re.findall(r"Compiling entry function '(\w+)'.*?(\d+) bytes spill stores, (\d+) bytes spill loads.*?"
+                         r"Used (\d+) registers.*?(\d+) bytes smem", done.stderr, re.DOTALL)  # fmt: skip
+    assert kernels, done.stderr
+    for name, stores, loads, registers, shared in kernels:
+        print(f"sm_{arch} {name}: {registers} registers, {shared} bytes shared, {stores} + {loads} bytes spilled")
+        assert int(stores) + int(loads) == 0, name
+        assert int(registers) <= 64, f"{name}: fewer than two blocks of 512 threads fit a multiprocessor"
+        assert int(shared) <= 48 * 1024, name
+
+
+@pytest.mark.skipif(dispatch.native() is None, reason="the extension is not built")
+def test_imports_without_a_driver():
+    """The CUDA runtime is inside, and nothing of the driver is asked for at import."""
+    code = "import torch, speedk._native as n; print(n.isa(), n.cuda)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    if shutil.which("ldd"):
+        needed = subprocess.run(["ldd", dispatch.native().__file__], capture_output=True, text=True).stdout
+        assert not re.search(r"libcud|libnv|libtorch|libc10", needed), needed

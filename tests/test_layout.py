@@ -1,0 +1,143 @@
+"""The shape of the project: which folder imports which, and each op's places."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "speedk"
+
+# A module imports from floors below its own, or from its own folder. What is not named here stands below everything.
+FLOORS = {
+    "speedk.kernels": 1, "speedk.data": 1, "speedk.augment": 1,
+    "speedk.ops": 2,
+    "speedk.networks": 3,
+    "speedk.distillation": 4,
+    "speedk.evaluation": 5,
+    "speedk.cli": 6,
+}  # fmt: skip
+TOP = {"speedk", "speedk.__main__"}  # the public names, which are looked up lazily, and `python -m speedk`
+
+# Where an op has no file of its basename in a place, and why.
+WITHOUT = {
+    "kernels": {
+        "topk": "on a GPU it runs in CUDA: a selection needs no matrix unit, and its results have no fixed place",
+        "norm_act_pool": "it serves the CPU, where PyTorch runs it as many small passes; GPUs have cuDNN",
+    },
+    "csrc": {
+        "add_layer_norm": "on the CPU it is one pass of PyTorch, or part of freenet's",
+    },
+    "bench": {},
+}
+
+
+def modules() -> dict[str, Path]:
+    found = {}
+    for path in [*PACKAGE.rglob("*.py"), *(ROOT / "kernels").rglob("*.py")]:
+        inside = path.relative_to(ROOT)
+        parts = ["speedk", *inside.parts] if inside.parts[0] == "kernels" else list(inside.parts)
+        found[".".join(parts).removesuffix(".py").removesuffix(".__init__")] = path
+    return found
+
+
+def imports(path: Path) -> set[str]:
+    """What a file imports when it is imported or run, but for the types that a checker alone sees."""
+    names = set()
+
+    def visit(node: ast.AST) -> None:
+        if isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING":
+            return
+        if isinstance(node, ast.Import):
+            names.update(alias.name for alias in node.names)
+        if isinstance(node, ast.ImportFrom):
+            names.update(f"{node.module}.{alias.name}" for alias in node.names)
+        for child in ast.iter_child_nodes(node):
+            visit(child)
+
+    visit(ast.parse(path.read_text()))
+    return {name for name in names if name == "speedk" or name.startswith("speedk.")}
+
+
+def folder(module: str) -> str:
+    return ".".join(module.split(".")[:2])
+
+
+def test_floors():
+    wrong = []
+    for module, path in modules().items():
+        if module in TOP:
+            continue
+        own = FLOORS.get(folder(module), 0)
+        for name in imports(path):
+            below = folder(name)
+            if below != folder(module) and FLOORS.get(below, 0) >= max(own, 1):
+                wrong.append(f"{module} imports {name}")
+    assert not wrong, "\n".join(wrong)
+
+
+def test_no_circles():
+    known = modules()
+    graph = {}
+    for module, path in known.items():
+        wanted = set()
+        for name in imports(path) - {"speedk"}:
+            while name not in known:
+                name = name.rpartition(".")[0]
+            wanted.add(name)
+        graph[module] = wanted - {module, "speedk"} if module not in TOP else set()
+    top_level = {m: {n for n in graph[m] if _imported_at_the_top(known[m], n)} for m in graph}
+    done, open_ = set(), []
+
+    def walk(module: str) -> None:
+        if module in open_:
+            raise AssertionError(" -> ".join([*open_[open_.index(module):], module]))
+        if module in done:
+            return
+        open_.append(module)
+        for name in sorted(top_level[module]):
+            walk(name)
+        open_.pop()
+        done.add(module)
+
+    for module in sorted(top_level):
+        walk(module)
+
+
+def _imported_at_the_top(path: Path, name: str) -> bool:
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, ast.ImportFrom) and (
+                node.module == name or any(f"{node.module}.{a.name}" == name for a in node.names)):
+            return True
+        if isinstance(node, ast.Import) and any(a.name == name for a in node.names):
+            return True
+    return False
+
+
+def ops() -> list[str]:
+    shared = {"__init__", "dispatch", "native"}
+    return sorted(p.stem for p in (PACKAGE / "ops").glob("*.py") if p.stem not in shared)
+
+
+PLACES = {
+    "kernels": ["kernels/{}.py"],
+    "csrc": ["csrc/{}.h", "csrc/{}.cpp"],
+    "tests": ["tests/ops/test_{}.py"],
+    "bench": ["bench/bench_{}.py"],
+}
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("op", ops())
+def test_each_op_has_its_places(op, place):
+    missing = [name for pattern in PLACES[place] if not (ROOT / (name := pattern.format(op))).exists()]
+    reason = WITHOUT.get(place, {}).get(op)
+    assert bool(missing) == bool(reason), f"missing {missing}, and WITHOUT says {reason!r}"
+
+
+def test_files_stay_readable():
+    long = {path.relative_to(ROOT): lines for path in [*modules().values(), *(ROOT / "csrc").iterdir()]
+            if (lines := len(path.read_text().splitlines())) > 400}  # fmt: skip
+    assert not long, f"over 400 lines, which is asking to be two files: {long}"
