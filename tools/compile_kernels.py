@@ -107,7 +107,7 @@ def main() -> None:
         sys.exit("TRITON_INTERPRET is set: there is nothing to compile under the interpreter")
     LAUNCHES[:] = collect(options.only)
     tasks = [(arch, number) for number in range(len(LAUNCHES)) for arch in options.arch]
-    with multiprocessing.get_context("fork").Pool(min(4, os.cpu_count() or 1)) as pool:
+    with multiprocessing.get_context("fork").Pool(os.cpu_count()) as pool:
         rows = pool.map(compile_one, tasks, chunksize=1)
     if options.json:
         print(json.dumps(rows))

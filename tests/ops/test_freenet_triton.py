@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from support import assert_matches, poisoned_memory
-from triton_support import DOT_FLOATS, LAYOUTS, gradients, randn
+from triton_support import DOT_FLOATS, LAYOUTS, gradients, kinds, randn
 
 from speedk.kernels import freenet
 from speedk.kernels.freenet import freenet_block_bwd, freenet_block_fwd
@@ -13,6 +13,11 @@ from speedk.ops.freenet_block import EPS, BlockWeights, freenet_block_reference
 
 SHAPES = [(2, 64, 32), (1, 7, 96), (3, 5, 1), (1, 3, 17), (0, 4, 8)]
 WIDE = [(1, 5, 200), (1, 3, 320)]  # other blocks than the narrow ones; slow under the interpreter
+
+
+KINDS = [*(("branch", *kind) for kind in kinds(SHAPES, [torch.float32])),
+         *((norm, (1, 7, 96), torch.float32) for norm in ("first", "sum")),
+         *(pytest.param("sum", *kind.values, marks=kind.marks) for kind in kinds(SHAPES, DOT_FLOATS)[len(SHAPES):])]
 
 
 def block_weights(D: int, dtype: torch.dtype, layout: str = "plain") -> BlockWeights:
@@ -39,9 +44,7 @@ def check_forward(features, state, weights, norm):
     assert_matches("block", got, library, exact)
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("dtype", DOT_FLOATS)
-@pytest.mark.parametrize("norm", ["first", "branch", "sum"])
+@pytest.mark.parametrize(("norm", "shape", "dtype"), KINDS, ids=str)
 def test_forward(shape, dtype, norm):
     state = None if norm == "first" else randn(*shape, dtype=dtype, seed=1)
     check_forward(randn(*shape, dtype=dtype), state, block_weights(shape[-1], dtype), norm.replace("first", "sum"))
@@ -64,9 +67,7 @@ def check_backward(d_out, features, state, weights, norm):
         assert_matches(f"d_{name}", value, library, exact)
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("dtype", DOT_FLOATS)
-@pytest.mark.parametrize("norm", ["first", "branch", "sum"])
+@pytest.mark.parametrize(("norm", "shape", "dtype"), KINDS, ids=str)
 def test_backward(shape, dtype, norm):
     state = None if norm == "first" else randn(*shape, dtype=dtype, seed=1)
     check_backward(randn(*shape, dtype=dtype, seed=2), randn(*shape, dtype=dtype), state,

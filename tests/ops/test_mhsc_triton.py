@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from support import assert_matches, poisoned_memory
-from triton_support import DOT_FLOATS, LAYOUTS, gradients, randn
+from triton_support import DOT_FLOATS, LAYOUTS, gradients, kinds, randn
 
 from speedk.kernels.mhsc import mhsc_bwd, mhsc_fwd
 from speedk.ops.mhsc import mhsc_reference
@@ -20,8 +20,7 @@ SHAPES = [  # N, H, J, K, D
 ]
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("dtype", DOT_FLOATS)
+@pytest.mark.parametrize(("shape", "dtype"), kinds(SHAPES, DOT_FLOATS), ids=str)
 def test_forward(shape, dtype):
     n, h, j, k, d = shape
     scm, saet = randn(n, h, j, k, dtype=dtype), randn(k, d, dtype=dtype, seed=1)
@@ -42,8 +41,7 @@ def test_strides(layout):
         assert_matches(name, got, library, exact)
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("dtype", DOT_FLOATS)
+@pytest.mark.parametrize(("shape", "dtype"), kinds(SHAPES, DOT_FLOATS), ids=str)
 def test_backward(shape, dtype):
     n, h, j, k, d = shape
     scm, saet, d_out = (randn(n, h, j, k, dtype=dtype), randn(k, d, dtype=dtype, seed=1),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from support import assert_matches, poisoned_memory
-from triton_support import DOT_FLOATS, FLOATS, LAYOUTS, gradients, randn
+from triton_support import DOT_FLOATS, FLOATS, LAYOUTS, gradients, kinds, randn
 
 from speedk.kernels import patches
 from speedk.kernels.patches import patchify_fwd, tokens_to_images_bwd, tokens_to_images_fwd, unpatchify_fwd
@@ -23,8 +23,7 @@ IMAGES = [  # N, C, H, W, patch
 ]
 
 
-@pytest.mark.parametrize("shape", IMAGES, ids=str)
-@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize(("shape", "dtype"), kinds(IMAGES, FLOATS), ids=str)
 def test_patchify_and_back(shape, dtype):
     n, c, h, w, patch = shape
     images = randn(n, c, h, w, dtype=dtype)
@@ -83,8 +82,7 @@ def linear_inputs(shape, **options):
             randn(N, C, side, side, seed=3, **options), C, patch)  # fmt: skip
 
 
-@pytest.mark.parametrize("shape", TOKENS, ids=str)
-@pytest.mark.parametrize("dtype", DOT_FLOATS)
+@pytest.mark.parametrize(("shape", "dtype"), kinds(TOKENS, DOT_FLOATS), ids=str)
 def test_tokens_to_images(shape, dtype):
     check_linear(*linear_inputs(shape, dtype=dtype))
 

@@ -32,6 +32,13 @@ def randn(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0, layout
     return torch.randn(*shape, generator=generator).to(DEVICE, dtype)
 
 
+def kinds(shapes: list, dtypes: list) -> list:
+    """Parameters (shape, dtype): every shape in float32, the first in the other dtypes. On a GPU each pair is a kernel
+    of its own to compile, so not all of them."""
+    others = [pytest.param(shapes[0], *getattr(d, "values", [d]), marks=getattr(d, "marks", ())) for d in dtypes[1:]]
+    return [*((shape, dtypes[0]) for shape in shapes), *others]
+
+
 def gradients(function, *inputs: torch.Tensor, cotangent: torch.Tensor) -> list[torch.Tensor]:
     """The gradients of `function(*inputs)` by PyTorch's autograd, against `cotangent`."""
     leaves = [x.detach().requires_grad_() for x in inputs]
