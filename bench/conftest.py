@@ -8,9 +8,12 @@ bench/results/.
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import json
 import os
 import platform
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -28,6 +31,10 @@ _roofs: dict[str, float] = {}
 
 def pytest_configure(config):
     torch.manual_seed(0)
+    # A compilation that was once killed leaves a broken file in the shared cache, which fails every later one.
+    cache = tempfile.TemporaryDirectory(prefix="speedk-bench-")
+    config.add_cleanup(cache.cleanup)
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache.name
 
 
 def seconds(call: Callable[[], object]) -> float:
@@ -62,11 +69,12 @@ def peak_bytes(call: Callable[[], object]) -> int | None:
         call()
         return torch.cuda.max_memory_allocated() - before
     try:
+        gc.collect()
+        ctypes.CDLL(None).malloc_trim(0)  # what was freed is given back, so that it is counted when it is taken again
         Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again from here
-        status = _status()
-    except OSError:
+    except (OSError, AttributeError):
         return None
-    before = status["VmRSS"]
+    before = _status()["VmRSS"]
     result = call()
     after = _status()["VmHWM"]
     del result
