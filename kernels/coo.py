@@ -126,7 +126,7 @@ def _mhsc_coo_fwd_kernel(
     if disorder > 0:
         for e in range(0, k):
             row, col = tl.load(rows_ptr + e).to(tl.int32), tl.load(cols_ptr + e).to(tl.int64)
-            token = tl.load(saet_ptrs + col * saet_k, (c < d) & (col >= 0) & (col < K), 0.0).to(tl.float32)
+            token = tl.load(saet_ptrs + col * saet_k, c < tl.where((col >= 0) & (col < K), d, 0), 0.0).to(tl.float32)
             value = tl.where(j == row, tl.load(values_ptr + e).to(tl.float32), 0.0)
             acc += value[:, None] * token[None, :]
     else:

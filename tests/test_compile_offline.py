@@ -13,9 +13,9 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = {80: 163 * 1024, 90: 227 * 1024}  # bytes a block may ask for
-SPILLED = {"_freenet_block_fwd_kernel": 128, "_freenet_block_bwd_kernel": 256}
+SPILLED = {"_freenet_block_fwd_kernel": 192, "_freenet_block_bwd_kernel": 320}
 """Bytes a thread may spill, 64 where nothing is said: these two hold whole rows of several matrices at a time, and what
-is left over differs between Triton 3.6 and 3.7."""
+is left over differs between versions of Triton: with 3.9 it is 160 and 280 at most."""
 
 pytest.importorskip("triton")
 
