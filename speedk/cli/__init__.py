@@ -61,7 +61,13 @@ def _run(argv: list[str]) -> int:
     wanted = [argv[0]] if argv and argv[0] in known else list(known)
     parser = _parser({name: _module(known[name]) for name in wanted})
     try:
-        args = parser.parse_args(argv)
+        args, rest = parser.parse_known_args(argv)
+        # argparse takes positional arguments from one place only; key=value may stand anywhere between options.
+        if hasattr(args, "fields"):
+            args.fields += [word for word in rest if not word.startswith("-")]
+            rest = [word for word in rest if word.startswith("-")]
+        if rest:
+            parser.error(f"unrecognized arguments: {' '.join(rest)}")
     except SystemExit as stop:
         sys.stdout.flush()  # a pipe that broke during --help is met here
         return stop.code if isinstance(stop.code, int) else 2

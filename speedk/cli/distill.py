@@ -72,10 +72,11 @@ def run(args: argparse.Namespace) -> int:
         bars.close()
     _conclude(made, path)
     if args.evaluate:
-        from speedk import evaluate
+        from speedk.cli.evaluate import conclude
+        from speedk.evaluation import evaluate
 
-        out = path.with_name("evaluation.json")
-        print(f"\n{evaluate(path, made.real, protocol='quick', device=str(made.device), out=out)}\n\n{out}")
+        print()
+        conclude(evaluate(path, made.real, protocol="quick", device=made.device), path.with_name("evaluation.json"))
     return 0
 
 

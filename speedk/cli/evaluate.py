@@ -11,6 +11,7 @@ from speedk.files import write_atomic
 
 if TYPE_CHECKING:
     from speedk.data import RealData
+    from speedk.evaluation import Report
 
 HELP = "Train networks on a distilled file (or on real images) and test them on the real test set."
 EPILOG = """\
@@ -72,9 +73,16 @@ def run(args: argparse.Namespace) -> int:
     report = evaluate(source, real, networks=names, runs=args.runs, protocol=args.protocol, seed=args.seed,
                       standardisation=args.standardisation, rate=args.rate, epochs=args.epochs,
                       device=_device(args.device), other_data=args.other_data)
+    conclude(report, out, keep=args.out is None)
+    return 0
+
+
+def conclude(report: Report, out: Path | None, keep: bool = True) -> None:
+    """Print a report and write it to `out`; an earlier one there is kept if `keep`. Raises TrainingError for failed
+    runs."""
     print(report)
     if out is not None:
-        if args.out is None:
+        if keep:
             _keep(out)
         write_atomic(out, report.to_json().encode())
         print(f"\n{out}")
@@ -82,7 +90,6 @@ def run(args: argparse.Namespace) -> int:
         count = sum(len(result.failures) for result in report.results)
         raise TrainingError(f"{count} of {sum(len(r.seeds) for r in report.results)} runs failed: no mean is given for "
                             "their network; a lower --rate may help")
-    return 0
 
 
 def _keep(out: Path) -> None:

@@ -168,7 +168,7 @@ def _own(tables: dict[str, Any], real: RealData, method: str, ipc: int, objectiv
         sizes |= budget.solve(real.geometry, ipc)
         notes.append("no recipe is shipped for this row: its sizes were solved for within the budget")
     settings = OWN_SETTINGS.get(method, {}).get(objective, {})
-    about = {"name": f"{real.name}-ipc{ipc}-{method}", "row": "ours, solved for"}
+    about = {"name": f"{real.name}-ipc{ipc}-{method}", "row": "ours, solved for" if method == "speed" else "ours"}
     return {"recipe": about, "parameterization": sizes, "objective": {objective: settings}, **tables}
 
 

@@ -1,0 +1,127 @@
+"""speedk distill and recipes, from folders of images to the file."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import speedk
+from speedk.cli import main
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """An image folder: three classes of 16 px, six training and two test images each."""
+    root = tmp_path_factory.mktemp("images")
+    random = np.random.default_rng(0)
+    for part, count in (("train", 6), ("test", 2)):
+        for label, name in enumerate(("ant", "bee", "cat")):
+            (root / part / name).mkdir(parents=True)
+            for i in range(count):
+                pixels = random.integers(0, 120, (16, 16, 3)) + 60 * label
+                Image.fromarray(pixels.astype(np.uint8)).save(root / part / name / f"{i}.png")
+    return root
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    path = tmp_path / "mine.toml"
+    path.write_text('[parameterization]\nmethod = "speed"\nimages_per_class = 3\nD = 8\nK = 8\nH = 2\nR = 1\nk = 6\n'
+                    'patch = 4\nfit_steps = 5\n[objective.dm]\nsteps = 2\nbatch = 4\n')
+    return path
+
+
+def distill(*arguments):
+    return main(["distill", *map(str, arguments)])
+
+
+def test_a_folder_becomes_a_file(folder, recipe, tmp_path, capsys):
+    out = tmp_path / "run"
+    assert distill("--data", folder, "--recipe", recipe, "--ipc", 2, "--out", out, "--evaluate", "--seed", 3) == 0
+    page = capsys.readouterr().out
+    for words in ("split folder, 18 training and 6 test images of 3x16x16, 3 classes", "of 4,608 float32 numbers",
+                  "dm: trajectory matching", "an iteration and", "distilled.safetensors:", "preview.png",
+                  "quick: 200 epochs", "evaluation.json", "seed 3"):
+        assert words in page, words
+    loaded = speedk.load(out / "distilled.safetensors")
+    assert loaded.images().shape == (9, 3, 16, 16) and loaded.class_names == ["ant", "bee", "cat"]
+    assert loaded.header["seed"] == 3 and "dm" in loaded.header["chosen"]
+    assert json.loads((out / "evaluation.json").read_text())["protocol"]["name"] == "quick"
+
+    assert distill("--data", folder, "--recipe", recipe, "--ipc", 2, "--out", out) == 1
+    assert "already holds a run; say --resume" in capsys.readouterr().err
+    before = (out / "distilled.safetensors").read_bytes()
+    assert distill("--out", out, "--resume", "--data", folder) == 0
+    assert (out / "distilled.safetensors").read_bytes() == before
+    assert distill("--out", out, "--resume", "--data", folder, "k=5") == 1
+    assert "k=6, not 5" in capsys.readouterr().err
+    assert distill("--out", out, "--resume", "--data", folder, "--method", "pixels") == 1
+    assert "method='speed', not 'pixels'" in capsys.readouterr().err
+
+
+def test_fields_may_stand_between_options(folder, recipe, tmp_path):
+    out = tmp_path / "run"
+    assert distill("k=5", "--data", folder, "H=1", "--recipe", recipe, "--ipc", 2, "--out", out, "--steps", 1,
+                   "D=4") == 0
+    spec = speedk.load(out / "distilled.safetensors").synthetic.spec
+    assert (spec.k, spec.H, spec.D) == (5, 1, 4)
+
+
+def test_dry_run_says_what_it_would_take_and_leaves_nothing(folder, recipe, tmp_path, capsys):
+    assert distill("--data", folder, "--recipe", recipe, "--ipc", 2, "--out", tmp_path / "run", "--dry-run") == 0
+    page = capsys.readouterr().out
+    for words in ("[parameterization]", "scm coordinates", "counted", "then 2 steps of", "GiB"):
+        assert words in page, words
+    assert not (tmp_path / "run").exists()
+
+
+def test_without_a_recipe_the_sizes_are_solved_for(folder, tmp_path, capsys):
+    out = tmp_path / "run"
+    assert distill("--data", folder, "--ipc", 3, "--out", out, "steps=1", "batch=4", "fit_steps=2") == 0
+    assert "no recipe is shipped for this row" in capsys.readouterr().out
+    loaded = speedk.load(out / "distilled.safetensors")
+    assert sum(numbers for _, numbers, _ in loaded.storage()) <= 3 * 3 * 768
+
+
+def test_pixels(folder, tmp_path):
+    out = tmp_path / "run"
+    assert distill("--data", folder, "--method", "pixels", "--ipc", 2, "--out", out, "steps=2", "batch=4") == 0
+    assert speedk.load(out / "distilled.safetensors").images().shape == (6, 3, 16, 16)
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    (["--dataset", "cifar11"], "did you mean 'cifar10'"),
+    (["--method", "sped"], "did you mean 'speed'"),
+    (["--objective", "tn"], "'tn' is not one of"),
+    (["--recipe", "nothing"], "no recipe 'nothing'"),
+    (["stepz=3"], "did you mean 'steps'"),
+    (["images_per_class=9"], "over the budget: .* = 10,816 float32 numbers"),
+    (["--data", "/nowhere/at/all"], "/nowhere/at/all"),
+    (["k"], "'k' is not key=value"),
+])
+def test_one_line_for_each_mistake(arguments, message, tmp_path, capsys):
+    import re
+
+    assert distill(*arguments, "--out", tmp_path / "run") == 1
+    _, err = capsys.readouterr()
+    assert err.startswith("speedk: ") and err.count("\n") == 1 and re.search(message, err), err
+    assert not (tmp_path / "run").exists()
+
+
+def test_images_smaller_than_a_patch(folder, recipe, tmp_path, capsys):
+    assert distill("--data", folder, "--recipe", recipe, "--ipc", 2, "patch=32", "--out", tmp_path / "run") == 1
+    assert "patch=32 does not divide a resolution of 16" in capsys.readouterr().err
+
+
+def test_recipes(capsys):
+    assert main(["recipes"]) == 0
+    page = capsys.readouterr().out
+    assert "cifar10-ipc1-speed" in page and "29,872" in page and "63.2 +- 0.1" in page
+    assert main(["recipes", "show", "digits-ipc1-speed"]) == 0
+    assert 'method = "speed"' in capsys.readouterr().out
+    assert main(["recipes", "show", "digits-ipc1-sped"]) == 1
+    assert "did you mean 'digits-ipc1-speed'" in capsys.readouterr().err
+    assert main(["recipes", "show"]) == 1
