@@ -15,9 +15,10 @@ FLOORS = {
     "speedk.kernels": 1, "speedk.data": 1, "speedk.augment": 1,
     "speedk.ops": 2,
     "speedk.networks": 3,
-    "speedk.distillation": 4,
-    "speedk.evaluation": 5,
-    "speedk.cli": 6,
+    "speedk.training": 4,
+    "speedk.distillation": 5,
+    "speedk.evaluation": 6,
+    "speedk.cli": 7,
 }  # fmt: skip
 TOP = {"speedk", "speedk.__main__"}  # the public names, which are looked up lazily, and `python -m speedk`
 

@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from tqdm import tqdm
 
-from speedk import networks
+from speedk import networks, training
 from speedk.errors import ConfigError, DataError
 from speedk.evaluation import read, sources, train
 from speedk.evaluation.report import NetworkResult, Report
 from speedk.evaluation.schedule import Schedule, schedule
 from speedk.files import write_atomic
+from speedk.workers import Pool
 
 if TYPE_CHECKING:
     from speedk.data import RealData
@@ -102,16 +103,17 @@ def load_data(header: dict[str, Any], folder: Path | None = None, progress: bool
 def _train_and_test(source: sources.Source, real: RealData, names: list[str], seeds: range, plan: Schedule,
                     device: torch.device, threads: int | None, progress: bool | None) -> list[train.Run]:
     sets = {seed: source.images(seed, real, device) for seed in seeds}
-    test = train.ImageSet(lambda index: real.normalised("test", index), real.test.labels)
+    test = training.ImageSet(lambda index: real.normalised("test", index), real.test.labels)
     hidden = None if progress is None else not progress
-    with train.Workers(device, threads) as workers:
+    with Pool(device, threads) as pool:
         with tqdm(total=len(names) * len(seeds) * plan.epochs, desc="training", unit="epoch", disable=hidden,
                   leave=False) as bar:
-            trained = train.train_all(names, sets, real.geometry, plan, workers, bar.update)
+            trained = train.train_all(names, sets, real.geometry, plan, pool, bar.update)
         finished = [run for run in trained if run.failure is None]
         with tqdm(total=math.ceil(len(test) / plan.batch), desc="testing", unit="batch", disable=hidden,
                   leave=False) as bar:
-            found = train.accuracies([run.network for run in finished], test, plan, workers, bar.update)
+            found = training.accuracies([run.network for run in finished], test, pool, batch=plan.batch,
+                                        standardise=plan.standardise, on_batch=bar.update)
     for run, accuracy in zip(finished, found, strict=True):
         run.accuracy = accuracy
     return trained

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from speedk.distillation import seeds
 from speedk.errors import ConfigError, DataError
-from speedk.evaluation.train import ImageSet
 from speedk.geometry import Geometry
+from speedk.training import ImageSet
 
 if TYPE_CHECKING:
     from speedk.data import RealData

@@ -1,4 +1,4 @@
-"""Training: the update rule against plain loops, batches cut into pieces, what a run depends on."""
+"""Training: the update rule against plain loops, and what a run depends on."""
 
 from __future__ import annotations
 
@@ -10,28 +10,30 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from speedk import networks
+from speedk import networks, workers
 from speedk.errors import ConfigError
 from speedk.evaluation import train
 from speedk.evaluation.schedule import PROTOCOLS, WHOLE, Schedule, schedule
 from speedk.geometry import Geometry
+from speedk.training import ImageSet
+from speedk.workers import Pool
 
 GEOMETRY = Geometry(3, 1, 8)
 CPU = torch.device("cpu")
 
 
-def make_set(count: int = 20, soft: bool = False, dtype: torch.dtype = torch.float32) -> train.ImageSet:
+def make_set(count: int = 20, soft: bool = False, dtype: torch.dtype = torch.float32) -> ImageSet:
     generator = torch.Generator().manual_seed(1)
     images = torch.randn(count, 1, 8, 8, generator=generator, dtype=dtype)
     labels = torch.randint(3, (count,), generator=generator)
     if soft:
         labels = torch.softmax(torch.randn(count, 3, generator=generator, dtype=dtype), 1)
-    return train.ImageSet.of(images, labels)
+    return ImageSet.of(images, labels)
 
 
-def fit(plan: Schedule, data: train.ImageSet, seeds=(0, 1), names=("mlp", "convnet"), threads: int = 1, **options):
-    with train.Workers(CPU, threads) as workers:
-        return train.train_all(names, dict.fromkeys(seeds, data), GEOMETRY, plan, workers, **options)
+def fit(plan: Schedule, data: ImageSet, seeds=(0, 1), names=("mlp", "convnet"), threads: int = 1, **options):
+    with Pool(CPU, threads) as pool:
+        return train.train_all(names, dict.fromkeys(seeds, data), GEOMETRY, plan, pool, **options)
 
 
 def weights(run: train.Run) -> torch.Tensor:
@@ -45,8 +47,8 @@ def test_the_update_is_sgd_with_a_drop_and_a_fresh_momentum(soft):
     network = networks.fresh("mlp", GEOMETRY, 0, width=4).double()
     expected = [p.detach().clone() for p in network.parameters()]
     reference = copy.deepcopy(network)
-    with train.Workers(CPU, 1) as workers:
-        train.train(network, data, plan, torch.Generator().manual_seed(7), workers)
+    with Pool(CPU, 1) as pool:
+        train.train(network, data, plan, torch.Generator().manual_seed(7), pool)
 
     images, order = data.batch(torch.arange(20)), torch.Generator().manual_seed(7)
     for epoch in range(5):
@@ -69,24 +71,8 @@ def test_the_update_is_sgd_with_a_drop_and_a_fresh_momentum(soft):
         torch.testing.assert_close(p.detach(), value, rtol=1e-10, atol=1e-12)
 
 
-@pytest.mark.parametrize("name", ["convnet", "mlp"])
-def test_pieces_of_a_batch_sum_to_the_batch(name, monkeypatch):
-    data = make_set(dtype=torch.float64)
-    network = networks.fresh(name, GEOMETRY, 0).double()
-    images = data.batch(torch.arange(20))
-    loss = F.cross_entropy(network(images), data.labels, reduction="sum")
-    expected = torch.autograd.grad(loss, list(network.parameters()))
-    monkeypatch.setattr(train, "_PIECE", 3 * 64)
-    with train.Workers(CPU, 2) as workers:
-        pieces = workers.map(train._gradients, network, images, data.labels)
-    assert len(pieces) == 7
-    torch.testing.assert_close(sum(part for part, _ in pieces), loss.detach())
-    for i, gradient in enumerate(expected):
-        torch.testing.assert_close(sum(gradients[i] for _, gradients in pieces), gradient, rtol=1e-10, atol=1e-12)
-
-
 def test_a_run_depends_on_its_seed_alone(monkeypatch):
-    monkeypatch.setattr(train, "_PIECE", 5 * 64)
+    monkeypatch.setattr(workers, "PIECE", 5 * 64)
     plan, data = Schedule(epochs=3, batch=16), make_set()
     torch.manual_seed(1)
     runs = fit(plan, data)
@@ -115,7 +101,7 @@ class Noisy(nn.Module):
 
 def test_dropout_is_seeded_too(monkeypatch):
     monkeypatch.setattr(train.networks, "fresh", lambda name, geometry, seed, device: Noisy(geometry).to(device))
-    monkeypatch.setattr(train, "_PIECE", 5 * 64)
+    monkeypatch.setattr(workers, "PIECE", 5 * 64)
     torch.manual_seed(0)
     first = fit(Schedule(epochs=2, batch=16), make_set(), names=("noisy",))
     torch.manual_seed(0)
@@ -127,9 +113,9 @@ def test_a_run_that_diverges_says_so_and_the_others_go_on():
     epochs = []
     good, bad = make_set(), make_set()
     bad.batch(torch.arange(20))
-    broken = train.ImageSet.of(torch.full((20, 1, 8, 8), float("nan")), bad.labels)
-    with train.Workers(CPU, 2) as workers:
-        runs = train.train_all(("mlp",), {0: good, 1: broken}, GEOMETRY, Schedule(epochs=4), workers,
+    broken = ImageSet.of(torch.full((20, 1, 8, 8), float("nan")), bad.labels)
+    with Pool(CPU, 2) as pool:
+        runs = train.train_all(("mlp",), {0: good, 1: broken}, GEOMETRY, Schedule(epochs=4), pool,
                                lambda: epochs.append(1))
     assert runs[0].failure is None and runs[0].loss > 0
     assert runs[1].failure == "training was not finite in epoch 1 of 4 at a rate of 0.01"
@@ -142,31 +128,6 @@ def test_an_interrupt_stops_every_run():
 
     with pytest.raises(KeyboardInterrupt):
         fit(Schedule(epochs=10**9), make_set(), threads=2, on_epoch=interrupt)
-
-
-def test_standardised_batches_have_mean_0_and_deviation_1():
-    data = make_set()
-    images = data.batch(torch.tensor([3, 5, 8]), standardise=True)
-    raw = data.batch(torch.tensor([3, 5, 8])).double()
-    expected = (raw - raw.mean()) / (raw - raw.mean()).square().mean().sqrt()
-    torch.testing.assert_close(images.double(), expected, rtol=1e-5, atol=1e-5)
-    constant = train.ImageSet.of(torch.ones(2, 1, 8, 8), torch.zeros(2, dtype=torch.int64))
-    assert torch.equal(constant.batch(torch.arange(2), standardise=True), torch.zeros(2, 1, 8, 8))
-
-
-def test_accuracy_counts_the_right_answers(monkeypatch):
-    monkeypatch.setattr(train, "_PIECE", 3 * 64)
-
-    class Fixed(nn.Module):
-        def forward(self, images):
-            return F.one_hot(images[:, 0, 0, 0].long(), 3).float()
-
-    said = torch.randint(3, (50,), generator=torch.Generator().manual_seed(0))
-    labels = torch.randint(3, (50,), generator=torch.Generator().manual_seed(1))
-    data = train.ImageSet.of(said[:, None, None, None].expand(50, 1, 8, 8).float(), labels)
-    with train.Workers(CPU, 2) as workers:
-        found = train.accuracies([Fixed(), Fixed()], data, Schedule(epochs=1, batch=16), workers)
-    assert found == [(said == labels).sum().item() / 50] * 2
 
 
 def test_the_protocols():

@@ -1,0 +1,107 @@
+"""Training on an image set that lives in memory: what evaluation and the experts of trajectory matching share.
+
+On the CPU a batch is cut into small pieces, each the work of one thread, and the pieces of all runs feed one pool of
+threads. Their gradients are summed in a fixed order, so the numbers do not depend on how many threads there are, and
+a piece's activations stay in the cache, which alone saves a quarter of the time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from speedk.augment import dsa
+from speedk.workers import Pool
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """`fetch` gives the normalised float32 images [B, C, H, W] of an int64 index [B]; labels are int64 [N] or float
+    [N, classes]. Both are on the device that trains."""
+
+    fetch: Callable[[Tensor], Tensor]
+    labels: Tensor
+
+    @classmethod
+    def of(cls, images: Tensor, labels: Tensor, device: torch.device | str = "cpu") -> ImageSet:
+        """The set of the normalised `images` [N, C, H, W]."""
+        return cls(images.to(device).__getitem__, labels.to(device))
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def batch(self, index: Tensor, standardise: bool = False) -> Tensor:
+        """The images of `index`; with `standardise` less their mean, over their standard deviation."""
+        images = self.fetch(index)
+        if standardise:
+            deviation, mean = torch.std_mean(images, correction=0)
+            images = (images - mean) / deviation.clamp(min=1e-6)
+        return images
+
+
+def separable(network: nn.Module) -> bool:
+    """Whether each image is treated for itself and without chance, so that a batch may be cut and run in any order."""
+    chance = (nn.Dropout, nn.modules.batchnorm._BatchNorm)
+    return not (network.training and any(isinstance(m, chance) for m in network.modules()))
+
+
+def epoch(network: nn.Module, data: ImageSet, generator: torch.Generator, pool: Pool, update: Callable[[], object], *,
+          batch: int, augment: bool, standardise: bool) -> float:
+    """One pass over `data` in a new order, with `update` called on the gradients (of the mean loss) of each batch.
+
+    generator: on the CPU; gives the order and the augmentation. Returns the mean loss.
+    """
+    network.train()
+    parameters = [p for p in network.parameters() if p.requires_grad]
+    total = torch.zeros((), device=data.labels.device)
+    for index in torch.randperm(len(data), generator=generator).split(batch):
+        index = index.to(data.labels.device)
+        images = data.batch(index, standardise)
+        if augment:
+            images = dsa.apply(images, dsa.draw(len(images), images.shape[-1], generator))
+        pieces = in_pieces(pool, gradients, network, images, data.labels[index])
+        for p, *parts in zip(parameters, *(found for _, found in pieces), strict=True):
+            p.grad = sum(parts[1:], parts[0]) / len(images)
+        update()
+        total += sum(part for part, _ in pieces)
+    return float(total) / len(data)
+
+
+@torch.no_grad()
+def accuracies(nets: Sequence[nn.Module], data: ImageSet, pool: Pool, *, batch: int, standardise: bool = False,
+               on_batch: Callable[[], None] = lambda: None) -> list[float]:
+    """The accuracy (0 to 1) of each network, in one pass over `data` in its stored order."""
+    correct = [0] * len(nets)
+    for net in nets:
+        net.eval()
+    for index in torch.arange(len(data)).split(batch):
+        index = index.to(data.labels.device)
+        images, labels = data.batch(index, standardise), data.labels[index]
+        for i, net in enumerate(nets):
+            correct[i] += sum(int(n) for n in in_pieces(pool, _correct, net, images, labels))
+        on_batch()
+    return [n / len(data) for n in correct]
+
+
+def in_pieces(pool: Pool, work: Callable[..., object], network: nn.Module, *batch: Tensor) -> list:
+    """`work(network, *piece)` for each piece of the batch (its first tensor are images), in order."""
+    if not pool.threads or not separable(network):
+        return [work(network, *batch)]
+    pieces = zip(*(t.split(pool.images(batch[0].shape[-1])) for t in batch), strict=True)
+    return pool.map(work, [(network, *piece) for piece in pieces])
+
+
+def gradients(network: nn.Module, images: Tensor, labels: Tensor) -> tuple[Tensor, list[Tensor]]:
+    """The summed loss of a piece and its gradients, in the order of the parameters."""
+    with torch.enable_grad():
+        loss = F.cross_entropy(network(images), labels, reduction="sum")
+        return loss.detach(), list(torch.autograd.grad(loss, [p for p in network.parameters() if p.requires_grad]))
+
+
+@torch.no_grad()
+def _correct(network: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
+    return (network(images).argmax(1) == labels).sum()
