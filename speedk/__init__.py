@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from speedk.distillation.artifact import load as load
     from speedk.distillation.freenet import FReeNet as FReeNet
     from speedk.distillation.plan import distill as distill
+    from speedk.distillation.unroll import unroll as unroll
     from speedk.evaluation import evaluate as evaluate
     from speedk.ops import explain as explain
     from speedk.ops import use_backend as use_backend
@@ -29,6 +30,7 @@ _HOMES = {
     "evaluate": "speedk.evaluation",
     "load": "speedk.distillation.artifact",
     "FReeNet": "speedk.distillation.freenet",
+    "unroll": "speedk.distillation.unroll",
     "explain": "speedk.ops",
     "use_backend": "speedk.ops",
 }

@@ -10,7 +10,7 @@ import pytest
 import speedk
 
 
-@pytest.mark.parametrize("name", ["evaluate", "load", "distill", "FReeNet", "explain", "use_backend"])
+@pytest.mark.parametrize("name", ["evaluate", "load", "distill", "unroll", "FReeNet", "explain", "use_backend"])
 def test_public_names_are_callable(name):
     assert callable(getattr(speedk, name)) and name in dir(speedk) and name in speedk.__all__
 

@@ -20,6 +20,8 @@ class ConvNet(nn.Module):
     The default depth pools the image down to 3 or 4 pixels a side: 3 at 28 and 32 pixels, 4 at 64, 5 at 128, 6 at 256.
     """
 
+    per_sample = True
+
     def __init__(self, geometry: Geometry, depth: int | None = None, width: int = 128) -> None:
         super().__init__()
         if depth is None:

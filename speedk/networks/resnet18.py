@@ -18,6 +18,8 @@ class ResNet18(nn.Module):
     three at half the resolution of the one before, the mean over all pixels, and one linear layer. Every convolution
     is followed by an affine InstanceNorm."""
 
+    per_sample = True
+
     def __init__(self, geometry: Geometry, width: int = 64) -> None:
         super().__init__()
         if geometry.resolution < SMALLEST:

@@ -1,0 +1,216 @@
+"""One training step as a graph: built, differentiated along a direction, dropped. What `unroll` walks over.
+
+Every way to unroll builds a step with `Training.build` and differentiates it with `StepGraph.adjoint`, so all of them
+give the same bits.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from speedk.distillation import seeds
+from speedk.errors import ConfigError
+from speedk.workers import Pool
+
+PIECE = 16 * 32 * 32
+"""Pixels (count x height x width) of one thread's piece of a batch: 16 images of 32 x 32, so that a batch of 64 keeps
+four cores busy."""
+
+Augment = Callable[[Tensor, int], Tensor]
+Loss = Callable[[Tensor, Tensor], Tensor]
+
+
+@dataclass
+class StepGraph:
+    """The gradient [P] of one step, and the graph it hangs on, in pieces of the batch."""
+
+    pieces: list[_Piece]
+    source: Tensor  # the batch's images before augmentation
+    augmented: Tensor
+    gradient: Tensor
+    bytes: int  # what the graph holds; 0 where it was not measured
+
+    def adjoint(self, direction: Tensor, need_theta: bool, pool: Pool | Alone) -> tuple[Tensor | None, ...]:
+        """The gradients of <gradient, direction [P]> in theta [P], and in the batch's images and labels where they are
+        differentiated; None elsewhere. The graph is used up."""
+        parts = pool.map(_differentiate, [(piece, direction, need_theta) for piece in self.pieces])
+        along_theta, along_images, along_labels = zip(*parts, strict=True)
+        along_theta = _sum(along_theta) if need_theta else None
+        along_images, along_labels = (None if p[0] is None else torch.cat(p) for p in (along_images, along_labels))
+        if along_images is not None and self.augmented is not self.source:
+            along_images, = torch.autograd.grad(self.augmented, self.source, along_images, materialize_grads=True)
+        return along_theta, along_images, along_labels
+
+
+@dataclass
+class _Piece:
+    """A part of a batch: the leaves of its graph, and the gradients that hang on them."""
+
+    parameters: list[Tensor]
+    images: Tensor
+    labels: Tensor
+    gradients: tuple[Tensor, ...]
+
+
+class Training:
+    """How a student is trained: all about the steps but the tensors that are differentiated.
+
+    schedule: index tensors on the images' device; the rest as in `unroll`.
+    """
+
+    def __init__(self, student: nn.Module, schedule: list[Tensor], augment: Augment | None, loss: Loss | None,
+                 device: torch.device) -> None:
+        self.student, self.schedule, self.augment, self.loss, self.device = student, schedule, augment, loss, device
+        named = dict(student.named_parameters())
+        self.names, self.shapes = list(named), [p.shape for p in named.values()]
+        self.sizes = [p.numel() for p in named.values()]
+        self.buffers = {name: b.detach().clone() for name, b in student.named_buffers()}
+        self.in_pieces = (device.type == "cpu" and loss is None and getattr(student, "per_sample", False)
+                          and not any(_drops(module) for module in student.modules()))
+        self._replaced: set[str] = set()
+        self._students = [student]
+        self._seed = int(torch.randint(2**62, ()))
+        kind = device.type
+        self._autocast = {"device_type": kind, "dtype": torch.get_autocast_dtype(kind),
+                          "enabled": torch.is_autocast_enabled(kind), "cache_enabled": False}
+
+    @contextlib.contextmanager
+    def running(self) -> Iterator[Pool | Alone]:
+        """Where steps are built and differentiated, forward and backward alike; gives what runs the pieces."""
+        # Of the attention kernels only the plain one can be differentiated twice.
+        with sdpa_kernel(SDPBackend.MATH), Pool(self.device) if self.in_pieces else Alone() as pool:
+            yield pool
+
+    def build(self, step: int, theta: Tensor, images: Tensor, labels: Tensor, needs: tuple[bool, bool],
+              pool: Pool | Alone, measure: bool = False) -> StepGraph:
+        """The graph of one step at `theta`; `needs` says whether images and labels are differentiated."""
+        index = self.schedule[step]
+        source = images.detach().index_select(0, index).requires_grad_(needs[0])
+        labels = labels.detach().index_select(0, index)
+        with self._replayed(step):
+            augmented = source
+            if self.augment is not None:
+                with torch.enable_grad():
+                    augmented = self.augment(source, step)
+            rows = max(1, PIECE // augmented[0, 0].numel()) if self.in_pieces else len(index)
+            parts = list(zip(augmented.detach().split(rows), labels.split(rows), strict=True))
+            while len(self._students) < len(parts):
+                # Threads must not share a module, as each puts its parameters in; the tensors are shared.
+                held = [*self.student.parameters(), *self.student.buffers()]
+                self._students.append(copy.deepcopy(self.student, {id(tensor): tensor for tensor in held}))
+            values = theta.detach().split(self.sizes)
+            made = pool.map(self._piece, [(student, values, *part, len(part[0]) / len(index), needs, measure)
+                                          for student, part in zip(self._students, parts)])
+        pieces, gradients, held = zip(*made, strict=True)
+        storages = {address: size for of_piece in held for address, size in of_piece.items()}
+        storages.pop(theta.untyped_storage().data_ptr(), None)  # kept in any case
+        return StepGraph(list(pieces), source, augmented, _sum(gradients), sum(storages.values()))
+
+    def _piece(self, student: nn.Module, values: Sequence[Tensor], images: Tensor, labels: Tensor, share: float,
+               needs: tuple[bool, bool], measure: bool) -> tuple[_Piece, Tensor, dict[int, int]]:
+        """A part of a batch, `share` of the whole, its part of the gradient [P], and the storages its graph holds.
+
+        The graph is made where it will be dropped, too: PyTorch computes some gradients otherwise where they have to
+        be differentiable, and the bits must not depend on what is kept.
+        """
+        held = _Held()
+        with torch.enable_grad(), held if measure else contextlib.nullcontext():
+            parameters = [v.view(shape).requires_grad_() for v, shape in zip(values, self.shapes, strict=True)]
+            images, labels = images.requires_grad_(needs[0]), labels.requires_grad_(needs[1])
+            with torch.autocast(**self._autocast):
+                logits = self._call(student, parameters, images)
+                loss = (self.loss or F.cross_entropy)(logits, labels)
+            if share != 1:
+                loss = loss * share
+            gradients = torch.autograd.grad(loss, parameters, create_graph=True, materialize_grads=True)
+        flat = torch.cat([g.detach().flatten() for g in gradients])
+        return _Piece(parameters, images, labels, gradients), flat, held.storages
+
+    def _call(self, student: nn.Module, parameters: list[Tensor], images: Tensor) -> Tensor:
+        state = {**self.buffers, **dict(zip(self.names, parameters, strict=True))}
+        logits = functional_call(student, state, (images,))
+        self._replaced |= {name for name, b in self.buffers.items() if state[name] is not b}
+        return logits
+
+    def check_buffers(self) -> None:
+        """Raise ConfigError if the steps so far have changed a buffer; in a GPU's memory that waits for them."""
+        before = dict(self.student.named_buffers())
+        changed = [name for name, b in self.buffers.items()
+                   if name in self._replaced or not torch.equal(b, before[name])]
+        if changed:
+            raise ConfigError(f"the student changes its buffers {', '.join(changed)} as it trains, which is not "
+                              "unrolled: put those modules in eval mode, or take a norm without running statistics")
+
+    @contextlib.contextmanager
+    def _replayed(self, step: int) -> Iterator[None]:
+        """Random numbers that follow from the step alone."""
+        if self.in_pieces and self.augment is None:  # nothing draws any
+            yield
+            return
+        seed = seeds.derive(self._seed, "unroll", step)
+        with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
+            torch.random.default_generator.manual_seed(seed)
+            if self.device.type == "cuda":
+                with torch.cuda.device(self.device):
+                    torch.cuda.manual_seed(seed)
+            yield
+
+
+class Alone(contextlib.nullcontext):
+    """In place of a pool where a batch is one piece."""
+
+    def __enter__(self) -> Alone:
+        return self
+
+    def map(self, work: Callable[..., Any], items: Sequence[tuple]) -> list[Any]:
+        return [work(*item) for item in items]
+
+
+class _Held(torch.autograd.graph.saved_tensors_hooks):
+    """Notes the storages that graphs built inside it hold: bytes by address."""
+
+    def __init__(self) -> None:
+        self.storages: dict[int, int] = {}
+        super().__init__(self._note, lambda tensor: tensor)
+
+    def _note(self, tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        self.storages[storage.data_ptr()] = storage.nbytes()
+        return tensor.detach()  # a node that holds its own output would never be freed
+
+
+def _drops(module: nn.Module) -> bool:
+    return isinstance(module, nn.modules.dropout._DropoutNd) and module.training and module.p > 0
+
+
+def _differentiate(piece: _Piece, direction: Tensor, need_theta: bool) -> tuple[Tensor | None, ...]:
+    """The gradients of <gradient, direction> in the parameters [P], images and labels of a piece."""
+    along = direction.split([p.numel() for p in piece.parameters])
+    pairs = [(g, d.view_as(g)) for g, d in zip(piece.gradients, along, strict=True) if g.requires_grad]
+    leaves = [*(piece.parameters if need_theta else []), *(t for t in (piece.images, piece.labels) if t.requires_grad)]
+    if leaves and pairs:
+        gradients, directions = zip(*pairs, strict=True)
+        found = list(torch.autograd.grad(gradients, leaves, directions, materialize_grads=True))
+    else:  # a gradient that depends on nothing
+        found = [torch.zeros_like(leaf) for leaf in leaves]
+    along_labels = found.pop() if piece.labels.requires_grad else None
+    along_images = found.pop() if piece.images.requires_grad else None
+    return torch.cat([d.flatten() for d in found]) if need_theta else None, along_images, along_labels
+
+
+def _sum(parts: Sequence[Tensor]) -> Tensor:
+    """In order, so that the bits do not depend on which thread came first."""
+    total = parts[0]
+    for part in parts[1:]:
+        total = total + part
+    return total

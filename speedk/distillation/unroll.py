@@ -1,0 +1,211 @@
+"""Training steps as one differentiable function, exact, in memory that does not grow with the steps' graphs.
+
+Forward, only theta and its momentum are kept from step to step. Backward, one step at a time is built again, its
+gradient differentiated along one direction, and its graph dropped: docs/math/unroll.md has the derivation.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from speedk.augment import dsa
+from speedk.distillation import seeds
+from speedk.distillation.step_graph import Augment, Loss, Training
+from speedk.errors import ConfigError
+
+
+def unroll(student: nn.Module, theta: Tensor, images: Tensor, labels: Tensor, schedule: Sequence[Tensor], lr: Tensor,
+           momentum: float = 0.9, augment: Augment | None = None, loss: Loss | None = None,
+           memory: str | int = "constant") -> Tensor:
+    """The parameters after training `student` from `theta`: one step for each batch of `schedule`.
+
+    g = d loss / d theta at the batch; m = momentum m + (1 - momentum) g, from m = 0; theta = theta - lr m. Plain SGD
+    for momentum 0. Differentiable once, in images, float labels, lr and theta, and exactly so: every path through the
+    later steps counts, as in a full unroll with `create_graph=True`.
+
+    student: any module; it is left as it is. It trains in the mode it is in: dropout acts where `student.training`.
+    theta: [P] float, the `named_parameters()` flattened and laid end to end, in order.
+    images: [N, C, H, W] float; labels: int64 [N], or float [N, classes].
+    schedule: int64 index tensors [B_t] into images, one a step; an index may come twice.
+    lr: a scalar tensor (or a number). momentum: 0 up to, not including, 1.
+    augment: `augment(images [B_t, C, H, W], step) -> images`, differentiable once. It is called again in the backward
+    pass and must do the same then: it may depend on `step` and draw from torch's default generators, which are
+    seeded for each step; `dsa_steps(seed)` makes one.
+    loss: `loss(logits, labels)`, a scalar; cross entropy, mean over the batch, unless given.
+    memory: "constant" builds each step's graph again in the backward pass; "full" keeps them all; a number of bytes
+    keeps as many as fit in that. All give the same bits.
+
+    Random numbers of dropout and augmentation follow from one draw of torch's default CPU generator.
+    On the CPU a student that says `per_sample = True` (no operation of it mixes the samples of a batch) is trained on
+    pieces of the batch in threads, unless it has dropout or a `loss` is given; the pieces do not depend on the number
+    of threads.
+
+    Returns theta_T [P]. Raises ConfigError where the arguments do not fit, and for a student whose buffers change as
+    it trains (the running statistics of a batch norm), by name.
+    """
+    _check(student, theta, images, labels, schedule, momentum)
+    lr = torch.as_tensor(lr, dtype=theta.dtype, device=theta.device)
+    if lr.dim():
+        raise ConfigError(f"lr must be a scalar, got {tuple(lr.shape)}")
+    schedule = [index.to(images.device) for index in schedule]
+    plan = _Plan(Training(student, schedule, augment, loss, images.device), momentum, _limit(memory),
+                 torch.is_grad_enabled() and any(t.requires_grad for t in (theta, images, labels, lr)))
+    return _Unroll.apply(plan, theta, images, labels, lr)
+
+
+def dsa_steps(seed: int, ops: Sequence[str] | None = None) -> Augment:
+    """An `augment` for `unroll`: differentiable augmentation, drawn anew for each step from `seed` and the step."""
+
+    def augment(images: Tensor, step: int) -> Tensor:
+        drawn = dsa.draw(len(images), images.shape[-1], seeds.generator(seed, "dsa", step), ops=ops)
+        return dsa.apply(images, drawn)
+
+    return augment
+
+
+@dataclass
+class _Plan:
+    """What an unroll is told, but for its tensors."""
+
+    training: Training
+    momentum: float
+    limit: float  # bytes of step graphs that may be kept for the backward pass
+    record: bool  # whether there will be one
+
+    @property
+    def steps(self) -> int:
+        return len(self.training.schedule)
+
+    def first_kept(self, bytes_of_first: int) -> int:
+        """The first step whose graph is kept: it is the last ones, which are used up first."""
+        each = bytes_of_first / len(self.training.schedule[0])  # bytes of an image
+        left = self.limit
+        for step in reversed(range(self.steps)):
+            left -= each * len(self.training.schedule[step])
+            if left < 0:
+                return step + 1
+        return 0
+
+
+class _Unroll(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, plan: _Plan, theta: Tensor, images: Tensor, labels: Tensor, lr: Tensor) -> Tensor:
+        needs = ctx.needs_input_grad[2:4]
+        m, thetas, momenta, graphs = torch.zeros_like(theta), [], [], {}
+        first_kept = 0 if plan.limit == math.inf else plan.steps
+        with plan.training.running() as pool:
+            for step in range(plan.steps):
+                measure = step == 0 and plan.record and 0 < plan.limit < math.inf
+                graph = plan.training.build(step, theta, images, labels, needs, pool, measure)
+                if step in (0, plan.steps - 1):
+                    plan.training.check_buffers()
+                if measure:
+                    first_kept = plan.first_kept(graph.bytes)
+                m = plan.momentum * m + (1 - plan.momentum) * graph.gradient
+                if plan.record:
+                    thetas.append(theta)
+                    momenta += [m] if ctx.needs_input_grad[4] else []
+                    if step >= first_kept:
+                        graphs[step] = graph
+                theta = theta - lr * m
+                del graph  # before the next is built
+        if plan.record:
+            ctx.plan, ctx.graphs = plan, graphs
+            ctx.save_for_backward(images, labels, lr, *thetas, *momenta)
+        return theta if plan.steps else theta.clone()
+
+    @staticmethod
+    def backward(ctx, d_theta: Tensor):
+        with torch.no_grad():
+            found = _walk_back(ctx, d_theta)
+        if torch.is_grad_enabled():  # create_graph=True: refused when, and only when, it is differentiated again
+            found = [None if d is None else _Once.apply(d, d_theta, ctx.saved_tensors[0]) for d in found]
+        return None, *found
+
+
+def _walk_back(ctx, d_theta: Tensor) -> list[Tensor | None]:
+    """Gradients in theta, images, labels and lr, from the last step to the first."""
+    plan, (images, labels, lr, *kept) = ctx.plan, ctx.saved_tensors
+    _, need_theta, need_images, need_labels, need_lr = ctx.needs_input_grad
+    thetas, momenta = kept[:plan.steps], kept[plan.steps:]
+    d_images = torch.zeros_like(images) if need_images else None
+    d_labels = torch.zeros_like(labels) if need_labels else None
+    d_lr = torch.zeros_like(lr) if need_lr else None
+    d_m = torch.zeros_like(d_theta)
+    with plan.training.running() as pool:
+        for step in reversed(range(plan.steps)):
+            graph = ctx.graphs.pop(step, None)
+            if graph is None:
+                graph = plan.training.build(step, thetas[step], images, labels, (need_images, need_labels), pool)
+            if need_lr:
+                d_lr -= torch.dot(d_theta, momenta[step])
+            d_m = d_m - lr * d_theta
+            along = graph.adjoint((1 - plan.momentum) * d_m, need_theta or step > 0, pool)
+            del graph
+            d_m = plan.momentum * d_m
+            if along[0] is not None:
+                d_theta = d_theta + along[0]
+            for total, rows in zip((d_images, d_labels), along[1:], strict=True):
+                if rows is not None:
+                    _add_rows(total, plan.training.schedule[step], rows)
+    return [d_theta if need_theta else None, d_images, d_labels, d_lr]
+
+
+def _add_rows(total: Tensor, index: Tensor, rows: Tensor) -> None:
+    if total.is_cuda:  # index_add_ adds the rows of an index that comes twice in any order there
+        total.index_put_((index,), rows, accumulate=True)
+    else:
+        total.index_add_(0, index, rows)
+
+
+class _Once(torch.autograd.Function):
+    """The identity; it hangs on `inputs` and refuses to be differentiated."""
+
+    @staticmethod
+    def forward(ctx, gradient: Tensor, *inputs: Tensor) -> Tensor:
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def backward(ctx, *slopes: Tensor):
+        raise RuntimeError("speedk.unroll can be differentiated once, not twice: for second derivatives take plain "
+                           "PyTorch steps with create_graph=True")
+
+
+def _limit(memory: str | int) -> float:
+    """Bytes of step graphs that may be kept."""
+    named = {"constant": 0.0, "full": math.inf}
+    if isinstance(memory, str) and memory in named:
+        return named[memory]
+    if isinstance(memory, bool) or not isinstance(memory, int | float) or not memory >= 0:
+        raise ConfigError(f"memory={memory!r} is not 'constant', 'full' or a number of bytes")
+    return float(memory)
+
+
+def _check(student: nn.Module, theta: Tensor, images: Tensor, labels: Tensor, schedule: Sequence[Tensor],
+           momentum: float) -> None:
+    parameters = sum(p.numel() for p in student.parameters())
+    if theta.shape != (parameters,):
+        raise ConfigError(f"theta has shape {tuple(theta.shape)} but the student has {parameters} parameters: lay its "
+                          "named_parameters() end to end, each flattened")
+    if not theta.is_floating_point() or not images.is_floating_point():
+        raise ConfigError(f"theta and images must be floating point, got {theta.dtype} and {images.dtype}")
+    if images.dim() != 4:
+        raise ConfigError(f"images must be [N, C, H, W], got {tuple(images.shape)}")
+    if labels.shape[:1] != images.shape[:1] or labels.dim() != (2 if labels.is_floating_point() else 1):
+        raise ConfigError(f"labels must be int64 [{len(images)}] or float [{len(images)}, classes], got {labels.dtype} "
+                          f"{tuple(labels.shape)}")
+    if not theta.device == images.device == labels.device:
+        raise ConfigError(f"theta is on {theta.device}, images on {images.device}, labels on {labels.device}")
+    if not 0 <= momentum < 1:
+        raise ConfigError(f"momentum={momentum} must be at least 0 and below 1")
+    for step, index in enumerate(schedule):
+        if index.dim() != 1 or index.dtype != torch.int64 or not len(index):
+            raise ConfigError(f"schedule[{step}] must be int64 [B] with B at least 1, got {index.dtype} "
+                              f"{tuple(index.shape)}")
+        if index.device.type == "cpu" and not (int(index.min()) >= 0 and int(index.max()) < len(images)):
+            raise ConfigError(f"schedule[{step}] points outside the {len(images)} images")

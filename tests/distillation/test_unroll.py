@@ -1,0 +1,249 @@
+"""speedk.unroll: against a plain unroll with create_graph=True, in every memory mode."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+import speedk
+from speedk import networks
+from speedk.augment import dsa
+from speedk.distillation import seeds
+from speedk.distillation.unroll import dsa_steps
+from speedk.errors import ConfigError
+from speedk.geometry import Geometry
+
+GEOMETRY = Geometry(classes=3, channels=1, resolution=8)
+STUDENTS = {
+    "convnet": lambda: networks.fresh("convnet", GEOMETRY, 0, depth=2, width=4),
+    "mlp": lambda: networks.fresh("mlp", GEOMETRY, 0, width=6),
+    "vit": lambda: networks.fresh("vit", GEOMETRY, 0, dim=8, depth=1, heads=1, hidden=8, dropout=0),
+}
+
+
+def problem(student, dtype=torch.float64, soft=True, count=10, steps=6, batch=4):
+    """theta, images, labels, lr as leaves, a schedule with repeats and a short batch, and a direction for theta_T."""
+    g = torch.Generator().manual_seed(1)
+    geometry = GEOMETRY
+    theta = torch.cat([p.detach().flatten() for p in student.parameters()])
+    images = torch.randn(count, geometry.channels, geometry.resolution, geometry.resolution, generator=g)
+    labels = torch.randint(geometry.classes, (count,), generator=g)
+    if soft:
+        labels = torch.randn(count, geometry.classes, generator=g).softmax(1).to(dtype).requires_grad_()
+    schedule = [torch.randint(count, (batch,), generator=g) for _ in range(steps - 1)] + [torch.tensor([1, 1, 7])]
+    leaves = [t.to(dtype).requires_grad_() for t in (theta, images)]
+    lr = torch.tensor(0.05, dtype=dtype, requires_grad=True)
+    return *leaves, labels, schedule, lr, torch.randn(theta.shape, generator=g, dtype=torch.float64).to(dtype)
+
+
+def plainly(student, theta, images, labels, schedule, lr, momentum, augment=None, loss=F.cross_entropy):
+    """What speedk.unroll promises, said in the fewest words."""
+    shapes = {name: p.shape for name, p in student.named_parameters()}
+    m = torch.zeros_like(theta)
+    for step, index in enumerate(schedule):
+        values = theta.split([s.numel() for s in shapes.values()])
+        parameters = {name: v.view(s) for (name, s), v in zip(shapes.items(), values, strict=True)}
+        batch = images[index] if augment is None else augment(images[index], step)
+        with sdpa_kernel(SDPBackend.MATH):
+            g, = torch.autograd.grad(loss(functional_call(student, parameters, (batch,)), labels[index]), theta,
+                                     create_graph=True)
+        m = momentum * m + (1 - momentum) * g
+        theta = theta - lr * m
+    return theta
+
+
+def gradients(theta_T, direction, leaves):
+    return torch.autograd.grad((theta_T * direction).sum(), leaves)
+
+
+def relative(got, want):
+    return ((got - want).norm() / want.norm()).item()
+
+
+@pytest.mark.parametrize("momentum", [0, 0.9])
+@pytest.mark.parametrize("name", STUDENTS)
+def test_exact(name, momentum):
+    student = STUDENTS[name]()
+    for dtype, allowed in ((torch.float64, 1e-9), (torch.float32, 5e-4)):
+        theta, images, labels, schedule, lr, direction = problem(student, dtype)
+        leaves = (theta, images, labels, lr)
+        exact = [t.detach().double().requires_grad_() for t in leaves]
+        want_theta = plainly(student, *exact[:3], schedule, exact[3], momentum)
+        want = gradients(want_theta, direction.double(), exact)
+        got_theta = speedk.unroll(student, theta, images, labels, schedule, lr, momentum)
+        got = gradients(got_theta, direction, leaves)
+        assert got_theta.dtype == dtype and relative(got_theta.double(), want_theta) < allowed
+        for of, a, b in zip(("theta", "images", "labels", "lr"), got, want, strict=True):
+            assert b.abs().max() > 0
+            assert relative(a.double(), b) < allowed, of
+
+
+@pytest.mark.parametrize("name", [*STUDENTS, "dropout", "group norm"])
+def test_memory_modes_give_the_same_bits(name, monkeypatch):
+    monkeypatch.setattr("speedk.distillation.step_graph.PIECE", 2 * 8 * 8)  # two pieces a batch
+    others = {
+        "dropout": lambda: networks.fresh("vit", GEOMETRY, 0, dim=8, depth=1, heads=1, hidden=8, dropout=0.3),
+        "group norm": lambda: nn.Sequential(nn.Conv2d(1, 4, 3), nn.GroupNorm(2, 4), nn.ReLU(), nn.Flatten(),
+                                            nn.Linear(144, 3)),
+    }
+    torch.manual_seed(0)
+    student = {**STUDENTS, **others}[name]()
+    theta, images, labels, schedule, lr, direction = problem(student, torch.float32)
+    results = []
+    for memory in ("constant", "full", 20_000, 60_000):
+        torch.manual_seed(5)
+        theta_T = speedk.unroll(student, theta, images, labels, schedule, lr, augment=dsa_steps(3), memory=memory)
+        results.append([theta_T.detach(), *gradients(theta_T, direction, (theta, images, labels, lr))])
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@pytest.mark.parametrize("op", dsa.ALL)
+def test_through_augmentation(op):
+    student = STUDENTS["convnet"]()
+    theta, images, labels, schedule, lr, direction = problem(student, soft=False)
+
+    def augment(batch, step):
+        return dsa.apply(batch, dsa.draw(len(batch), 8, seeds.generator(3, "dsa", step), ops=[op]))
+
+    # Images alone: torch's grid_sample cannot be differentiated twice, so the plain unroll does it by hand, once.
+    batches = [augment(images, step) if len(images) == len(index) else augment(images[index], step)
+               for step, index in enumerate(schedule)]
+    joined = torch.cat([b.detach() for b in batches]).requires_grad_()
+    starts = [sum(len(i) for i in schedule[:t]) for t in range(len(schedule))]
+    at = [torch.arange(start, start + len(index)) for start, index in zip(starts, schedule, strict=True)]
+    again = torch.cat([labels[index] for index in schedule])
+    want_theta = plainly(student, theta, joined, again, at, lr, 0.9)
+    d_joined, want_lr = gradients(want_theta, direction, (joined, lr))
+    want, = torch.autograd.grad(torch.cat(batches), images, d_joined)
+    got_theta = speedk.unroll(student, theta, images, labels, schedule, lr, augment=dsa_steps(3, ops=[op]))
+    got, got_lr = gradients(got_theta, direction, (images, lr))
+    assert relative(got_theta, want_theta) < 1e-9
+    assert relative(got, want) < 1e-9 and relative(got_lr, want_lr) < 1e-9
+
+
+def test_dropout_is_replayed():
+    """The derivative of what ran, mask and all, by differences."""
+    student = networks.fresh("vit", GEOMETRY, 0, dim=8, depth=1, heads=1, hidden=8, dropout=0.3)
+    theta, images, labels, schedule, lr, direction = problem(student, soft=False)
+    noise = torch.randn_like(images)
+
+    def result(images):
+        torch.manual_seed(2)
+        return speedk.unroll(student, theta, images, labels, schedule, lr, augment=lambda x, step: x + torch.rand(1))
+
+    got, = gradients(result(images), direction, (images,))
+    with torch.no_grad():
+        ahead, behind = (result(images + h * noise) @ direction for h in (1e-5, -1e-5))
+        assert not torch.equal(result(images), speedk.unroll(student, theta, images, labels, schedule, lr))
+    torch.testing.assert_close((got * noise).sum(), (ahead - behind) / 2e-5, rtol=1e-6, atol=0)
+
+
+def test_a_loss_of_ones_own():
+    student = STUDENTS["mlp"]()
+    theta, images, labels, schedule, lr, direction = problem(student)
+    loss = lambda logits, labels: (logits - labels).square().mean()  # noqa: E731
+    leaves = (theta, images, labels, lr)
+    want = gradients(plainly(student, *leaves[:3], schedule, lr, 0.5, loss=loss), direction, leaves)
+    got = gradients(speedk.unroll(student, *leaves[:3], schedule, lr, 0.5, loss=loss), direction, leaves)
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+
+
+def test_threads_do_not_change_a_bit(monkeypatch):
+    monkeypatch.setattr("speedk.distillation.step_graph.PIECE", 8 * 8)
+    student = STUDENTS["convnet"]()
+    theta, images, labels, schedule, lr, direction = problem(student, torch.float32)
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            theta_T = speedk.unroll(student, theta, images, labels, schedule, lr)
+            results.append([theta_T.detach(), *gradients(theta_T, direction, (theta, images, labels, lr))])
+            assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_only_what_is_asked_for():
+    student = STUDENTS["convnet"]()
+    theta, images, labels, schedule, lr, direction = problem(student)
+    full = gradients(speedk.unroll(student, theta, images, labels, schedule, lr), direction, (theta, images, lr))
+    for position, leaf in enumerate((theta, images, lr)):
+        with_one = [t if t is leaf else t.detach() for t in (theta, images, labels, lr)]
+        theta_T = speedk.unroll(student, *with_one[:3], schedule, with_one[3])
+        assert torch.equal(gradients(theta_T, direction, (leaf,))[0], full[position])
+    with torch.no_grad():
+        assert not speedk.unroll(student, theta, images, labels, schedule, lr).requires_grad
+    assert torch.equal(speedk.unroll(student, theta, images, labels, [], lr), theta)
+
+
+@pytest.mark.parametrize("memory", ["constant", "full"])
+def test_backward_twice(memory):
+    student = STUDENTS["convnet"]()
+    theta, images, labels, schedule, lr, direction = problem(student)
+    theta_T = speedk.unroll(student, theta, images, labels, schedule, lr, memory=memory)
+    first, = torch.autograd.grad(theta_T, images, direction, retain_graph=True)
+    assert torch.equal(torch.autograd.grad(theta_T, images, direction)[0], first)
+    with pytest.raises(RuntimeError, match="backward through the graph a second time"):
+        torch.autograd.grad(theta_T, images, direction)
+
+
+def test_second_derivatives_are_refused():
+    student = STUDENTS["mlp"]()
+    theta, images, labels, schedule, lr, direction = problem(student)
+    theta_T = speedk.unroll(student, theta, images, labels, schedule, lr)
+    d_images, = torch.autograd.grad(theta_T, images, direction, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiated once, not twice"):
+        d_images.sum().backward()
+
+
+def test_leaves_the_student_and_the_random_state_alone():
+    student = STUDENTS["convnet"]()
+    before = [p.detach().clone() for p in student.parameters()]
+    theta, images, labels, schedule, lr, direction = problem(student)
+    torch.manual_seed(4)
+    torch.randint(2**62, ())  # the one draw
+    state = torch.get_rng_state()
+    torch.manual_seed(4)
+    gradients(speedk.unroll(student, theta, images, labels, schedule, lr, augment=dsa_steps(0)), direction, (images,))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(a, b) for a, b in zip(student.parameters(), before, strict=True))
+    assert all(p.grad is None for p in student.parameters())
+
+
+def test_buffers_that_change_are_refused():
+    student = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(144, 3)).double()
+    theta, images, labels, schedule, lr, direction = problem(student)
+    before = student[1].running_mean.clone()
+    with pytest.raises(ConfigError, match="1.running_mean, 1.running_var, 1.num_batches_tracked"):
+        speedk.unroll(student, theta, images, labels, schedule, lr)
+    assert torch.equal(student[1].running_mean, before)
+    student.eval()
+    leaves = (theta, images, labels, lr)
+    got = gradients(speedk.unroll(student, theta, images, labels, schedule, lr), direction, leaves)
+    want = gradients(plainly(student, theta, images, labels, schedule, lr, 0.9), direction, leaves)
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+
+
+def test_refusals():
+    student = STUDENTS["mlp"]()
+    theta, images, labels, schedule, lr, _ = problem(student)
+    for message, arguments in {
+        "the student has": (theta[1:], images, labels, schedule, lr),
+        "images must be": (theta, images[0], labels[:1], schedule, lr),
+        r"labels must be int64 \[10\]": (theta, images, labels[1:], schedule, lr),
+        r"schedule\[0\] points outside": (theta, images, labels, [torch.tensor([10])], lr),
+        r"schedule\[0\] must be int64": (theta, images, labels, [torch.tensor([1.0])], lr),
+        "lr must be a scalar": (theta, images, labels, schedule, lr[None]),
+        "momentum=1": (theta, images, labels, schedule, lr, 1),
+        "memory='some'": (theta, images, labels, schedule, lr, 0.9, None, None, "some"),
+    }.items():
+        with pytest.raises(ConfigError, match=message):
+            speedk.unroll(student, *arguments)
