@@ -24,9 +24,12 @@ PAPER_OBJECTIVE = "tm"
 DEFAULT_STEPS = 2000
 """Outer steps where no recipe is shipped for a row: what the shipped ones of distribution matching have."""
 
+_SPEED = {"optimizer": "adam", "steps": DEFAULT_STEPS}
+_GRADIENTS = {"optimizer": "sgd", "momentum": 0.5, "rates": {"pixels": 0.1}, "steps": 1000}
 OWN_SETTINGS: dict[str, dict[str, Any]] = {
-    "speed": {"dm": {"optimizer": "adam", "steps": DEFAULT_STEPS}},
-    "pixels": {"dm": {"optimizer": "sgd", "momentum": 0.5, "rates": {"pixels": 1.0}, "steps": DEFAULT_STEPS}},
+    "speed": {"dm": _SPEED, "dc": _SPEED, "dsa": _SPEED},
+    "pixels": {"dm": {"optimizer": "sgd", "momentum": 0.5, "rates": {"pixels": 1.0}, "steps": DEFAULT_STEPS},
+               "dc": _GRADIENTS, "dsa": _GRADIENTS},
 }
 """Outer settings by method and objective where no recipe says them; those of pixels are the original's."""
 
@@ -91,7 +94,8 @@ def plan(dataset: str | None = None, *, data: str | Path | None = None, ipc: int
     draft = _data_fields(tables, changes)
     real = _load(named, data, draft, progress)
     if "parameterization" not in tables:
-        tables = _own(tables, real, method or "speed", draft.ipc, chosen, notes)
+        tables = _own(tables, real, method or "speed", draft.ipc, notes)
+    tables = _settled(tables, chosen)
     resolved = recipes.resolve(tables, chosen, changes)
     resolved = dataclasses.replace(resolved, data=dataclasses.replace(resolved.data, name=named or ""))
     resolved.budget(real.geometry)
@@ -160,16 +164,23 @@ def _load(name: str | None, folder: str | Path | None, fields: recipes.DataField
                      normaliser=fields.normaliser or None, progress=progress)
 
 
-def _own(tables: dict[str, Any], real: RealData, method: str, ipc: int, objective: str,
-         notes: list[str]) -> dict[str, Any]:
+def _own(tables: dict[str, Any], real: RealData, method: str, ipc: int, notes: list[str]) -> dict[str, Any]:
     """A recipe where none is published: SPEED's sizes by the solver."""
     sizes: dict[str, Any] = {"method": method}
     if method == "speed":
         sizes |= budget.solve(real.geometry, ipc)
         notes.append("no recipe is shipped for this row: its sizes were solved for within the budget")
-    settings = OWN_SETTINGS.get(method, {}).get(objective, {})
     about = {"name": f"{real.name}-ipc{ipc}-{method}", "row": "ours, solved for" if method == "speed" else "ours"}
-    return {"recipe": about, "parameterization": sizes, "objective": {objective: settings}, **tables}
+    return {"recipe": about, "parameterization": sizes, **tables}
+
+
+def _settled(tables: dict[str, Any], objective: str) -> dict[str, Any]:
+    """The recipe with outer settings for `objective` where it says none."""
+    said = tables.get("objective", {})
+    method = tables["parameterization"].get("method")
+    if objective in said or objective not in OWN_SETTINGS.get(method, {}):
+        return tables
+    return {**tables, "objective": {**said, objective: OWN_SETTINGS[method][objective]}}
 
 
 def _run_name(recipe: Recipe, real: RealData) -> str:

@@ -7,17 +7,20 @@ batch and that convolutions dominate, so that `speedk.unroll` trains it on piece
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import sys
+from collections.abc import Iterator
 
 import torch
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from speedk import registry
 from speedk.errors import ConfigError
 from speedk.geometry import Geometry
 
-__all__ = ["build", "fresh", "names", "parameter_count"]
+__all__ = ["build", "fresh", "names", "parameter_count", "twice_differentiable"]
 
 
 def names() -> list[str]:
@@ -48,6 +51,13 @@ def fresh(name: str, geometry: Geometry, seed: int, device: torch.device | str =
         torch.random.default_generator.manual_seed(seed)
         network = build(name, geometry, **overrides)
     return network.to(device)
+
+
+@contextlib.contextmanager
+def twice_differentiable() -> Iterator[None]:
+    """Inside, every network of this folder can be differentiated twice: torch's fused attention can be once."""
+    with sdpa_kernel(SDPBackend.MATH):
+        yield
 
 
 def parameter_count(network: nn.Module) -> int:

@@ -1,0 +1,226 @@
+"""Gradient matching (Zhao, Mopuri and Bilen, ICLR 2021): real and synthetic images give a student like gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from speedk import networks, training
+from speedk.augment import dsa
+from speedk.distillation import seeds
+from speedk.distillation.objectives.base import Objective, ObjectiveSpec
+from speedk.distillation.parameterizations.base import Parameterization
+from speedk.errors import ConfigError
+from speedk.workers import Pool
+
+LOOPS = ((1, 1, 1), (10, 10, 50), (20, 20, 25), (30, 30, 20), (40, 40, 15), (50, 50, 10))
+"""(ipc, outer, inner) of the original."""
+
+HELD = 4
+"""Pieces of a class whose second-order graph is held at once; a class of more is walked twice, a piece at a time."""
+
+SHARE = 32
+"""Images whose gradient is one piece of work, at least."""
+
+HELD_REAL = 2048
+"""Real images that are held at once, about."""
+
+EPS = 1e-6
+"""Added to the product of two rows' lengths, as in the original."""
+
+
+@dataclass(frozen=True)
+class Spec(ObjectiveSpec):
+    """Recipe fields. steps: matchings, each of which updates the set once. batch: real images of a class in each.
+
+    outer: matchings with one student before a new one is drawn; inner: epochs that it trains on the synthetic set
+    between two of them, in batches of inner_batch at the rate inner_rate; 0 for outer and inner means the original's of
+    the images per class. augment: siamese DSA (the objective dsa). lr: the rate that evaluation trains at.
+    """
+
+    steps: int = 1000
+    batch: int = 256
+    outer: int = 0
+    inner: int = 0
+    inner_batch: int = 256
+    inner_rate: float = 0.01
+    augment: bool = False
+    lr: float = 0.01
+
+    def check(self) -> None:
+        super().check()
+        for name in ("batch", "inner_batch"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name}={getattr(self, name)} must be at least 1")
+        for name in ("outer", "inner"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"{name}={getattr(self, name)} must not be negative")
+        for name in ("inner_rate", "lr"):
+            if not getattr(self, name) > 0:
+                raise ConfigError(f"{name}={getattr(self, name)} must be above 0")
+
+    def loops(self, ipc: int) -> tuple[int, int]:
+        """(outer, inner): as given, or those of the largest images per class in LOOPS that `ipc` reaches."""
+        _, outer, inner = [row for row in LOOPS if row[0] <= ipc][-1]
+        return self.outer or outer, self.inner or inner
+
+
+class GradientMatching(Objective):
+    """Sum over classes of the distance (`distance`) between the gradients of the cross-entropy of real and of synthetic
+    images, in a student that is trained on the synthetic set between matchings and drawn anew after `outer` of them.
+    """
+
+    Spec = Spec
+    name = "dc"
+
+    def __init__(self, spec: Spec, real, seed: int, device: torch.device) -> None:
+        super().__init__(spec, real, seed, device)
+        self._pool = Pool(device)
+        self._student: nn.Module | None = None
+
+    def step(self, synthetic: Parameterization, step: int) -> dict[str, float]:
+        spec, geometry = self.spec, self.real.geometry
+        generator = seeds.generator(self.seed, self.name, step)
+        outer, inner = spec.loops(synthetic.ipc)
+        loss, gradients = 0.0, []
+        with self._pool as pool, networks.twice_differentiable():
+            members = [(synthetic.classes == label).nonzero()[:, 0] for label in range(geometry.classes)]
+            decoded = pool.map(_decode, [(synthetic, index) for index in members])
+            if step % outer == 0 or self._student is None:
+                self._student = self._fresh(step // outer)
+            else:
+                self._train(torch.cat(decoded), synthetic.classes[torch.cat(members)], inner, generator)
+            # A few classes at a time bound the real images that are held.
+            for labels in torch.arange(geometry.classes).split(max(1, HELD_REAL // spec.batch)):
+                for found, gradient in self._match(decoded, labels.tolist(), generator):
+                    loss += float(found)
+                    gradients.append(gradient)
+            synthetic.accumulate(torch.cat(members), torch.cat(gradients), pool=pool)
+        return {"loss": loss}
+
+    def _fresh(self, number: int) -> nn.Module:
+        student = networks.fresh(self.spec.network, self.real.geometry, seeds.derive(self.seed, "student", number),
+                                 self.device)
+        for module in student.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0  # it would draw from the global random state
+        return student.eval()
+
+    def _match(self, decoded: list[Tensor], labels: list[int],
+               generator: torch.Generator) -> list[tuple[Tensor, Tensor]]:
+        """Loss and gradient of each class of `labels`."""
+        student, spec, pool = self._student, self.spec, self._pool
+        piece = pool.images(self.real.geometry.resolution)
+        real = {label: self.real.sample(label, spec.batch, generator) for label in labels}
+        draws = {label: dsa.draw(1, self.real.geometry, generator, shared=True) if spec.augment else None
+                 for label in labels}
+        weights = matched(student)
+        parts = [(label, part) for label in labels for part in real[label].split(max(SHARE, piece))]
+        sums = pool.map(_summed, [(student, weights, part, label, draws[label], piece) for label, part in parts])
+        targets: dict[int, list[Tensor]] = {}
+        for (label, _), of_part in zip(parts, sums, strict=True):
+            so_far = targets.get(label)
+            targets[label] = of_part if so_far is None else [a + b for a, b in zip(so_far, of_part)]
+        means = {label: [g / len(real[label]) for g in targets[label]] for label in labels}
+        return pool.map(match, [(student, decoded[label], label, means[label], draws[label], piece)
+                                for label in labels])
+
+    def _train(self, images: Tensor, labels: Tensor, epochs: int, generator: torch.Generator) -> None:
+        """Plain SGD of the student on the synthetic set."""
+        spec, student = self.spec, self._student
+        data = training.ImageSet.of(images, labels, self.device)
+        optimizer = torch.optim.SGD(student.parameters(), spec.inner_rate)
+        for _ in range(epochs):
+            training.epoch(student, data, generator, self._pool, optimizer.step, batch=spec.inner_batch,
+                           augment=spec.augment, standardise=False)
+        student.eval()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {} if self._student is None else {"student": dict(self._student.state_dict())}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._student = None
+        if "student" in state:
+            self._student = self._fresh(0)
+            self._student.load_state_dict(state["student"])
+
+    def artifact_fields(self) -> dict[str, float]:
+        return {"lr": self.spec.lr}
+
+
+def matched(student: nn.Module) -> list[Tensor]:
+    """The parameters whose gradients are matched: those of two dimensions and more, not biases and norms."""
+    return [p for p in student.parameters() if p.ndim > 1]
+
+
+def distance(first: Sequence[Tensor], second: Sequence[Tensor]) -> Tensor:
+    """sum over layers and over output rows of 1 - cosine(row of `first`, row of `second`).
+
+    Each is a list of gradients [out, ...], flattened to [out, rest]; those of one dimension contribute nothing.
+    """
+    total = first[0].new_zeros(())
+    for a, b in zip(first, second, strict=True):
+        if a.ndim > 1:
+            a, b = a.flatten(1), b.flatten(1)
+            total = total + (1 - (a * b).sum(1) / (a.norm(dim=1) * b.norm(dim=1) + EPS)).sum()
+    return total
+
+
+def match(student: nn.Module, images: Tensor, label: int, target: list[Tensor], draw: dsa.Draw | None,
+          piece: int) -> tuple[Tensor, Tensor]:
+    """The distance of one class's mean gradient from `target`, and its gradient with respect to `images` [n, C, H, W].
+
+    piece: images that go through the student at a time. Where there are more than HELD pieces the gradient G of all is
+    found first and its slope V = d distance / d G; then each piece's images get d <V, G> / d images.
+    """
+    weights = matched(student)
+    pieces = [part.detach().requires_grad_() for part in images.split(piece)]
+    if len(pieces) <= HELD:
+        with torch.enable_grad():
+            parts = [_gradient(student, weights, part, label, draw, True) for part in pieces]
+            loss = distance([sum(of[1:], of[0]) / len(images) for of in zip(*parts)], target)
+        return loss.detach(), torch.cat(torch.autograd.grad(loss, pieces))
+    whole = [g / len(images) for g in _summed(student, weights, images, label, draw, piece)]
+    with torch.enable_grad():
+        whole = [g.requires_grad_() for g in whole]
+        loss = distance(whole, target)
+    slopes = [slope / len(images) for slope in torch.autograd.grad(loss, whole)]
+    gradients = []
+    for part in pieces:
+        with torch.enable_grad():
+            found = _gradient(student, weights, part, label, draw, True)
+        gradients += torch.autograd.grad(found, part, slopes)
+    return loss.detach(), torch.cat(gradients)
+
+
+@torch.no_grad()
+def _decode(synthetic: Parameterization, index: Tensor) -> Tensor:
+    return synthetic.decode(index)[0]
+
+
+def _summed(student: nn.Module, weights: list[Tensor], images: Tensor, label: int, draw: dsa.Draw | None,
+            piece: int) -> list[Tensor]:
+    """The gradient of the summed cross-entropy of all images, `piece` of them at a time."""
+    total: list[Tensor] = []
+    for part in images.split(piece):
+        found = _gradient(student, weights, part, label, draw)
+        total = [a + b for a, b in zip(total, found)] if total else list(found)
+    return total
+
+
+def _gradient(student: nn.Module, weights: list[Tensor], images: Tensor, label: int, draw: dsa.Draw | None,
+              create_graph: bool = False) -> tuple[Tensor, ...]:
+    """Of the summed cross-entropy of images, as the student sees them, with respect to `weights`."""
+    with torch.enable_grad():
+        labels = torch.full((len(images),), label, device=images.device)
+        logits = student(images if draw is None else dsa.apply(images, draw))
+        loss = F.cross_entropy(logits, labels, reduction="sum")
+    return torch.autograd.grad(loss, weights, create_graph=create_graph)
+
+
+PLUGIN = GradientMatching
