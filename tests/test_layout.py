@@ -12,7 +12,7 @@ PACKAGE = ROOT / "speedk"
 
 # A module imports from floors below its own, or from its own folder. What is not named here stands below everything.
 FLOORS = {
-    "speedk.kernels": 1, "speedk.data": 1, "speedk.augment": 1,
+    "speedk.kernels": 1, "speedk.data": 1, "speedk.augment": 1, "speedk.corruptions": 1,
     "speedk.ops": 2,
     "speedk.networks": 3,
     "speedk.training": 4,
