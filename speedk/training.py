@@ -7,7 +7,8 @@ a piece's activations stay in the cache, which alone saves a quarter of the time
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -47,6 +48,22 @@ def separable(network: nn.Module) -> bool:
     """Whether each image is treated for itself and without chance, so that a batch may be cut and run in any order."""
     chance = (nn.Dropout, nn.modules.batchnorm._BatchNorm)
     return not (network.training and any(isinstance(m, chance) for m in network.modules()))
+
+
+@contextlib.contextmanager
+def seeded(network: nn.Module, seed: int, pool: Pool) -> Iterator[None]:
+    """For a network that draws from the global random state (dropout): that state seeded, and afterwards as it was;
+    all threads for its operations. Nothing for a network that can be cut into pieces."""
+    if separable(network):
+        yield
+        return
+    with torch.random.fork_rng(devices=[pool.device] if pool.device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        if pool.threads:
+            torch.set_num_threads(pool.threads)
+        yield
+        if pool.threads:
+            torch.set_num_threads(1)
 
 
 def epoch(network: nn.Module, data: ImageSet, generator: torch.Generator, pool: Pool, update: Callable[[], object], *,

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import as_completed
 from dataclasses import dataclass
 
@@ -62,7 +61,7 @@ def train_all(names: Sequence[str], sets: Mapping[int, ImageSet], geometry: Geom
             raise
     for run in runs:
         if run not in side_by_side:
-            with _alone(pool, seeds.derive(run.seed, "evaluate dropout")):
+            with training.seeded(run.network, seeds.derive(run.seed, "evaluate dropout"), pool):
                 _train(run, sets[run.seed], schedule, pool, tick)
     return runs
 
@@ -103,17 +102,3 @@ def _train(run: Run, data: ImageSet, schedule: Schedule, pool: Pool, tick: Calla
         run.failure = f"training was not finite in epoch {done:,} of {schedule.epochs:,} at a rate of {schedule.rate:g}"
         for _ in range(schedule.epochs - done):
             tick()
-
-
-@contextlib.contextmanager
-def _alone(pool: Pool, seed: int) -> Iterator[None]:
-    """For a network that draws from the global random state (dropout): that state seeded, and afterwards as it was;
-    all threads for its operations."""
-    devices = [pool.device] if pool.device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(seed)
-        if pool.threads:
-            torch.set_num_threads(pool.threads)
-        yield
-        if pool.threads:
-            torch.set_num_threads(1)

@@ -1,0 +1,172 @@
+"""Expert trajectories: networks trained on the real data by plain SGD, kept after every epoch.
+
+Plain SGD has no state but the parameters, and what is random in epoch e of expert n depends on the seed, n and e alone;
+so an expert that was interrupted, or is wanted for more epochs, goes on from its last row to the same bits.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import as_completed
+
+import torch
+from torch import Tensor, nn
+
+from speedk import networks, training
+from speedk.data import RealData, cache
+from speedk.distillation import seeds
+from speedk.distillation.expertfolder import PRECISIONS, ExpertFolder, Identity
+from speedk.errors import ConfigError, TrainingError
+from speedk.training import ImageSet, separable
+from speedk.workers import Pool, Stopped, single_threaded
+
+TEST_IMAGES = 1000
+"""Test images (evenly spaced) that the accuracy after each epoch is taken on: a part, as it is for information only
+and all of them would take a tenth of the time."""
+
+SAVE_SECONDS = 30.0
+POLL_SECONDS = 0.5
+
+Progress = Callable[[int, int, dict[str, float]], None]
+"""Called, one call at a time, after each epoch with (epochs done, epochs in all, numbers of the expert it was of)."""
+
+
+def cached(identity: Identity) -> ExpertFolder:
+    """The folder of the user's cache for experts of `identity`."""
+    name = f"{identity.dataset}-{identity.network}-{identity.key[:16]}"
+    name = "".join(c if c.isalnum() or c in "-_." else "_" for c in name)
+    return ExpertFolder.create(cache.folder() / "experts" / name, identity)
+
+
+def missing(folder: ExpertFolder, count: int, epochs: int) -> int:
+    """Epochs that are to be trained until experts 0 .. count - 1 have `epochs` each."""
+    return sum(max(0, epochs - max(0, folder.epochs(number))) for number in range(count))
+
+
+def train(folder: ExpertFolder, real: RealData, count: int, epochs: int, device: torch.device | str = "cpu",
+          threads: int | None = None, progress: Progress = lambda *_: None) -> None:
+    """Train until experts 0 .. count - 1 of `folder` have `epochs` epochs each; what is there stays.
+
+    Several processes may do so at once: each expert is one's. On the CPU several experts share the `threads`, which do
+    not change the numbers (but for networks with dropout). Raises ConfigError where the folder is for other data, TrainingError where an expert is not
+    finite, ArtifactError where a file is damaged.
+    """
+    if count < 1 or epochs < 1:
+        raise ConfigError(f"there is nothing to train: count={count}, epochs={epochs}")
+    check_data(folder, real)
+    device = torch.device(device)
+    real = real.to(device)
+    work = _Work(folder, real, epochs, missing(folder, count, epochs), progress)
+    waiting = [number for number in range(count) if folder.epochs(number) < epochs]
+    with Pool(device, threads) as pool:
+        work.train_set.fetch(torch.zeros(1, dtype=torch.int64, device=device))  # what is made once, before the threads
+        first = networks.build(folder.identity.network, real.geometry)
+        alike = max(1, pool.threads) if separable(first) else 1
+        while waiting:
+            _side_by_side(work, waiting, pool, min(alike, len(waiting)))
+            waiting = [number for number in waiting if folder.epochs(number) < epochs]
+            if waiting:  # others are at it: wait until they are done, or dead
+                time.sleep(POLL_SECONDS)
+
+
+def check_data(folder: ExpertFolder, real: RealData) -> None:
+    """Raise ConfigError unless the experts of `folder` were trained on `real`, normalised as it is."""
+    mine = Identity.of(real, network=folder.identity.network)
+    fields = ("classes", "channels", "resolution", "data", "normaliser")
+    if wrong := folder.identity.difference(mine, fields):
+        raise ConfigError(f"{folder.path} holds experts with {wrong}: they are for {folder.identity.dataset}, in that "
+                          "very form; choose another folder")
+
+
+class _Work:
+    """What the threads of one `train` share."""
+
+    def __init__(self, folder: ExpertFolder, real: RealData, epochs: int, total: int, progress: Progress) -> None:
+        self.folder, self.epochs = folder, epochs
+        self.train_set = ImageSet(lambda index: real.normalised("train", index), real.train.labels)
+        rows = torch.linspace(0, len(real.test) - 1, min(TEST_IMAGES, len(real.test)), device=real.test.labels.device)
+        rows = rows.long()
+        self.test_set = ImageSet(lambda index: real.normalised("test", rows[index]), real.test.labels[rows])
+        self.geometry = real.geometry
+        self._lock, self._done, self._total, self._progress = threading.Lock(), 0, total, progress
+
+    def tick(self, numbers: dict[str, float]) -> None:
+        with self._lock:
+            self._done += 1
+            self._progress(self._done, max(self._done, self._total), numbers)
+
+
+def _side_by_side(work: _Work, numbers: list[int], pool: Pool, runners: int) -> None:
+    with single_threaded(runners) as threads:
+        try:
+            for done in as_completed([threads.submit(_claim_and_train, work, number, pool) for number in numbers]):
+                done.result()
+        except BaseException:
+            pool.stopped = True
+            threads.shutdown(cancel_futures=True)
+            raise
+
+
+def _claim_and_train(work: _Work, number: int, pool: Pool) -> None:
+    with work.folder.claim(number) as mine:
+        if mine:
+            try:
+                _train(work, number, pool)
+            except Stopped:
+                return
+
+
+def _train(work: _Work, number: int, pool: Pool) -> None:
+    folder, identity, device = work.folder, work.folder.identity, pool.device
+    dtype, seed = PRECISIONS[identity.precision], seeds.derive(identity.seed, "expert", number)
+    student = networks.fresh(identity.network, work.geometry, seeds.derive(seed, "start"), device).train()
+    parameters = list(student.parameters())
+    losses: list[float] = []
+    if folder.epochs(number) >= 0:
+        record, last = folder.last(number)
+        with torch.no_grad():  # copied: a view into one long vector has another alignment, and so other last bits
+            for p, values in zip(parameters, last.to(device).split([p.numel() for p in parameters]), strict=True):
+                p.copy_(values.view_as(p))
+        rows, losses, accuracies = list(folder.rows(number)), list(record.losses), list(record.accuracies)
+    else:
+        rows, accuracies = [_flat(parameters).to(dtype)], [_accuracy(work, student, pool)]
+
+    @torch.no_grad()
+    def update() -> None:
+        torch._foreach_add_(parameters, [p.grad for p in parameters], alpha=-identity.rate)
+
+    saved, saved_at = len(losses), time.monotonic()
+    try:
+        for epoch in range(len(losses), work.epochs):
+            with training.seeded(student, seeds.derive(seed, "dropout", epoch), pool):
+                loss = training.epoch(student, work.train_set, seeds.generator(seed, "epoch", epoch), pool, update,
+                                      batch=identity.batch, augment=identity.augment, standardise=identity.standardise)
+            theta = _flat(parameters)
+            if not math.isfinite(loss) or not bool(theta.isfinite().all()):
+                raise TrainingError(f"expert {number} is not finite after {epoch + 1} epochs at a rate of "
+                                    f"{identity.rate:g}: lower it (expert_rate), in another folder")
+            accuracy = _accuracy(work, student, pool)
+            last = theta
+            rows.append(theta.to(dtype))
+            losses.append(loss)
+            accuracies.append(accuracy)
+            if time.monotonic() - saved_at > SAVE_SECONDS:
+                folder.write(number, torch.stack(rows), last, losses, accuracies)
+                saved, saved_at = len(losses), time.monotonic()
+            work.tick({"loss": loss, "accuracy": accuracy})
+    finally:
+        if len(losses) > saved:
+            folder.write(number, torch.stack(rows), last, losses, accuracies)
+
+
+def _flat(parameters: list[nn.Parameter]) -> Tensor:
+    return nn.utils.parameters_to_vector(parameters).detach().cpu()
+
+
+def _accuracy(work: _Work, student: nn.Module, pool: Pool) -> float:
+    identity = work.folder.identity
+    return training.accuracies([student], work.test_set, pool, batch=identity.batch,
+                               standardise=identity.standardise)[0]

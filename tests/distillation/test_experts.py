@@ -1,0 +1,234 @@
+"""Experts: plain SGD, the same bits however they came about, and folders that hold one kind."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import subprocess
+import sys
+import threading
+
+import pytest
+import torch
+import torch.nn.functional as F
+from toys import make_real
+
+from speedk import networks
+from speedk.data.normaliser import ChannelNormaliser
+from speedk.distillation import experts, seeds
+from speedk.distillation.expertfolder import ExpertFolder, Identity
+from speedk.errors import ArtifactError, ConfigError, TrainingError
+
+
+@pytest.fixture(scope="module")
+def real():
+    return make_real(resolution=8, count=8)
+
+
+def make(path, real, count=2, epochs=3, threads=1, progress=lambda *_: None, **fields):
+    identity = Identity.of(real, **{"network": "mlp", "rate": 0.1, "batch": 10, **fields})
+    folder = ExpertFolder.create(path, identity)
+    experts.train(folder, real, count, epochs, threads=threads, progress=progress)
+    return folder
+
+
+def contents(folder, count=2):
+    return [folder.file(number).read_bytes() for number in range(count)]
+
+
+def test_an_expert_is_plain_sgd(real, tmp_path):
+    folder = make(tmp_path, real, count=2, augment=False, network="convnet")
+    assert folder.numbers() == [0, 1]
+    seed = seeds.derive(0, "expert", 1)
+    network = networks.fresh("convnet", real.geometry, seeds.derive(seed, "start")).double()
+    flat = torch.cat([p.detach().flatten() for p in network.parameters()])
+    torch.testing.assert_close(folder.snapshot(1, 0).double(), flat, rtol=0, atol=0)
+    images = real.normalised("train").double()
+    for epoch in range(3):
+        total = 0.0
+        for index in torch.randperm(24, generator=seeds.generator(seed, "epoch", epoch)).split(10):
+            loss = F.cross_entropy(network(images[index]), real.train.labels[index])
+            total += float(loss.detach()) * len(index)
+            for p, gradient in zip(network.parameters(), torch.autograd.grad(loss, list(network.parameters()))):
+                p.data -= 0.1 * gradient
+        flat = torch.cat([p.detach().flatten() for p in network.parameters()])
+        torch.testing.assert_close(folder.snapshot(1, epoch + 1).double(), flat, rtol=1e-4, atol=1e-5)
+        assert folder.record(1).losses[epoch] == pytest.approx(total / 24, rel=1e-4)
+    said = network(real.normalised("test").double()).argmax(1)
+    assert folder.record(1).accuracies[-1] == pytest.approx(float((said == real.test.labels).double().mean()))
+    assert not torch.equal(folder.snapshot(0, 0), folder.snapshot(1, 0))
+
+
+@pytest.mark.parametrize("network,precision", [("convnet", "float32"), ("mlp", "bf16"), ("vit", "float32")])
+def test_however_it_came_about_an_expert_has_the_same_bits(real, tmp_path, network, precision, monkeypatch):
+    if network == "vit":  # dropout; small, as its own sizes are of no interest here
+        build, sizes = networks.build, {"dim": 16, "depth": 1, "heads": 1, "hidden": 8}
+        monkeypatch.setattr(networks, "build", lambda name, geometry: build(name, geometry, **sizes))
+    fields = {"network": network, "precision": precision}
+    whole = contents(make(tmp_path / "whole", real, **fields))
+    if network != "vit":  # dropout needs a batch in one piece, which torch's own threads do
+        assert contents(make(tmp_path / "threads", real, threads=3, **fields)) == whole
+
+    def interrupt(done, *_):
+        if done == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        make(tmp_path / "broken", real, progress=interrupt, **fields)
+    torch.manual_seed(5)
+    assert contents(make(tmp_path / "broken", real, **fields)) == whole
+    make(tmp_path / "longer", real, count=1, epochs=1, **fields)
+    make(tmp_path / "longer", real, count=1, epochs=2, **fields)
+    longer = make(tmp_path / "longer", real, **fields)
+    assert contents(longer) == whole
+    assert make(tmp_path / "longer", real, epochs=1, **fields).record(0).epochs == 3  # nothing is cut back
+
+
+def test_what_is_interrupted_keeps_its_finished_epochs(real, tmp_path):
+    def interrupt(done, *_):
+        if done == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        make(tmp_path, real, count=1, progress=interrupt)
+    folder = ExpertFolder.open(tmp_path)
+    assert folder.epochs(0) == 2 and experts.missing(folder, 2, 3) == 4
+    told = []
+    make(tmp_path, real, count=2, progress=lambda *seen: told.append(seen))
+    assert [(done, total) for done, total, _ in told] == [(1, 4), (2, 4), (3, 4), (4, 4)]
+    assert set(told[0][2]) == {"loss", "accuracy"}
+
+
+def test_bf16_halves_the_rows_and_rounds_them(real, tmp_path):
+    exact, rounded = make(tmp_path / "a", real), make(tmp_path / "b", real, precision="bf16")
+    assert torch.equal(rounded.snapshot(1, 2), exact.snapshot(1, 2).bfloat16().float())
+    assert rounded.rows(1).dtype == torch.bfloat16 and rounded.snapshot(1, 2).dtype == torch.float32
+
+
+def test_two_at_once_share_the_work(real, tmp_path):
+    ticks, lock, before = [], threading.Lock(), torch.get_num_threads()
+
+    def tick(*_):
+        with lock:
+            ticks.append(1)
+
+    others = [threading.Thread(target=make, args=(tmp_path / "run", real, 4), kwargs={"progress": tick})
+              for _ in range(2)]
+    for other in others:
+        other.start()
+    for other in others:
+        other.join()
+    torch.set_num_threads(before)  # which is the process's, and the two put it back in any order
+    assert len(ticks) == 4 * 3
+    assert contents(ExpertFolder.open(tmp_path / "run"), 4) == contents(make(tmp_path / "alone", real, count=4), 4)
+
+
+def test_a_dead_process_gives_up_its_claim(real, tmp_path):
+    folder = make(tmp_path, real, count=1, epochs=1)
+    script = ("import fcntl, sys, time; f = open(sys.argv[1], 'w'); fcntl.flock(f, fcntl.LOCK_EX); "
+              "print('held', flush=True); time.sleep(60)")
+    with folder.claim(7) as mine:
+        assert mine
+    process = subprocess.Popen([sys.executable, "-c", script, tmp_path / ".expert-0007.lock"], stdout=subprocess.PIPE)
+    try:
+        assert process.stdout.readline() == b"held\n"
+        with folder.claim(7) as mine:
+            assert not mine
+    finally:
+        process.kill()
+        process.wait()
+    left = tmp_path / ".expert-0007.safetensors.0123abcd.partial"
+    left.write_bytes(b"half")
+    with folder.claim(7) as mine:
+        assert mine and not left.exists()
+
+
+@pytest.mark.parametrize("change,said", [
+    ({"network": "convnet"}, "network=mlp, not convnet"),
+    ({"rate": 0.2}, "rate=0.1, not 0.2"),
+    ({"precision": "bf16"}, "precision=float32, not bf16"),
+    ({"standardise": True}, "standardise=False, not True"),
+])
+def test_another_identity_is_refused(real, tmp_path, change, said):
+    make(tmp_path, real, count=1, epochs=1)
+    with pytest.raises(ConfigError, match=f"holds experts with {said}: choose another folder"):
+        make(tmp_path, real, **change)
+
+
+def test_other_data_are_refused(real, tmp_path):
+    folder = make(tmp_path, real, count=1, epochs=1)
+    other = make_real(resolution=8, count=8, seed=1)
+    with pytest.raises(ConfigError, match=r"data=[0-9a-f]{12}\.\.\., not"):
+        experts.train(folder, other, 1, 2)
+    whiter = dataclasses.replace(real, normaliser=ChannelNormaliser((0.1,) * 3, (0.25,) * 3))
+    with pytest.raises(ConfigError, match=r"normaliser=\{kind: channel, mean: \[0.5, .* not .*0\.1"):
+        experts.check_data(folder, whiter)
+    with pytest.raises(ConfigError, match="resolution=8, not 16"):
+        experts.check_data(folder, make_real())
+    renamed = dataclasses.replace(real, name="moved")
+    assert make(tmp_path, renamed, count=1, epochs=1).numbers() == [0]
+
+
+def test_a_folder_of_something_else_is_left_alone(real, tmp_path):
+    (tmp_path / "thesis.tex").write_text("")
+    with pytest.raises(ConfigError, match=r"holds thesis.tex but no experts.json"):
+        make(tmp_path, real)
+    with pytest.raises(ConfigError, match="is no folder of experts"):
+        ExpertFolder.open(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("damage", ["cut", "bit", "swapped", "gone", "header", "pickle"])
+def test_a_damaged_file_is_one_line(real, tmp_path, damage):
+    folder = make(tmp_path, real, epochs=2)
+    path = folder.file(0)
+    data = path.read_bytes()
+    if damage == "cut":
+        path.write_bytes(data[:-100])
+    elif damage == "bit":
+        path.write_bytes(data[:-10] + bytes([data[-10] ^ 1]) + data[-9:])
+    elif damage == "swapped":
+        path.write_bytes(folder.file(1).read_bytes())
+    elif damage == "gone":
+        path.unlink()
+    elif damage == "header":
+        path.write_bytes(data.replace(b'losses', b'lasses'))
+    else:
+        path.write_bytes(b"\x80\x04junk" * 40)
+    with pytest.raises(ArtifactError, match=r"expert-0000.safetensors is (damaged .*: delete it|missing)") as caught:
+        folder.snapshot(0, 2)
+    assert caught.value.exit_code == 2 and "\n" not in str(caught.value)
+
+
+def test_a_damaged_folder_is_one_line(real, tmp_path):
+    make(tmp_path, real, count=1, epochs=1)
+    for text in ('{"format": 1}', "{", '{"format": 2, "identity": {}}', '{"format": 1, "identity": {"rate": 1}}'):
+        (tmp_path / "experts.json").write_text(text)
+        with pytest.raises(ArtifactError, match=re.escape(str(tmp_path / "experts.json"))):
+            ExpertFolder.open(tmp_path)
+
+
+def test_an_expert_that_diverges_says_so(real, tmp_path):
+    with pytest.raises(TrainingError, match="is not finite after 1 epochs at a rate of 1e\\+30: lower it"):
+        make(tmp_path, real, count=1, rate=1e30)
+    assert ExpertFolder.open(tmp_path).epochs(0) == -1
+
+
+def test_what_cannot_be_is_refused(real, tmp_path):
+    for wrong in ({"rate": 0.0}, {"batch": 0}, {"precision": "int8"}, {"network": "convnot"}):
+        with pytest.raises(ConfigError):
+            Identity.of(real, **wrong)
+    folder = make(tmp_path, real, count=1, epochs=1)
+    with pytest.raises(ConfigError, match=r"has 1 epochs, not 2: extend it"):
+        folder.snapshot(0, 2)
+    with pytest.raises(ConfigError, match="nothing to train"):
+        experts.train(folder, real, 0, 1)
+
+
+def test_the_cache_is_keyed_by_all_that_matters(real, tmp_path, monkeypatch):
+    monkeypatch.setenv("SPEEDK_CACHE", str(tmp_path))
+    changes = [{}, {"rate": 0.2}, {"batch": 11}, {"augment": False}, {"standardise": True}, {"seed": 1},
+               {"precision": "bf16"}, {"network": "mlp"}]
+    found = [experts.cached(Identity.of(real, **change)).path for change in changes]
+    found.append(experts.cached(Identity.of(make_real(resolution=8, count=8, seed=1))).path)
+    assert len(set(found)) == len(found) and all(path.is_relative_to(tmp_path / "experts") for path in found)
+    assert experts.cached(Identity.of(real)).path == found[0]
