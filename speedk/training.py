@@ -67,10 +67,12 @@ def seeded(network: nn.Module, seed: int, pool: Pool) -> Iterator[None]:
 
 
 def epoch(network: nn.Module, data: ImageSet, generator: torch.Generator, pool: Pool, update: Callable[[], object], *,
-          batch: int, augment: bool, standardise: bool) -> float:
+          batch: int, augment: bool, standardise: bool,
+          on_answers: Callable[[Tensor, Tensor], object] | None = None) -> float:
     """One pass over `data` in a new order, with `update` called on the gradients (of the mean loss) of each batch.
 
-    generator: on the CPU; gives the order and the augmentation. Returns the mean loss.
+    generator: on the CPU; gives the order and the augmentation. on_answers: called, before each update, with the
+    batch's index and whether the network was right about each image (bool [B]). Returns the mean loss.
     """
     network.train()
     parameters = [p for p in network.parameters() if p.requires_grad]
@@ -80,7 +82,10 @@ def epoch(network: nn.Module, data: ImageSet, generator: torch.Generator, pool: 
         images = data.batch(index, standardise)
         if augment:
             images = dsa.apply(images, dsa.draw(len(images), images.shape[-1], generator))
-        pieces = in_pieces(pool, gradients, network, images, data.labels[index])
+        right = [] if on_answers is None else [torch.empty(len(index), dtype=torch.bool, device=index.device)]
+        pieces = in_pieces(pool, gradients, network, images, data.labels[index], *right)
+        if on_answers is not None:
+            on_answers(index, *right)
         for p, *parts in zip(parameters, *(found for _, found in pieces), strict=True):
             p.grad = sum(parts[1:], parts[0]) / len(images)
         update()
@@ -112,10 +117,15 @@ def in_pieces(pool: Pool, work: Callable[..., object], network: nn.Module, *batc
     return pool.map(work, [(network, *piece) for piece in pieces])
 
 
-def gradients(network: nn.Module, images: Tensor, labels: Tensor) -> tuple[Tensor, list[Tensor]]:
-    """The summed loss of a piece and its gradients, in the order of the parameters."""
+def gradients(network: nn.Module, images: Tensor, labels: Tensor,
+              right: Tensor | None = None) -> tuple[Tensor, list[Tensor]]:
+    """The summed loss of a piece and its gradients, in the order of the parameters; `right`, bool [B], takes whether
+    each answer is (labels int64)."""
     with torch.enable_grad():
-        loss = F.cross_entropy(network(images), labels, reduction="sum")
+        logits = network(images)
+        if right is not None:
+            torch.eq(logits.detach().argmax(1), labels, out=right)
+        loss = F.cross_entropy(logits, labels, reduction="sum")
         return loss.detach(), list(torch.autograd.grad(loss, [p for p in network.parameters() if p.requires_grad]))
 
 

@@ -72,7 +72,7 @@ def run(args: argparse.Namespace) -> int:
         out = args.file.with_name("evaluation.json")
     report = evaluate(source, real, networks=names, runs=args.runs, protocol=args.protocol, seed=args.seed,
                       standardisation=args.standardisation, rate=args.rate, epochs=args.epochs,
-                      device=_device(args.device), other_data=args.other_data)
+                      device=device_of(args.device), other_data=args.other_data)
     conclude(report, out, keep=args.out is None)
     return 0
 
@@ -139,7 +139,8 @@ def _source(args: argparse.Namespace) -> tuple[Any, RealData]:
                                 normaliser=distilled.header["normaliser"].get("kind"))
 
 
-def _device(name: str) -> str:
+def device_of(name: str) -> str:
+    """The device that --device asks for."""
     import torch
 
     if name == "cuda" and not torch.cuda.is_available():

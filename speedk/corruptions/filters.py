@@ -50,8 +50,7 @@ def disk(radius: float, sigma: float) -> Tensor:
 
 
 def scaled(kernel: Tensor, scale: float) -> Tensor:
-    """The `kernel` [K, K] for images of `scale` times the size: each weight is shared by the pixels that its place falls
-    between."""
+    """The `kernel` [K, K] for images of `scale` times the size: each weight goes to the pixels it falls between."""
     reach = len(kernel) // 2
     half = math.ceil(reach * scale)
     place = torch.arange(-reach, reach + 1) * scale + half

@@ -1,0 +1,114 @@
+"""speedk coreset: real images chosen instead of synthetic ones learned, as a file of the same kind."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from speedk.errors import ConfigError
+from speedk.files import unwritable, write_atomic
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from speedk.data import RealData
+
+HELP = "Choose real images instead of learning synthetic ones: the baselines of the coreset rows."
+EPILOG = """\
+methods: random; in the features of a network that is first trained on the whole data set,
+  herding     the mean of the chosen is close to their class's
+  kcenter     none of the class is far from all chosen (greedy, furthest first)
+  kmeans      nearest to the centres of as many clusters of the class
+or by that training itself,
+  forgetting  most often right and then wrong again
+The trained network is kept in the cache, so another method or --ipc is quick. DIR then holds distilled.safetensors,
+which every command reads, and preview.png.
+
+examples:
+  speedk coreset --method herding --dataset digits --ipc 10 --evaluate
+  speedk coreset --method random --dataset cifar10 --data DIR --out runs/random
+"""
+LOWER = "lower --ipc, or choose with a smaller --network"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--method", metavar="NAME", required=True, help="random, herding, kcenter, kmeans, forgetting")
+    parser.add_argument("--dataset", metavar="NAME", help="the data to choose from (default: digits, without --data)")
+    parser.add_argument("--data", metavar="DIR", type=Path, help="the folder with that data, or with your own")
+    parser.add_argument("--split", choices=("fastai", "ilsvrc"), help="of imagenette and imagewoof")
+    parser.add_argument("--ipc", metavar="N", type=int, default=1, help="images of each class (default: 1)")
+    parser.add_argument("--out", metavar="DIR", type=Path, help="where the file goes (default: a folder under runs/)")
+    parser.add_argument("--seed", metavar="S", type=int, default=0, help="of everything random (default: 0)")
+    parser.add_argument("--network", metavar="NAME", default="convnet", help="that is trained (default: convnet)")
+    parser.add_argument("--epochs", metavar="N", type=int, help="of its training (default: 50)")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: auto")
+    parser.add_argument("--evaluate", action="store_true", help="evaluate the file at the end (protocol quick)")
+
+
+def run(args: argparse.Namespace) -> int:
+    from tqdm import tqdm
+
+    from speedk import data
+    from speedk.cli.evaluate import conclude, device_of
+    from speedk.distillation import coreset
+
+    _check(args)
+    device, epochs = device_of(args.device), args.epochs or coreset.EPOCHS
+    name = args.dataset or ("digits" if args.data is None else None)
+    real = data.load(name, args.data, split=args.split)
+    out = args.out or Path("runs") / f"{real.name}-ipc{args.ipc}-{args.method}-seed{args.seed}"
+    path = out / "distilled.safetensors"
+    if path.exists():
+        raise ConfigError(f"{out} already holds a distilled file; choose another --out")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise unwritable(out, error) from None
+    with tqdm(total=epochs, desc=f"training the {args.network}", unit="epoch", disable=None, leave=False) as bar:
+        rows = coreset.choose(real, args.method, args.ipc, seed=args.seed, network=args.network, epochs=epochs,
+                              device=device, on_epoch=bar.update)
+    coreset.save(path, real, rows, args.method, seed=args.seed, network=args.network, epochs=epochs)
+    preview = path.with_name("preview.png")
+    write_atomic(preview, _picture(real, rows))
+    print(f"{path}: {len(rows):,} {_says(args.method)}, {args.ipc} of each of {real.geometry.classes} classes")
+    print(f"{preview}: what was chosen")
+    if args.evaluate:
+        from speedk.evaluation import evaluate
+
+        print()
+        conclude(evaluate(path, real, protocol="quick", device=device), path.with_name("evaluation.json"))
+    else:
+        print(f"next: speedk evaluate {path} --protocol quick")
+    return 0
+
+
+def _check(args: argparse.Namespace) -> None:
+    """What can be refused before any data are read."""
+    from speedk import networks, registry
+    from speedk.distillation import coresets
+
+    registry.find(coresets, args.method)
+    if args.network not in networks.names():
+        raise ConfigError(f"network {args.network!r} is not one of {', '.join(networks.names())}"
+                          f"{registry.nearest(args.network, networks.names())}")
+    for option, value, least in (("--ipc", args.ipc, 1), ("--epochs", args.epochs, 1), ("--seed", args.seed, 0)):
+        if value is not None and value < least:
+            raise ConfigError(f"{option} {value} must be at least {least}")
+
+
+def _says(method: str) -> str:
+    from speedk import registry
+    from speedk.distillation import coresets
+
+    return registry.find(coresets, method).says
+
+
+def _picture(real: RealData, rows: Tensor) -> bytes:
+    """PNG: up to ten images of each of up to twenty classes, in the order of their choice."""
+    from speedk import pictures
+
+    classes = min(20, real.geometry.classes)
+    images = real.train.images[rows.to(real.train.images.device)].float().cpu() / 255
+    each = images.split(len(rows) // real.geometry.classes)
+    return pictures.grid([part[:10] for part in each[:classes]], list(real.class_names))

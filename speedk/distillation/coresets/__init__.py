@@ -1,0 +1,1 @@
+"""Coresets: ways to choose real images instead of learning synthetic ones, one file a method."""

@@ -1,0 +1,24 @@
+"""Forgetting: the real images that a network in training most often forgets (Toneva et al. 2019)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from speedk.distillation.coresets.base import Coreset, Members
+
+
+class Forgetting(Coreset):
+    """The most often forgotten first; among equals, which are many, by chance."""
+
+    name = "forgetting"
+    looks_at = "forgotten"
+    says = "real images that were most often forgotten in training"
+
+    @staticmethod
+    def choose(members: Members, count: int, generator: torch.Generator) -> Tensor:
+        order = torch.randperm(members.size, generator=generator)
+        return order[members.forgotten.cpu()[order].argsort(descending=True, stable=True)][:count]
+
+
+PLUGIN = Forgetting
