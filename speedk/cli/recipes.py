@@ -33,19 +33,21 @@ def run(args: argparse.Namespace) -> int:
             raise ConfigError(f"no recipe {args.name!r}{nearest(args.name, list(shipped))}")
         print(shipped[args.name], end="")
         return 0
-    rows = [("recipe", "data", "ipc", "method", "N/c", "counted", "budget", "published accuracy")]
+    rows = [("recipe", "data", "ipc", "method", "objectives", "N/c", "counted", "budget",
+             "published accuracy (per cent)")]
     rows += [_row(name) for name in shipped]
-    print(table(rows, numbers=(2, 4, 5, 6)))
+    print(table(rows, numbers=(2, 5, 6, 7)))
     return 0
 
 
 def _row(name: str) -> tuple[str, ...]:
-    from speedk.data import catalogue
     from speedk.distillation import recipe as recipes
 
-    resolved = recipes.resolve(recipes.read(name), "dm")
-    geometry = catalogue.entry(resolved.data.name).geometry
-    spent = resolved.budget(geometry)
+    tables = recipes.read(name)
+    resolved = recipes.resolve(tables, "dm")
+    spent = resolved.budget(recipes.geometry(resolved))
     images = getattr(resolved.parameterization, "images_per_class", resolved.data.ipc)
-    return (name, resolved.data.name, str(resolved.data.ipc), resolved.method, str(images), f"{spent.counted:,.0f}",
-            f"{spent.allowed:,}", resolved.about.published or "-")
+    side = f" at {resolved.data.resolution}" if resolved.data.resolution else ""
+    return (name, resolved.data.name + side, str(resolved.data.ipc), resolved.method,
+            " ".join(sorted(tables["objective"])), str(images), f"{spent.counted:,.0f}", f"{spent.allowed:,}",
+            resolved.about.published or "-")

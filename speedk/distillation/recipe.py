@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from speedk import registry
+from speedk.data import catalogue
 from speedk.distillation import objectives, parameterizations
 from speedk.distillation.budget import Budget
 from speedk.errors import ConfigError
@@ -163,13 +164,20 @@ def shipped() -> dict[str, str]:
 
 
 def find_row(dataset: str, ipc: int, method: str) -> str | None:
-    """The name of the shipped recipe of a data set, images per class and method, or None."""
+    """The name of the shipped recipe of a data set at its own resolution, images per class and method, or None."""
     for name, text in shipped().items():
         tables = tomllib.loads(text)
         data = tables.get("data", {})
-        if (data.get("name"), data.get("ipc", 1), tables["parameterization"]["method"]) == (dataset, ipc, method):
+        row = data.get("name"), data.get("ipc", 1), tables["parameterization"]["method"]
+        if "resolution" not in data and row == (dataset, ipc, method):
             return name
     return None
+
+
+def geometry(recipe: Recipe) -> Geometry:
+    """Of the named data set that `recipe` is for, at the recipe's resolution."""
+    own = catalogue.entry(recipe.data.name).geometry
+    return dataclasses.replace(own, resolution=recipe.data.resolution or own.resolution)
 
 
 def resolve(tables: dict[str, Any], objective: str, overrides: dict[str, Any] | None = None) -> Recipe:

@@ -1,0 +1,69 @@
+"""Every shipped recipe fits its budget and runs, with the sizes it has, on a few images of the right shape."""
+
+import functools
+import json
+import math
+
+import pytest
+import torch
+from toys import make_real
+
+from speedk.distillation import loop
+from speedk.distillation import recipe as recipes
+from speedk.distillation.recipe import find_row, read, resolve, shipped
+
+OBJECTIVES = ("dm", "dc", "dsa")  # those that need nothing but images
+FEW = {"images_per_class": 1, "fit_steps": 1}
+CASES = [(name, objective) for name in shipped() for objective in OBJECTIVES if objective in read(name)["objective"]]
+
+
+@pytest.mark.parametrize("name", list(shipped()))
+def test_it_fits_its_budget_and_says_where_it_comes_from(name):
+    recipe = resolve(read(name), "dm")
+    spent = recipe.budget(recipes.geometry(recipe))
+    assert 0.95 * spent.allowed < spent.counted <= spent.allowed
+    opening = shipped()[name].partition("[recipe]")[0]
+    assert f"{spent.counted:,.0f}" in opening or recipe.data.name == "digits"
+    assert all(word in opening for word in recipe.about.published.split())
+    assert "speedk distill" in opening
+    if recipe.method == "speed":
+        spec = recipe.parameterization
+        assert spec.D // spec.H <= spec.K and spec.k < 0.05 * spec.K * spec.patches(recipes.geometry(recipe))
+
+
+@pytest.mark.parametrize(("name", "objective"), CASES)
+def test_it_runs_three_steps(name, objective):
+    """The recipe's own sizes, rates and network; two classes of two images, and batches of one."""
+    fewer = {"objective.batch": 1, "steps": 3, "ipc": 1, "budget": "off"}
+    recipe = resolve(read(name), objective)
+    fewer |= FEW if recipe.method == "speed" else {}
+    fewer |= {"inner": 1, "outer": 2} if objective in ("dc", "dsa") and recipe.data.ipc > 1 else {}
+    geometry = recipes.geometry(recipe)
+    tables = resolve(read(name), objective, fewer).to_dict()
+    del tables["recipe"], tables["data"]["name"]
+    run_three_steps(json.dumps(tables), geometry.channels, geometry.resolution)
+
+
+@functools.cache
+def run_three_steps(tables, channels, resolution):
+    """Once for those that differ in nothing but their name: the ImageNet subsets."""
+    real = make_real(classes=2, channels=channels, resolution=resolution, count=2)
+    run = loop.Run(recipes.from_resolved(json.loads(tables)), real, torch.device("cpu"))
+    run.initialise(loop.Progress())
+    start = [p.detach().clone() for p in run.synthetic.parameters()]
+    losses = [run.advance()["loss"] for _ in range(3)]
+    assert all(math.isfinite(loss) and loss > 0 for loss in losses)
+    assert not any(torch.equal(a, b) for a, b in zip(start, run.synthetic.parameters()))
+    run.synthetic.finalize()
+    assert bool(torch.isfinite(run.synthetic.decode(torch.arange(run.synthetic.size))[0]).all())
+
+
+def test_every_row_is_there():
+    rows = {("cifar10", ipc) for ipc in (1, 10, 50)} | {("cifar100", ipc) for ipc in (1, 10, 20, 50)}
+    rows |= {("tinyimagenet", ipc) for ipc in (1, 10, 50)}
+    rows |= {(f"image{subset}", ipc) for subset in ("nette", "woof", "fruit", "meow", "squawk", "yellow")
+             for ipc in (1, 10)}
+    for dataset, ipc in rows:
+        for method in ("speed", "pixels"):
+            assert find_row(dataset, ipc, method) == f"{dataset}-ipc{ipc}-{method}"
+    assert {"imagenette256-ipc1-speed", "imagenette256-ipc1-pixels"} <= set(shipped())
