@@ -107,11 +107,14 @@ def _announce(made: Plan, args: argparse.Namespace) -> None:
 
 
 def _facts(made: Plan) -> dict:
-    """The tables of the shipped recipe that `made` came from, for the settings of the other objectives."""
+    """The tables of the shipped recipe that `made` came from, or of SPEED's for the same row: the settings of the other
+    objectives."""
     from speedk.distillation import recipe as recipes
 
     name = made.recipe.about.name
-    return recipes.read(name) if name in recipes.shipped() else {}
+    if name not in recipes.shipped():
+        name = recipes.find_row(made.recipe.data.name, made.recipe.data.ipc, "speed")
+    return recipes.read(name) if name else {}
 
 
 def _dry_run(made: Plan) -> None:
