@@ -50,6 +50,7 @@ class Run:
         self.synthetic: Parameterization = method(recipe.parameterization, real.geometry, recipe.data.ipc).to(device)
         self.objective: Objective = objective(recipe.objective, self.real, recipe.run.seed, device)
         self.optimizer = _optimizer(recipe, [*self.synthetic.param_groups(), *self.objective.learned()])
+        self.rates = [group["lr"] for group in self.optimizer.param_groups]
         self.done = 0
 
     def initialise(self, progress: Progress) -> None:
@@ -58,6 +59,8 @@ class Run:
 
     def advance(self) -> dict[str, float]:
         """One outer iteration. Raises TrainingError, before anything is updated, where the loss is not finite."""
+        for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
+            group["lr"] = rate * self.recipe.objective.share(self.done)
         self.optimizer.zero_grad(set_to_none=False)
         numbers = self.objective.step(self.synthetic, self.done)
         penalty = self.synthetic.penalty()

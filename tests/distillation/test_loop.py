@@ -170,6 +170,27 @@ def test_a_full_disk_is_one_line(real, tmp_path, monkeypatch):
         loop.distill(small(), real, tmp_path / "run")
 
 
+def test_the_cosine_schedule_ends_at_zero_and_resumes(real, tmp_path):
+    run = loop.Run(small(steps=4, schedule="cosine"), real, torch.device("cpu"))
+    run.initialise(loop.Progress())
+    went_by = []
+    for _ in range(4):
+        run.advance()
+        went_by.append([group["lr"] for group in run.optimizer.param_groups])
+    full = [group["lr"] for group in run.synthetic.param_groups()]
+    for rates, share in zip(went_by, (1, (1 + 0.5**0.5) / 2, 0.5, (1 - 0.5**0.5) / 2), strict=True):
+        assert rates == pytest.approx([share * rate for rate in full])
+
+    second = loop.Run(run.recipe, real, torch.device("cpu"))
+    second.initialise(loop.Progress())
+    second.advance()
+    third = loop.Run(run.recipe, real, torch.device("cpu"))
+    third.restore(1, second.state())
+    for _ in range(3):
+        third.advance()
+    assert all(torch.equal(a, b) for a, b in zip(third.synthetic.parameters(), run.synthetic.parameters(), strict=True))
+
+
 def test_rates_must_name_a_group(real, tmp_path):
     with pytest.raises(ConfigError, match="no parameter group 'smc'.*did you mean 'scm'"):
         loop.distill(small(**{"rates.smc": 0.1}), real, tmp_path / "run")

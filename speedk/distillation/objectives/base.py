@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     from speedk.distillation.parameterizations.base import Parameterization
 
 OPTIMIZERS = ("sgd", "adam")
+SCHEDULES = ("constant", "cosine")
 
 
 @dataclass(frozen=True)
@@ -21,25 +23,32 @@ class ObjectiveSpec:
     """Recipe fields that every objective has.
 
     steps: outer iterations. optimizer: "sgd" or "adam", of the outer loop. momentum: of SGD. rates: the outer learning
-    rate of each parameter group by its name, where it is not the group's own default. network: the student.
+    rate of each parameter group by its name, where it is not the group's own default. schedule: of these rates,
+    "constant" or "cosine", from their full value to 0 over the steps. network: the student.
     """
 
     steps: int = 20000
     optimizer: str = "sgd"
     momentum: float = 0.5
     rates: dict[str, float] = field(default_factory=dict)
+    schedule: str = "constant"
     network: str = "convnet"
 
     def check(self) -> None:
         if self.steps < 0:
             raise ConfigError(f"steps={self.steps} must not be negative")
-        if self.optimizer not in OPTIMIZERS:
-            raise ConfigError(f"optimizer={self.optimizer!r} is not one of {', '.join(OPTIMIZERS)}")
+        for name, allowed in (("optimizer", OPTIMIZERS), ("schedule", SCHEDULES)):
+            if getattr(self, name) not in allowed:
+                raise ConfigError(f"{name}={getattr(self, name)!r} is not one of {', '.join(allowed)}")
         if not 0 <= self.momentum < 1:
             raise ConfigError(f"momentum={self.momentum} must be at least 0 and below 1")
         for name, rate in self.rates.items():
             if rate < 0:
                 raise ConfigError(f"rates.{name}={rate} must not be negative")
+
+    def share(self, step: int) -> float:
+        """What part of its rates the outer loop goes by in step 0, 1, ..., steps - 1."""
+        return 1.0 if self.schedule == "constant" else 0.5 + 0.5 * math.cos(math.pi * step / max(1, self.steps))
 
 
 class Objective:
