@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from speedk.cli import _curves
 from speedk.errors import ConfigError, TrainingError
 from speedk.files import write_atomic
 
 if TYPE_CHECKING:
     from speedk.data import RealData
     from speedk.evaluation import Report
+
+Curves = dict[str, dict[str, float]]
+"""Of one report: network -> corruption -> mean accuracy."""
 
 HELP = "Train networks on a distilled file (or on real images) and test them on the real test set."
 EPILOG = """\
@@ -24,6 +29,7 @@ after half of the epochs and one more, a tenth of the rate and a fresh optimiser
 examples:
   speedk evaluate runs/digits/distilled.safetensors --protocol quick
   speedk evaluate runs/cifar10/distilled.safetensors --data DIR --networks convnet,mlp
+  speedk evaluate runs/digits/distilled.safetensors --protocol quick --corruptions
   speedk evaluate --dataset digits --real --protocol quick
   speedk evaluate --dataset digits --whole --runs 1
 """
@@ -50,6 +56,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         help="train on N real images per class instead (default: 1), drawn anew for each run")
     parser.add_argument("--other-data", action="store_true",
                         help="test a file on data that it was not distilled from")
+    parser.add_argument("--corruptions", metavar="DIR", nargs="?", const=True,
+                        help="test on corrupted images too: 15 kinds at 5 severities, made from the test set, or read "
+                        "from DIR (CIFAR-10-C, CIFAR-100-C); draws corruptions.png")
+    parser.add_argument("--compare", metavar="JSON", nargs="+", type=Path, default=[],
+                        help="with --corruptions: earlier reports whose curves are drawn too")
     parser.add_argument("--out", metavar="FILE", type=Path,
                         help="the report as JSON (default: evaluation.json beside FILE; one that is there already "
                         "becomes evaluation.1.json)")
@@ -70,36 +81,49 @@ def run(args: argparse.Namespace) -> int:
     out = args.out
     if out is None and args.file is not None:
         out = args.file.with_name("evaluation.json")
+    beside = _curves.reports(args.compare, _corruptions)
     report = evaluate(source, real, networks=names, runs=args.runs, protocol=args.protocol, seed=args.seed,
                       standardisation=args.standardisation, rate=args.rate, epochs=args.epochs,
-                      device=device_of(args.device), other_data=args.other_data)
-    conclude(report, out, keep=args.out is None)
+                      device=device_of(args.device), other_data=args.other_data, corruptions=args.corruptions or False)
+    conclude(report, out, keep=args.out is None, beside=beside)
     return 0
 
 
-def conclude(report: Report, out: Path | None, keep: bool = True) -> None:
-    """Print a report and write it to `out`; an earlier one there is kept if `keep`. Raises TrainingError for failed
-    runs."""
+def conclude(report: Report, out: Path | None, keep: bool = True, beside: Sequence[tuple[str, Curves]] = ()) -> None:
+    """Print a report and write it to `out`, and a picture of its corruptions, if it has them, with those of the reports
+    `beside`; earlier ones there are kept if `keep`. Raises TrainingError for failed runs."""
     print(report)
     if out is not None:
+        picture = out.with_name("corruptions.png")
         if keep:
-            _keep(out)
+            _curves.keep(out)
         write_atomic(out, report.to_json().encode())
         print(f"\n{out}")
+        if report.robustness and not report.failed:
+            if keep:
+                _curves.keep(picture)
+            _curves.draw(picture, lambda: _polar([*beside, (report.source, _corruptions(report.to_dict()))]))
     if report.failed:
         count = sum(len(result.failures) for result in report.results)
         raise TrainingError(f"{count} of {sum(len(r.seeds) for r in report.results)} runs failed: no mean is given for "
                             "their network; a lower --rate may help")
 
 
-def _keep(out: Path) -> None:
-    """Move an earlier report out of the way: hours may have gone into it."""
-    if out.exists():
-        number = 1
-        while (earlier := out.with_name(f"{out.stem}.{number}{out.suffix}")).exists():
-            number += 1
-        out.rename(earlier)
-        print(f"\nthe earlier report is now {earlier}")
+def _polar(found: Sequence[tuple[str, Curves]]) -> bytes:
+    """Figure 3 of the paper: a panel for each network of the last report, a curve for each report that has it."""
+    from speedk.evaluation import plots
+
+    names = _curves.titles([source for source, _ in found])
+    return plots.polar({network: {name: curves[network] for name, (_, curves) in zip(names, found, strict=True)
+                                  if network in curves} for network in found[-1][1]})
+
+
+def _corruptions(report: dict[str, Any]) -> Curves:
+    """The mean accuracy of each network under each corruption."""
+    from speedk.corruptions import NAMES
+
+    return {result["network"]: {name: float(result["corruptions"][name]["mean"]) for name in NAMES}
+            for result in report["corruptions"]["results"]}
 
 
 def _check(args: argparse.Namespace, names: list[str]) -> None:
@@ -117,6 +141,10 @@ def _check(args: argparse.Namespace, names: list[str]) -> None:
         raise ConfigError(f"--seed {args.seed} is negative")
     if args.out is not None and not args.out.parent.is_dir():
         raise ConfigError(f"--out {args.out}: {args.out.parent} is not a folder, create it first")
+    if args.compare and not args.corruptions:
+        raise ConfigError("--compare draws curves of --corruptions: say that too")
+    if isinstance(args.corruptions, str) and not Path(args.corruptions).is_dir():
+        raise ConfigError(f"--corruptions {args.corruptions} is not a folder; to make them, put FILE before it")
     if args.file is None and args.dataset is None and args.data is None:
         raise ConfigError("say which data: --dataset NAME, --data DIR, or both")
 

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from speedk import networks, training
 from speedk.errors import ConfigError, DataError
-from speedk.evaluation import read, sources, train
+from speedk.evaluation import read, robustness, sources, train
 from speedk.evaluation.report import NetworkResult, Report
 from speedk.evaluation.schedule import Schedule, schedule
 from speedk.files import write_atomic
@@ -32,7 +32,8 @@ def evaluate(source: str | os.PathLike[str] | Distilled | sources.Source, real: 
              networks: Sequence[str] = ("convnet",), runs: int = 5, protocol: str = "paper", seed: int = 0,
              standardisation: str | None = None, rate: float | None = None, epochs: int | None = None,
              device: torch.device | str = "cpu", other_data: bool = False, out: str | os.PathLike[str] | None = None,
-             threads: int | None = None, progress: bool | None = None) -> Report:
+             corruptions: bool | str | os.PathLike[str] = False, threads: int | None = None,
+             progress: bool | None = None) -> Report:
     """Train fresh networks on the images of `source` and test each once, after its last epoch.
 
     source: the path of a distilled file, or of images and labels (.npz, .parquet); or what `speedk.load` gives; or a
@@ -40,7 +41,8 @@ def evaluate(source: str | os.PathLike[str] | Distilled | sources.Source, real: 
     that a distilled file says it comes from. Run r has the seed `seed + r` for everything random in it.
     protocol: "paper" (1,001 epochs) or "quick" (200). standardisation: "mtt" or "speed"; None is the file's own, else
     "mtt". rate: None is the one learned with the file, else 0.01. other_data: a distilled file may be tested on data it
-    was not distilled from. out: write the report there as JSON. threads: of the CPU; they do not change the numbers,
+    was not distilled from. out: write the report there as JSON. corruptions: test on corrupted test images too, made
+    here (True) or read from a folder like CIFAR-10-C (its path). threads: of the CPU; they do not change the numbers,
     but for networks with dropout. progress: a bar; None shows it on a terminal.
 
     A run whose loss is not finite is reported as failed, and its network has no mean. Raises ConfigError for options
@@ -54,15 +56,19 @@ def evaluate(source: str | os.PathLike[str] | Distilled | sources.Source, real: 
     plan = schedule(protocol, standardisation, source.whole, rate if rate is not None else source.rate, epochs)
     device = torch.device(device)
     real = real.to(device)
-    trained = _train_and_test(source, real, list(dict.fromkeys(networks)), range(seed, seed + runs), plan, device,
-                              threads, progress)
+    variants = None
+    if corruptions is not False:
+        variants = robustness.made(real) if corruptions is True else robustness.read(Path(corruptions), real)
+    trained, corrupted = _train_and_test(source, real, list(dict.fromkeys(networks)), range(seed, seed + runs), plan,
+                                         device, threads, progress, variants)
     name = ("whole" if source.whole else protocol) + (" (changed)" if (rate, epochs) != (None, None) else "")
     report = Report(
         source=source.title, images=source.size, storage=source.storage, data=real.describe(),
         protocol={"name": name, "standardisation": standardisation, "schedule": str(plan), "epochs": plan.epochs,
                   "rate": plan.rate, "batch": plan.batch},
         seed=seed, device=_device_name(device), seconds=time.monotonic() - started, results=_results(trained),
-        details=source.details)
+        details=source.details, corrupted_by=variants.source if variants is not None else "",
+        robustness=_robustness(trained, corrupted) if corrupted is not None else [])
     if out is not None:
         write_atomic(out, report.to_json().encode())
     return report
@@ -101,7 +107,9 @@ def load_data(header: dict[str, Any], folder: Path | None = None, progress: bool
 
 
 def _train_and_test(source: sources.Source, real: RealData, names: list[str], seeds: range, plan: Schedule,
-                    device: torch.device, threads: int | None, progress: bool | None) -> list[train.Run]:
+                    device: torch.device, threads: int | None, progress: bool | None,
+                    variants: robustness.Variants | None
+                    ) -> tuple[list[train.Run], dict[str, list[list[float]]] | None]:
     sets = {seed: source.images(seed, real, device) for seed in seeds}
     test = training.ImageSet(lambda index: real.normalised("test", index), real.test.labels)
     hidden = None if progress is None else not progress
@@ -110,13 +118,20 @@ def _train_and_test(source: sources.Source, real: RealData, names: list[str], se
                   leave=False) as bar:
             trained = train.train_all(names, sets, real.geometry, plan, pool, bar.update)
         finished = [run for run in trained if run.failure is None]
+        nets = [run.network for run in finished]
         with tqdm(total=math.ceil(len(test) / plan.batch), desc="testing", unit="batch", disable=hidden,
                   leave=False) as bar:
-            found = training.accuracies([run.network for run in finished], test, pool, batch=plan.batch,
-                                        standardise=plan.standardise, on_batch=bar.update)
+            found = training.accuracies(nets, test, pool, batch=plan.batch, standardise=plan.standardise,
+                                        on_batch=bar.update)
+        corrupted = None
+        if variants is not None:
+            with tqdm(total=robustness.VARIANTS, desc="testing on corrupted images", unit="variant", disable=hidden,
+                      leave=False) as bar:
+                corrupted = robustness.measure(nets, variants, real, pool, batch=plan.batch,
+                                               standardise=plan.standardise, on_variant=bar.update)
     for run, accuracy in zip(finished, found, strict=True):
         run.accuracy = accuracy
-    return trained
+    return trained, corrupted
 
 
 def _results(trained: list[train.Run]) -> list[NetworkResult]:
@@ -127,6 +142,19 @@ def _results(trained: list[train.Run]) -> list[NetworkResult]:
             name, networks.parameter_count(own[0].network), [run.seed for run in own],
             [None if run.accuracy is None else round(100 * run.accuracy, 6) for run in own],
             {run.seed: run.failure for run in own if run.failure is not None}))
+    return results
+
+
+def _robustness(trained: list[train.Run], corrupted: dict[str, list[list[float]]]) -> list[robustness.Robustness]:
+    finished = [run for run in trained if run.failure is None]
+    results = []
+    for name in dict.fromkeys(run.network_name for run in trained):
+        places = [i for i, run in enumerate(finished) if run.network_name == name]
+        each = {kind: [[accuracies[i] for i in places] for accuracies in severities]
+                for kind, severities in corrupted.items()}
+        clean = [round(100 * finished[i].accuracy, 6) for i in places]
+        failed = any(run.failure is not None for run in trained if run.network_name == name)
+        results.append(robustness.Robustness(name, clean, each, failed))
     return results
 
 

@@ -5,8 +5,12 @@ from __future__ import annotations
 import json
 import math
 import statistics
+from collections.abc import Collection
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from speedk.evaluation.robustness import Robustness
 
 
 @dataclass(frozen=True)
@@ -49,6 +53,9 @@ class Report:
     seconds: float
     results: list[NetworkResult]
     details: dict[str, Any] = field(default_factory=dict)
+    corrupted_by: str = ""
+    robustness: list[Robustness] = field(default_factory=list)
+    """Of each network, where it was tested on corrupted images too; `corrupted_by` says where those come from."""
 
     @property
     def failed(self) -> bool:
@@ -62,9 +69,12 @@ class Report:
         results = [{"network": r.network, "parameters": r.parameters, "mean": r.mean, "std": r.std, "seeds": r.seeds,
                     "accuracies": r.accuracies, "failures": {str(seed): text for seed, text in r.failures.items()}}
                    for r in self.results]
-        return {"source": self.source, "images": self.images, "storage": self.storage, "data": self.data,
-                "protocol": self.protocol, "seed": self.seed, "device": self.device, "seconds": round(self.seconds, 1),
-                "results": results, "details": self.details}
+        document = {"source": self.source, "images": self.images, "storage": self.storage, "data": self.data,
+                    "protocol": self.protocol, "seed": self.seed, "device": self.device,
+                    "seconds": round(self.seconds, 1), "results": results, "details": self.details}
+        if self.robustness:
+            document["corruptions"] = {"source": self.corrupted_by, "results": [r.to_dict() for r in self.robustness]}
+        return document
 
     def to_json(self) -> str:
         return json.dumps(self.to_dict(), indent=1, allow_nan=False, ensure_ascii=False) + "\n"
@@ -88,6 +98,9 @@ class Report:
             rows.append([r.network, f"{r.parameters:,}", _number(r.mean), _number(r.std), runs])
         text += ["", _table(rows)]
         text += [f"{r.network}, seed {seed}: {why}" for r in self.results for seed, why in r.failures.items()]
+        if self.robustness:
+            text += ["", f"corrupted test images, {self.corrupted_by}: the mean of five severities", "",
+                     _corrupted(self.robustness)]
         return "\n".join(text)
 
 
@@ -107,11 +120,20 @@ def _seeds(results: list[NetworkResult]) -> str:
     return " ".join(str(seed) for seed in results[0].seeds)
 
 
+def _corrupted(found: list[Robustness]) -> str:
+    """A row for each corruption, a column for each network."""
+    rows = [["corruption", *(r.network for r in found)]]
+    rows += [[name, *(_number(r.of(name)) for r in found)] for name in found[0].accuracies]
+    rows.append([f"mean of all {len(found[0].accuracies)}", *(f"{_number(r.mean)} +- {_number(r.std)}" for r in found)])
+    rows.append(["as they are", *(_number(None if r.failed else statistics.fmean(r.clean)) for r in found)])
+    return _table(rows, range(1, len(rows[0])))
+
+
 def _number(value: float | None) -> str:
     return "-" if value is None or not math.isfinite(value) else f"{value:.2f}"
 
 
-def _table(rows: list[list[str]]) -> str:
+def _table(rows: list[list[str]], right: Collection[int] = (1, 2, 3)) -> str:
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return "\n".join("  ".join(cell.rjust(w) if i in (1, 2, 3) else cell.ljust(w)
+    return "\n".join("  ".join(cell.rjust(w) if i in right else cell.ljust(w)
                                for i, (cell, w) in enumerate(zip(row, widths, strict=True))).rstrip() for row in rows)

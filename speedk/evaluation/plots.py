@@ -1,0 +1,76 @@
+"""Curves as PNG, by matplotlib, which is imported here alone and may be absent."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from speedk.errors import ConfigError
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+_SIDE = 5.2  # inches of a panel
+_DPI = 120
+
+
+def polar(panels: Mapping[str, Mapping[str, Mapping[str, float]]]) -> bytes:
+    """PNG of a polar picture (Figure 3 of the paper): a panel for each network, in it a closed curve for each source:
+    name of the network -> name of the source -> corruption -> mean accuracy in per cent. All share one scale."""
+    figure = _figure(len(panels))
+    top = max(value for panel in panels.values() for curve in panel.values() for value in curve.values())
+    for place, (network, curves) in enumerate(panels.items()):
+        axes = figure.add_subplot(1, len(panels), place + 1, projection="polar")
+        axes.set_theta_offset(math.pi / 2)
+        axes.set_theta_direction(-1)
+        names = list(next(iter(curves.values())))
+        angles = [2 * math.pi * i / len(names) for i in range(len(names))]
+        for source, curve in curves.items():
+            values = [curve[name] for name in names]
+            line, = axes.plot([*angles, angles[0]], [*values, values[0]], linewidth=1.6, label=source)
+            axes.fill(angles, values, color=line.get_color(), alpha=0.12)
+        axes.set_xticks(angles, [name.replace("_", "\n") for name in names], fontsize=8)
+        axes.tick_params(axis="x", pad=9)
+        axes.set_ylim(0, 1.05 * top)
+        axes.tick_params(axis="y", labelsize=7, labelcolor="0.35")
+        axes.grid(color="0.85", linewidth=0.6)
+        axes.set_title(f"{network}, accuracy in per cent", fontsize=11, pad=22)
+    return _png(figure)
+
+
+def curves(panels: Mapping[str, Mapping[str, Sequence[tuple[float, float, float]]]], x: str, y: str) -> bytes:
+    """PNG of curves (Figure 2 of the paper): name of the panel -> name of the curve -> points (x, y, deviation)."""
+    figure = _figure(len(panels))
+    for place, (title, found) in enumerate(panels.items()):
+        axes = figure.add_subplot(1, len(panels), place + 1)
+        for name, points in found.items():
+            at, value, deviation = zip(*points, strict=True)
+            line, = axes.plot(at, value, marker="o", markersize=4, linewidth=1.6, label=name)
+            axes.fill_between(at, [v - d for v, d in zip(value, deviation)], [v + d for v, d in zip(value, deviation)],
+                              color=line.get_color(), alpha=0.15, linewidth=0)
+        axes.set_xticks(sorted({point[0] for points in found.values() for point in points}))
+        axes.set_xlabel(x)
+        axes.set_ylabel(y)
+        axes.grid(color="0.9", linewidth=0.6)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.set_title(title, fontsize=11)
+    return _png(figure)
+
+
+def _figure(panels: int) -> Figure:
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise ConfigError('no picture is drawn without matplotlib: pip install "speedk[plots]"') from None
+    return Figure(figsize=(_SIDE * panels, _SIDE + 0.6), dpi=_DPI, layout="constrained")
+
+
+def _png(figure: Figure) -> bytes:
+    """The figure with one legend below all panels; equal figures give equal bytes."""
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=min(3, len(labels)), fontsize=9, frameon=False)
+    stream = io.BytesIO()
+    figure.savefig(stream, format="png", metadata={"Software": None})
+    return stream.getvalue()
