@@ -89,9 +89,7 @@ def _check(args: argparse.Namespace) -> None:
     from speedk.distillation import coresets
 
     registry.find(coresets, args.method)
-    if args.network not in networks.names():
-        raise ConfigError(f"network {args.network!r} is not one of {', '.join(networks.names())}"
-                          f"{registry.nearest(args.network, networks.names())}")
+    networks.given(args.network)
     for option, value, least in (("--ipc", args.ipc, 1), ("--epochs", args.epochs, 1), ("--seed", args.seed, 0)):
         if value is not None and value < least:
             raise ConfigError(f"{option} {value} must be at least {least}")

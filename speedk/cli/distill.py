@@ -36,6 +36,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--method", metavar="NAME", help="speed or pixels (default: speed)")
     parser.add_argument("--objective", metavar="NAME", default="auto",
                         help="what is matched: dm, ...; auto is the paper's (tm) where a GPU makes it feasible, or dm")
+    parser.add_argument("--network", metavar="NAME", help="the student: convnet, mlp, resnet18, vit, or a "
+                        "class of your own as my.module:Net (default: the recipe's, or convnet)")
     parser.add_argument("--recipe", metavar="NAME|FILE", help="see `speedk recipes` (default: that of the row)")
     parser.add_argument("--out", metavar="DIR", type=Path, help="the run directory (default: under runs/)")
     parser.add_argument("--seed", metavar="S", type=int, help="of everything random (default: 0)")
@@ -53,9 +55,10 @@ def run(args: argparse.Namespace) -> int:
     from speedk.distillation.loop import Interrupted
     from speedk.distillation.recipe import parse_overrides
 
+    changes = parse_overrides(args.fields) | ({"objective.network": args.network} if args.network else {})
     made = plans.plan(args.dataset, data=args.data, ipc=args.ipc, method=args.method, objective=args.objective,
                       recipe=args.recipe, out=args.out, seed=args.seed, device=args.device, steps=args.steps,
-                      overrides=parse_overrides(args.fields), resume=args.resume, progress=True)
+                      overrides=changes, resume=args.resume, progress=True)
     _announce(made, args)
     if args.dry_run:
         _dry_run(made)
@@ -66,7 +69,8 @@ def run(args: argparse.Namespace) -> int:
     except Interrupted as stop:
         bars.close()
         print(f"{stop}; go on with: speedk distill --out {made.out} --resume"
-              + (f" --data {args.data}" if args.data is not None else ""))
+              + (f" --data {args.data}" if args.data is not None else "")
+              + (f" --network {args.network}" if args.network is not None else ""))
         return 130
     finally:
         bars.close()

@@ -42,7 +42,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dataset", metavar="NAME", help="the data to test on (default: what the file came from)")
     parser.add_argument("--data", metavar="DIR", type=Path, help="the folder with that data")
     parser.add_argument("--split", choices=("fastai", "ilsvrc"), help="of imagenette and imagewoof")
-    parser.add_argument("--networks", metavar="A,B", default="convnet", help="default: convnet")
+    parser.add_argument("--networks", metavar="A,B", default="convnet", help="convnet, mlp, resnet18, vit, or a "
+                        "class of your own as my.module:Net (default: convnet)")
     parser.add_argument("--runs", metavar="N", type=int, default=5, help="fresh networks of each kind (default: 5)")
     parser.add_argument("--protocol", choices=("paper", "quick"), default="paper", help="default: paper")
     parser.add_argument("--standardisation", choices=("mtt", "speed"), help="speed: every batch by its own mean and "
@@ -129,12 +130,9 @@ def _corruptions(report: dict[str, Any]) -> Curves:
 def _check(args: argparse.Namespace, names: list[str]) -> None:
     """What can be refused before any data are read."""
     from speedk import networks
-    from speedk.registry import nearest
 
-    known = networks.names()
     for name in names:
-        if name not in known:
-            raise ConfigError(f"network {name!r} is not one of {', '.join(known)}{nearest(name, known)}")
+        networks.given(name)
     if args.runs < 1 or not names:
         raise ConfigError(f"there is nothing to run: --runs {args.runs}, --networks {args.networks}")
     if args.seed < 0:

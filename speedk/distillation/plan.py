@@ -99,6 +99,7 @@ def plan(dataset: str | None = None, *, data: str | Path | None = None, ipc: int
     resolved = recipes.resolve(tables, chosen, changes)
     resolved = dataclasses.replace(resolved, data=dataclasses.replace(resolved.data, name=named or ""))
     resolved.budget(real.geometry)
+    networks.given(resolved.objective.network)
     folder = Path(out) if out is not None else Path("runs") / f"{_run_name(resolved, real)}-seed{resolved.run.seed}"
     if resume and out is None and (folder / "recipe.toml").is_file():
         return _resumed(recipes.read(folder / "recipe.toml"), dataset, data, method, objective, changes, where, folder,
@@ -201,6 +202,8 @@ def _resumed(tables: dict[str, Any], dataset: str | None, folder: str | Path | N
     name = stored.objective_name
     inner = {key: value for key, value in tables["objective"].items() if key != "name"}
     resolved = recipes.resolve({**tables, "objective": {name: inner}}, name, changes)
+    if ":" not in resolved.objective.network or {"network", "objective.network"} & set(changes):
+        networks.given(resolved.objective.network)  # a run directory may have come from elsewhere
     real = _load(stored.data.name, folder, resolved.data, progress)
     _, why = choose(objective, device)
     return Plan(resolved, real, device, out, why if objective == "auto" else f"{name}, as asked", ())

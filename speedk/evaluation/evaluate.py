@@ -18,6 +18,7 @@ from speedk.evaluation import read, robustness, sources, train
 from speedk.evaluation.report import NetworkResult, Report
 from speedk.evaluation.schedule import Schedule, schedule
 from speedk.files import write_atomic
+from speedk.networks import given
 from speedk.workers import Pool
 
 if TYPE_CHECKING:
@@ -51,6 +52,8 @@ def evaluate(source: str | os.PathLike[str] | Distilled | sources.Source, real: 
     started = time.monotonic()
     if runs < 1 or not networks:
         raise ConfigError(f"there is nothing to run: runs={runs}, networks={list(networks)}")
+    for name in networks:
+        given(name)
     source, real = _resolve(source, real, other_data, progress is not False)
     standardisation = standardisation or source.standardisation or "mtt"
     plan = schedule(protocol, standardisation, source.whole, rate if rate is not None else source.rate, epochs)

@@ -19,21 +19,39 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from speedk import registry
 from speedk.errors import ConfigError
 from speedk.geometry import Geometry
+from speedk.networks import _own
 
-__all__ = ["build", "fresh", "names", "parameter_count", "twice_differentiable"]
+__all__ = ["build", "fresh", "given", "names", "parameter_count", "require_features", "student",
+           "twice_differentiable"]
 
 
 def names() -> list[str]:
-    """The networks that `build` knows."""
+    """The networks of this folder."""
     return registry.names(sys.modules[__name__])
+
+
+def given(name: str) -> str:
+    """`name` back, which the user gave: a network of this folder, or "my.module:Net", which may be imported from here
+    on. A name that was read from a file does not come here, so no file can name code to run.
+
+    Raises ConfigError for a name that is neither.
+    """
+    if ":" in name:
+        _own.allow(name)
+    elif name not in names():
+        raise ConfigError(f"network {name!r} is not one of {', '.join(names())}, nor module:Class"
+                          f"{registry.nearest(name, names())}")
+    return name
 
 
 def build(name: str, geometry: Geometry, **overrides) -> nn.Module:
     """The network `name` for `geometry`, with torch's default initial values, on the CPU.
 
-    `overrides` are the keyword arguments of that network (`depth`, `width`, ...). Raises ConfigError for an unknown
-    name or argument, or a geometry the network cannot take.
+    `overrides` are the keyword arguments of that network (`depth`, `width`, ...); one of the user's own takes none.
+    Raises ConfigError for an unknown name or argument, or a geometry the network cannot take.
     """
+    if ":" in name:
+        return _own.build(name, geometry)
     network = registry.find(sys.modules[__name__], name)
     known = [p for p in inspect.signature(network).parameters if p != "geometry"]
     for key in overrides:
@@ -51,6 +69,29 @@ def fresh(name: str, geometry: Geometry, seed: int, device: torch.device | str =
         torch.random.default_generator.manual_seed(seed)
         network = build(name, geometry, **overrides)
     return network.to(device)
+
+
+def student(name: str, geometry: Geometry, seed: int, device: torch.device | str = "cpu",
+            features: bool = False) -> nn.Module:
+    """`fresh` for matching, where a batch is cut into pieces and a step must not depend on the global random state: no
+    dropout. Raises ConfigError for a network with BatchNorm, and, if `features` are wanted, for one without them."""
+    network = fresh(name, geometry, seed, device)
+    if features:
+        require_features(name, network)
+    for module in network.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            raise ConfigError(f"network {name} cannot be a student: its BatchNorm mixes the images of a batch, "
+                              "which is matched in pieces; use InstanceNorm or GroupNorm")
+        if isinstance(module, nn.modules.dropout._DropoutNd):
+            module.p = 0.0
+    return network
+
+
+def require_features(name: str, network: nn.Module) -> None:
+    """Raise ConfigError where `network`, called `name`, has no embedding to give."""
+    if not callable(getattr(network, "features", None)):
+        raise ConfigError(f"network {name} has no method features(images) that gives an embedding [B, F], which is "
+                          "needed here")
 
 
 @contextlib.contextmanager

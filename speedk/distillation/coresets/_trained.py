@@ -68,6 +68,7 @@ def trained(real: RealData, name: str, epochs: int, seed: int, pool: Pool,
     Raises TrainingError where the training is not finite.
     """
     network = networks.fresh(name, real.geometry, seeds.derive(seed, f"coreset {name}"), pool.device)
+    networks.require_features(name, network)
     path = _path(real, name, epochs, seed, pool.device)
     if (found := _read(path, network, len(real.train))) is not None:
         return found

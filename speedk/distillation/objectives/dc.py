@@ -104,12 +104,8 @@ class GradientMatching(Objective):
         return {"loss": loss}
 
     def _fresh(self, number: int) -> nn.Module:
-        student = networks.fresh(self.spec.network, self.real.geometry, seeds.derive(self.seed, "student", number),
-                                 self.device)
-        for module in student.modules():
-            if isinstance(module, nn.Dropout):
-                module.p = 0.0  # it would draw from the global random state
-        return student.eval()
+        return networks.student(self.spec.network, self.real.geometry, seeds.derive(self.seed, "student", number),
+                                self.device)
 
     def _match(self, decoded: list[Tensor], labels: list[int],
                generator: torch.Generator) -> list[tuple[Tensor, Tensor]]:
@@ -138,7 +134,6 @@ class GradientMatching(Objective):
         for _ in range(epochs):
             training.epoch(student, data, generator, self._pool, optimizer.step, batch=spec.inner_batch,
                            augment=spec.augment, standardise=False)
-        student.eval()
 
     def state_dict(self) -> dict[str, Any]:
         return {} if self._student is None else {"student": dict(self._student.state_dict())}

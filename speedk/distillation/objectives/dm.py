@@ -55,7 +55,8 @@ class DistributionMatching(Objective):
     def step(self, synthetic: Parameterization, step: int) -> dict[str, float]:
         spec, geometry = self.spec, self.real.geometry
         generator = seeds.generator(self.seed, "dm", step)
-        student = networks.fresh(spec.network, geometry, seeds.derive(self.seed, "student", step), self.device)
+        student = networks.student(spec.network, geometry, seeds.derive(self.seed, "student", step), self.device,
+                                   features=True)
         student.requires_grad_(False)
         loss, gradients = 0.0, []
         with self._pool as pool, torch.no_grad():
