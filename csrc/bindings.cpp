@@ -11,6 +11,7 @@
 #include "parallel.h"
 #include "patches.h"
 #include "topk.h"
+#include "unroll_step.h"
 
 #include <vector>
 
@@ -127,4 +128,31 @@ PYBIND11_MODULE(_native, m) {
                                      uintptr_t d_x, uintptr_t d_weight, uintptr_t d_bias, int threads) {
     SPEEDK_CALL(norm_act_pool_backward, job, at(d_out), at(mean), at(rstd), at(d_x), at(d_weight), at(d_bias), threads);
   }, released);
+
+  py::class_<UnrollStep>(m, "UnrollStep").def(py::init([](int dtype, int64_t P, uintptr_t lr, double momentum) {
+    return UnrollStep{static_cast<Dtype>(dtype), P, at(lr), momentum};
+  }));
+  m.def("step_chunks", &step_chunks);
+  m.def("unroll_step", [](const UnrollStep& job, uintptr_t theta, uintptr_t momenta, uintptr_t gradient,
+                          uintptr_t theta_out, uintptr_t m_out, int threads) {
+    SPEEDK_CALL(unroll_step, job, at(theta), at(momenta), at(gradient), at(theta_out), at(m_out), threads);
+  }, released);
+  m.def("unroll_step_adjoint", [](const UnrollStep& job, uintptr_t d_theta, uintptr_t d_m, uintptr_t momenta,
+                                  uintptr_t d_gradient, uintptr_t d_m_out, uintptr_t d_lr, uintptr_t partial,
+                                  int threads) {
+    SPEEDK_CALL(unroll_step_adjoint, job, at(d_theta), at(d_m), at(momenta), at(d_gradient), at(d_m_out), at(d_lr),
+                at<double>(partial), threads);
+  }, released);
+#ifdef SPEEDK_CUDA
+  m.def("unroll_step_cuda", [](const UnrollStep& job, uintptr_t theta, uintptr_t momenta, uintptr_t gradient,
+                               uintptr_t theta_out, uintptr_t m_out, uintptr_t stream) {
+    return unroll_step_cuda(job, at(theta), at(momenta), at(gradient), at(theta_out), at(m_out), at(stream));
+  }, released);
+  m.def("unroll_step_adjoint_cuda", [](const UnrollStep& job, uintptr_t d_theta, uintptr_t d_m, uintptr_t momenta,
+                                       uintptr_t d_gradient, uintptr_t d_m_out, uintptr_t d_lr, uintptr_t partial,
+                                       uintptr_t stream) {
+    return unroll_step_adjoint_cuda(job, at(d_theta), at(d_m), at(momenta), at(d_gradient), at(d_m_out), at(d_lr),
+                                    at<double>(partial), at(stream));
+  }, released);
+#endif
 }

@@ -26,6 +26,7 @@ TOP = {"speedk", "speedk.__main__"}  # the public names, which are looked up laz
 WITHOUT = {
     "kernels": {
         "topk": "on a GPU it runs in CUDA: a selection needs no matrix unit, and its results have no fixed place",
+        "unroll_step": "on a GPU it runs in CUDA, whose blocks give d_lr a fixed order of summation",
         "norm_act_pool": "it serves the CPU, where PyTorch runs it as many small passes; GPUs have cuDNN",
     },
     "csrc": {

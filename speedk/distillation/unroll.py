@@ -17,6 +17,7 @@ from speedk.augment import dsa
 from speedk.distillation import seeds
 from speedk.distillation.step_graph import Augment, Loss, Training
 from speedk.errors import ConfigError
+from speedk.ops import unroll_step, unroll_step_adjoint
 
 
 def unroll(student: nn.Module, theta: Tensor, images: Tensor, labels: Tensor, schedule: Sequence[Tensor], lr: Tensor,
@@ -106,13 +107,13 @@ class _Unroll(torch.autograd.Function):
                     plan.training.check_buffers()
                 if measure:
                     first_kept = plan.first_kept(graph.bytes)
-                m = plan.momentum * m + (1 - plan.momentum) * graph.gradient
                 if plan.record:
                     thetas.append(theta)
-                    momenta += [m] if ctx.needs_input_grad[4] else []
                     if step >= first_kept:
                         graphs[step] = graph
-                theta = theta - lr * m
+                theta, m = unroll_step(theta, m, graph.gradient, lr, plan.momentum)
+                if plan.record and ctx.needs_input_grad[4]:
+                    momenta.append(m)
                 del graph  # before the next is built
         if plan.record:
             ctx.plan, ctx.graphs = plan, graphs
@@ -142,12 +143,12 @@ def _walk_back(ctx, d_theta: Tensor) -> list[Tensor | None]:
             graph = ctx.graphs.pop(step, None)
             if graph is None:
                 graph = plan.training.build(step, thetas[step], images, labels, (need_images, need_labels), pool)
-            if need_lr:
-                d_lr -= torch.dot(d_theta, momenta[step])
-            d_m = d_m - lr * d_theta
-            along = graph.adjoint((1 - plan.momentum) * d_m, need_theta or step > 0, pool)
+            d_gradient, d_m, along_lr = unroll_step_adjoint(d_theta, d_m, momenta[step] if need_lr else None, lr,
+                                                            plan.momentum)
+            along = graph.adjoint(d_gradient, need_theta or step > 0, pool)
             del graph
-            d_m = plan.momentum * d_m
+            if need_lr:
+                d_lr += along_lr
             if along[0] is not None:
                 d_theta = d_theta + along[0]
             for total, rows in zip((d_images, d_labels), along[1:], strict=True):

@@ -8,6 +8,7 @@ from speedk.ops.mhsc import mhsc
 from speedk.ops.norm_act_pool import norm_act_pool
 from speedk.ops.patches import patchify, tokens_to_images, unpatchify
 from speedk.ops.topk import sparsify, topk_mask
+from speedk.ops.unroll_step import unroll_step, unroll_step_adjoint
 
 __all__ = [
     "BlockWeights",
@@ -28,5 +29,7 @@ __all__ = [
     "tokens_to_images",
     "topk_mask",
     "unpatchify",
+    "unroll_step",
+    "unroll_step_adjoint",
     "use_backend",
 ]

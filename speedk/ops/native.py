@@ -209,3 +209,38 @@ def norm_act_pool_bwd(d_out: Tensor, x: Tensor, weight: Tensor, bias: Tensor, me
         d_weight.data_ptr(), d_bias.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     return d_x, d_weight.sum(0), d_bias.sum(0)
+
+
+def _unroll_step(lr: Tensor, like: Tensor, momentum: float):
+    return native().UnrollStep(DTYPES[like.dtype], like.numel(), lr.data_ptr(), momentum)
+
+
+def _launch(name: str, job: object, *tensors: Tensor | None) -> None:
+    """Run the kernel `name`, or `name`_cuda where the first tensor is on a GPU."""
+    addresses = [address(tensor) for tensor in tensors]
+    if not tensors[0].is_cuda:
+        getattr(native(), name)(job, *addresses, torch.get_num_threads())
+        return
+    with torch.cuda.device(tensors[0].device):
+        code = getattr(native(), f"{name}_cuda")(job, *addresses, torch.cuda.current_stream().cuda_stream)
+    if code:
+        raise RuntimeError(f"the {name} kernel could not be launched: CUDA error {code}")
+
+
+def unroll_step_fwd(theta: Tensor, m: Tensor, gradient: Tensor, lr: Tensor, momentum: float) -> tuple[Tensor, Tensor]:
+    """theta and m [P] after the step."""
+    theta, m, gradient = theta.contiguous(), m.contiguous(), gradient.contiguous()
+    after = torch.empty_like(theta), torch.empty_like(m)
+    _launch("unroll_step", _unroll_step(lr, theta, momentum), theta, m, gradient, *after)
+    return after
+
+
+def unroll_step_bwd(d_theta: Tensor, d_m: Tensor, m: Tensor | None, lr: Tensor,
+                    momentum: float) -> tuple[Tensor, Tensor, Tensor]:
+    """d_gradient and d_m [P] before the step, and d_lr [], zero where m is None."""
+    d_theta, d_m, m = d_theta.contiguous(), d_m.contiguous(), None if m is None else m.contiguous()
+    d_gradient, d_before, d_lr = torch.empty_like(d_theta), torch.empty_like(d_m), torch.zeros_like(lr)
+    partial = torch.empty(native().step_chunks(d_theta.numel()), dtype=torch.float64, device=d_theta.device)
+    job = _unroll_step(lr, d_theta, momentum)
+    _launch("unroll_step_adjoint", job, d_theta, d_m, m, d_gradient, d_before, d_lr, partial)
+    return d_gradient, d_before, d_lr
