@@ -24,7 +24,7 @@ PAPER_OBJECTIVE = "tm"
 DEFAULT_STEPS = 2000
 """Outer steps where no recipe is shipped for a row: what the shipped ones of distribution matching have."""
 
-_SPEED = {"optimizer": "adam", "steps": DEFAULT_STEPS}
+_SPEED = {"optimizer": "adam", "schedule": "cosine", "steps": DEFAULT_STEPS}
 _GRADIENTS = {"optimizer": "sgd", "momentum": 0.5, "rates": {"pixels": 0.1}, "steps": 1000}
 OWN_SETTINGS: dict[str, dict[str, Any]] = {
     "speed": {"dm": _SPEED, "dc": _SPEED, "dsa": _SPEED},
