@@ -50,11 +50,12 @@ def run(args: argparse.Namespace) -> int:
     from tqdm import tqdm
 
     from speedk import data
-    from speedk.cli.evaluate import conclude, device_of
+    from speedk.cli import _testing
+    from speedk.cli.evaluate import conclude
     from speedk.distillation import coreset
 
     _check(args)
-    device, epochs = device_of(args.device), args.epochs or coreset.EPOCHS
+    device, epochs = _testing.device(args.device), args.epochs or coreset.EPOCHS
     name = args.dataset or ("digits" if args.data is None else None)
     real = data.load(name, args.data, split=args.split)
     out = args.out or Path("runs") / f"{real.name}-ipc{args.ipc}-{args.method}-seed{args.seed}"

@@ -7,12 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from speedk.cli import _curves
+from speedk.cli import _curves, _testing
 from speedk.errors import ConfigError, TrainingError
 from speedk.files import write_atomic
 
 if TYPE_CHECKING:
-    from speedk.data import RealData
     from speedk.evaluation import Report
 
 Curves = dict[str, dict[str, float]]
@@ -70,11 +69,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     if (args.file is not None) + args.whole + (args.real is not None) != 1:
         raise ConfigError("give one of FILE, --whole and --real")
-    names = [name.strip() for name in args.networks.split(",") if name.strip()]
+    names = _testing.networks(args.networks)
     _check(args, names)
     from speedk.evaluation import evaluate, real_images, whole
 
-    source, real = _source(args)
+    source, real = _testing.source(args.file, args)
     if args.whole:
         source = whole(real)
     elif args.real is not None:
@@ -85,7 +84,8 @@ def run(args: argparse.Namespace) -> int:
     beside = _curves.reports(args.compare, _corruptions)
     report = evaluate(source, real, networks=names, runs=args.runs, protocol=args.protocol, seed=args.seed,
                       standardisation=args.standardisation, rate=args.rate, epochs=args.epochs,
-                      device=device_of(args.device), other_data=args.other_data, corruptions=args.corruptions or False)
+                      device=_testing.device(args.device), other_data=args.other_data,
+                      corruptions=args.corruptions or False)
     conclude(report, out, keep=args.out is None, beside=beside)
     return 0
 
@@ -129,10 +129,6 @@ def _corruptions(report: dict[str, Any]) -> Curves:
 
 def _check(args: argparse.Namespace, names: list[str]) -> None:
     """What can be refused before any data are read."""
-    from speedk import networks
-
-    for name in names:
-        networks.given(name)
     if args.runs < 1 or not names:
         raise ConfigError(f"there is nothing to run: --runs {args.runs}, --networks {args.networks}")
     if args.seed < 0:
@@ -145,30 +141,3 @@ def _check(args: argparse.Namespace, names: list[str]) -> None:
         raise ConfigError(f"--corruptions {args.corruptions} is not a folder; to make them, put FILE before it")
     if args.file is None and args.dataset is None and args.data is None:
         raise ConfigError("say which data: --dataset NAME, --data DIR, or both")
-
-
-def _source(args: argparse.Namespace) -> tuple[Any, RealData]:
-    """What FILE is (None without one), and the data to test on."""
-    from speedk import data
-    from speedk.distillation import artifact
-    from speedk.evaluation.evaluate import FOREIGN, load_data
-
-    if args.file is None or args.file.suffix.lower() in FOREIGN:
-        if args.dataset is None and args.data is None:
-            raise ConfigError(f"{args.file} does not say what to test on: give --dataset NAME, --data DIR, or both")
-        return args.file, data.load(args.dataset, args.data, split=args.split)
-    distilled = artifact.load(args.file)
-    if args.dataset is None and args.split is None:
-        return distilled, load_data(distilled.header, args.data)
-    name = args.dataset or distilled.header["data"].get("name")
-    return distilled, data.load(name, args.data, split=args.split, resolution=distilled.geometry.resolution,
-                                normaliser=distilled.header["normaliser"].get("kind"))
-
-
-def device_of(name: str) -> str:
-    """The device that --device asks for."""
-    import torch
-
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("--device cuda, but torch sees no GPU here: take auto or cpu")
-    return "cuda" if name != "cpu" and torch.cuda.is_available() else "cpu"

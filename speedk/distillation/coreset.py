@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from speedk import registry
+from speedk import networks, registry
 from speedk.data import RealData
 from speedk.distillation import artifact, coresets, seeds
 from speedk.distillation.coresets import _trained
@@ -38,6 +38,7 @@ def choose(real: RealData, method: str, ipc: int, *, seed: int = 0, network: str
     if int(counts.min()) < ipc:
         name = real.class_names[int(counts.argmin())]
         raise ConfigError(f"class {name!r} has {int(counts.min())} training images, fewer than ipc={ipc}: lower ipc")
+    networks.given(network)
     pool = Pool(torch.device(device), threads)
     real = real.to(pool.device)
     chosen = []

@@ -54,7 +54,7 @@ def evaluate(source: str | os.PathLike[str] | Distilled | sources.Source, real: 
         raise ConfigError(f"there is nothing to run: runs={runs}, networks={list(networks)}")
     for name in networks:
         given(name)
-    source, real = _resolve(source, real, other_data, progress is not False)
+    source, real = resolve(source, real, other_data, progress is not False)
     standardisation = standardisation or source.standardisation or "mtt"
     plan = schedule(protocol, standardisation, source.whole, rate if rate is not None else source.rate, epochs)
     device = torch.device(device)
@@ -69,7 +69,7 @@ def evaluate(source: str | os.PathLike[str] | Distilled | sources.Source, real: 
         source=source.title, images=source.size, storage=source.storage, data=real.describe(),
         protocol={"name": name, "standardisation": standardisation, "schedule": str(plan), "epochs": plan.epochs,
                   "rate": plan.rate, "batch": plan.batch},
-        seed=seed, device=_device_name(device), seconds=time.monotonic() - started, results=_results(trained),
+        seed=seed, device=device_name(device), seconds=time.monotonic() - started, results=_results(trained),
         details=source.details, corrupted_by=variants.source if variants is not None else "",
         robustness=_robustness(trained, corrupted) if corrupted is not None else [])
     if out is not None:
@@ -77,7 +77,8 @@ def evaluate(source: str | os.PathLike[str] | Distilled | sources.Source, real: 
     return report
 
 
-def _resolve(source: Any, real: RealData | None, other_data: bool, progress: bool) -> tuple[sources.Source, RealData]:
+def resolve(source: Any, real: RealData | None, other_data: bool, progress: bool) -> tuple[sources.Source, RealData]:
+    """The source that `evaluate` was given, and the data that it is tested on."""
     from speedk.distillation import artifact
 
     if isinstance(source, (str, os.PathLike)):
@@ -161,5 +162,6 @@ def _robustness(trained: list[train.Run], corrupted: dict[str, list[list[float]]
     return results
 
 
-def _device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+def device_name(device: torch.device) -> str:
+    """The device as a report names it."""
+    return torch.cuda.getdevice_name(device) if device.type == "cuda" else "CPU"
