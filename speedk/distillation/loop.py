@@ -96,22 +96,26 @@ class Run:
             "data": self.real.describe(),
             "seed": recipe.run.seed,
             "protocol": recipe.run.protocol,
-            "objective": {"name": recipe.objective_name, **self.objective.artifact_fields()},
+            "objective": {"name": recipe.objective_name, **self.objective.artifact_fields(),
+                          **({"steps": self.done} if self.done < recipe.objective.steps else {})},
             "chosen": chosen,
             "budget_off": recipe.data.budget == "off",
         }
 
 
 def distill(recipe: Recipe, real: RealData, out: str | Path, *, resume: bool = False,
-            device: str | torch.device = "cpu", chosen: str = "", progress: Progress | None = None) -> Path:
+            device: str | torch.device = "cpu", chosen: str = "", progress: Progress | None = None,
+            minutes: float | None = None) -> Path:
     """Distil `real` as `recipe` says into the run directory `out`; return the path of the artifact.
 
     With `resume` a run that was stopped at any instant goes on, and on the CPU, with as many threads, ends in the bytes
-    of a run that was never stopped. chosen: why this objective, for the artifact's header.
+    of a run that was never stopped. chosen: why this objective, for the artifact's header. minutes: after so long the
+    file is written as the set then is, and its header says after how many steps; the run can be resumed.
     Raises ConfigError (a recipe that cannot be run, a directory in use), TrainingError (a loss that is not finite, no
     space), and Interrupted after Ctrl-C or SIGTERM, with a checkpoint saved.
     """
     progress = progress or Progress()
+    until = math.inf if minutes is None else time.monotonic() + 60 * minutes
     run = Run(recipe, real, torch.device(device))
     with RunDir(out, recipe, real, resume) as folder:
         found = checkpoint.load_newest(folder.checkpoints, run.device)
@@ -122,11 +126,11 @@ def distill(recipe: Recipe, real: RealData, out: str | Path, *, resume: bool = F
             run.initialise(progress)
             checkpoint.save(folder.checkpoints, 0, run.state())
         with folder.log(run.done) as log, _stop_signals() as stopped:
-            _iterate(run, folder, log, stopped, progress)
+            _iterate(run, folder, log, stopped, progress, until)
         return _finish(run, folder, chosen)
 
 
-def _iterate(run: Run, folder: RunDir, log, stopped: list[int], progress: Progress) -> None:
+def _iterate(run: Run, folder: RunDir, log, stopped: list[int], progress: Progress, until: float) -> None:
     steps, every = run.recipe.objective.steps, run.recipe.run.preview_every
     saved, saved_at = run.done, time.monotonic()
     while run.done < steps:
@@ -138,12 +142,15 @@ def _iterate(run: Run, folder: RunDir, log, stopped: list[int], progress: Progre
         progress.step(run.done, steps, numbers)
         if every and run.done % every == 0:
             folder.preview(run.synthetic, run.real)
-        if stopped or run.done == steps or time.monotonic() - saved_at > CHECKPOINT_SECONDS:
+        late = time.monotonic() > until
+        if stopped or late or run.done == steps or time.monotonic() - saved_at > CHECKPOINT_SECONDS:
             log.flush()
             checkpoint.save(folder.checkpoints, run.done, run.state())
             saved, saved_at = run.done, time.monotonic()
         if stopped and run.done < steps:
             raise Interrupted(f"stopped at step {run.done:,} of {steps:,}, all of it saved in {folder.path}")
+        if late:
+            break
 
 
 def _finish(run: Run, folder: RunDir, chosen: str) -> Path:

@@ -48,10 +48,10 @@ class Plan:
     chosen: str
     notes: tuple[str, ...]
 
-    def run(self, *, resume: bool = False, progress: Progress | None = None) -> Path:
+    def run(self, *, resume: bool = False, progress: Progress | None = None, minutes: float | None = None) -> Path:
         """Distil; returns the path of the artifact. See `speedk.distillation.loop.distill`."""
         return loop.distill(self.recipe, self.real, self.out, resume=resume, device=self.device, chosen=self.chosen,
-                            progress=progress)
+                            progress=progress, minutes=minutes)
 
 
 def distill(dataset: str | None = None, *, data: str | Path | None = None, ipc: int | None = None,
@@ -75,8 +75,10 @@ def distill(dataset: str | None = None, *, data: str | Path | None = None, ipc: 
 def plan(dataset: str | None = None, *, data: str | Path | None = None, ipc: int | None = None,
          method: str | None = None, objective: str = "auto", recipe: str | Path | None = None,
          out: str | Path | None = None, seed: int | None = None, device: str = "auto", steps: int | None = None,
-         overrides: dict[str, Any] | None = None, resume: bool = False, progress: bool = False) -> Plan:
-    """What `distill` will do, without doing it. Arguments as for `distill`; progress: bars while data are read."""
+         overrides: dict[str, Any] | None = None, resume: bool = False, progress: bool = False,
+         real: RealData | None = None) -> Plan:
+    """What `distill` will do, without doing it. Arguments as for `distill`; progress: bars while data are read; real:
+    the data, where they are in memory already, as the recipe wants them."""
     where = _device(device)
     changes = {**(overrides or {})}
     for key, value in (("data.ipc", ipc), ("run.seed", seed), ("objective.steps", steps)):
@@ -92,7 +94,7 @@ def plan(dataset: str | None = None, *, data: str | Path | None = None, ipc: int
     chosen, why = choose(objective, where)
     named = tables.get("data", {}).get("name") or dataset
     draft = _data_fields(tables, changes)
-    real = _load(named, data, draft, progress)
+    real = real or _load(named, data, draft, progress)
     if "parameterization" not in tables:
         tables = _own(tables, real, method or "speed", draft.ipc, notes)
     tables = _settled(tables, chosen)

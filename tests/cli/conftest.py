@@ -1,10 +1,12 @@
-"""Saved files for the commands to work on."""
+"""Images and saved files for the commands to work on."""
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from making import header
+from PIL import Image
 
 from speedk.distillation import artifact
 from speedk.distillation.parameterizations import pixels, speed
@@ -39,3 +41,25 @@ def save_pixels(tmp_path):
         return path
 
     return save
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory):
+    """An image folder: three classes of 16 px, six training and two test images each."""
+    root = tmp_path_factory.mktemp("images")
+    random = np.random.default_rng(0)
+    for part, count in (("train", 6), ("test", 2)):
+        for label, name in enumerate(("ant", "bee", "cat")):
+            (root / part / name).mkdir(parents=True)
+            for i in range(count):
+                pixels = random.integers(0, 120, (16, 16, 3)) + 60 * label
+                Image.fromarray(pixels.astype(np.uint8)).save(root / part / name / f"{i}.png")
+    return root
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    path = tmp_path / "mine.toml"
+    path.write_text('[parameterization]\nmethod = "speed"\nimages_per_class = 3\nD = 8\nK = 8\nH = 2\nR = 1\nk = 6\n'
+                    'patch = 4\nfit_steps = 5\n[objective.dm]\nsteps = 2\nbatch = 4\n')
+    return path

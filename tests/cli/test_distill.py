@@ -4,34 +4,10 @@ from __future__ import annotations
 
 import json
 
-import numpy as np
 import pytest
-from PIL import Image
 
 import speedk
 from speedk.cli import main
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """An image folder: three classes of 16 px, six training and two test images each."""
-    root = tmp_path_factory.mktemp("images")
-    random = np.random.default_rng(0)
-    for part, count in (("train", 6), ("test", 2)):
-        for label, name in enumerate(("ant", "bee", "cat")):
-            (root / part / name).mkdir(parents=True)
-            for i in range(count):
-                pixels = random.integers(0, 120, (16, 16, 3)) + 60 * label
-                Image.fromarray(pixels.astype(np.uint8)).save(root / part / name / f"{i}.png")
-    return root
-
-
-@pytest.fixture
-def recipe(tmp_path):
-    path = tmp_path / "mine.toml"
-    path.write_text('[parameterization]\nmethod = "speed"\nimages_per_class = 3\nD = 8\nK = 8\nH = 2\nR = 1\nk = 6\n'
-                    'patch = 4\nfit_steps = 5\n[objective.dm]\nsteps = 2\nbatch = 4\n')
-    return path
 
 
 def distill(*arguments):

@@ -194,3 +194,11 @@ def test_the_cosine_schedule_ends_at_zero_and_resumes(real, tmp_path):
 def test_rates_must_name_a_group(real, tmp_path):
     with pytest.raises(ConfigError, match="no parameter group 'smc'.*did you mean 'scm'"):
         loop.distill(small(**{"rates.smc": 0.1}), real, tmp_path / "run")
+
+
+def test_a_run_out_of_minutes_leaves_a_file_that_says_so_and_goes_on(real, tmp_path):
+    whole = loop.distill(small(), real, tmp_path / "whole").read_bytes()
+    partial = speedk.load(loop.distill(small(), real, tmp_path / "run", minutes=0))
+    assert partial.header["objective"] == {"name": "dm", "lr": 0.01, "steps": 1}
+    assert partial.header["recipe"]["objective"]["steps"] == 6
+    assert loop.distill(small(), real, tmp_path / "run", resume=True).read_bytes() == whole

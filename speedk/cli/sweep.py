@@ -1,0 +1,190 @@
+"""speedk sweep: a grid over recipe fields, each cell distilled and evaluated."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import itertools
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from speedk.errors import ConfigError
+
+if TYPE_CHECKING:
+    from speedk.distillation.plan import Plan
+    from speedk.evaluation.cell import Evaluation
+
+HELP = "Distil and evaluate a grid over recipe fields, and draw accuracy against storage."
+EPILOG = """\
+Each cell is a run directory in DIR; a cell that is finished is not run again, and one that was stopped goes on.
+DIR then holds sweep.jsonl (a line a cell) and sweep.png. A cell over the storage budget needs budget=off.
+
+examples:
+  speedk sweep --recipe cifar10-ipc10-speed --data DIR k=12,24,48
+  speedk sweep --recipe cifar10-ipc10-speed --data DIR k=24,48,96 budget=off --networks convnet,mlp
+  speedk sweep --dataset digits k=6,12,24 sparsify=global,local --steps 60
+  speedk sweep --recipe cifar100-ipc1-speed --data DIR H=1 images_per_class=33 --dry-run
+"""
+LOWER = "lower batch (as in batch=64), images_per_class or --runs"
+
+_DATA = {"resolution", "normaliser", "split"}  # fields on which the images in memory depend
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("fields", metavar="key=a,b,c", nargs="*",
+                        help="a recipe field and its values, one value to fix it (see `speedk recipes show`)")
+    parser.add_argument("--recipe", metavar="NAME|FILE", help="see `speedk recipes` (default: that of the row)")
+    parser.add_argument("--dataset", metavar="NAME", help="as for distill (default: the recipe's, or digits)")
+    parser.add_argument("--data", metavar="DIR", type=Path, help="a folder of images, as for distill")
+    parser.add_argument("--ipc", metavar="N", type=int, help="images per class whose storage may be used (default: 1)")
+    parser.add_argument("--method", metavar="NAME", help="speed or pixels (default: speed)")
+    parser.add_argument("--objective", metavar="NAME", default="auto", help="as for distill (default: auto)")
+    parser.add_argument("--network", metavar="NAME", help="the student (default: the recipe's, or convnet)")
+    parser.add_argument("--networks", metavar="A,B", default="convnet", help="that test each cell (default: convnet)")
+    parser.add_argument("--runs", metavar="N", type=int, default=5, help="fresh networks of each kind (default: 5)")
+    parser.add_argument("--protocol", choices=("paper", "quick"), default="quick", help="default: quick")
+    parser.add_argument("--epochs", metavar="N", type=int, help="of evaluation, in place of the protocol's")
+    parser.add_argument("--steps", metavar="N", type=int, help="outer iterations (default: the recipe's)")
+    parser.add_argument("--seed", metavar="S", type=int, help="of everything random in distilling (default: 0)")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: auto")
+    parser.add_argument("--out", metavar="DIR", type=Path, help="default: under runs/")
+    parser.add_argument("--dry-run", action="store_true", help="print the grid and its storage, and stop")
+
+
+def run(args: argparse.Namespace) -> int:
+    from speedk.cli import _curves
+    from speedk.cli._progress import Bars
+    from speedk.evaluation import cell
+    from speedk.files import write_atomic
+
+    grid = _grid(args.fields)
+    how = _evaluation(args)
+    plans = _plans(args, grid)
+    out = plans[0].out.parent
+    print(_listing(plans, grid, how), flush=True)
+    if args.dry_run:
+        return 0
+    lines: list[dict[str, Any]] = []
+    for made, fields in zip(plans, grid, strict=True):
+        known = cell.found(made, how) is not None
+        print(f"\n{made.out}{': finished before' if known else ''}", flush=True)
+        bars = Bars()
+        try:
+            line = cell.measure(made, how, progress=bars.progress())
+        finally:
+            bars.close()
+        lines.append({"fields": fields, **line})
+        write_atomic(out / "sweep.jsonl", "".join(json.dumps(entry) + "\n" for entry in lines).encode())
+    print(f"\n{_table(lines)}\n\n{out / 'sweep.jsonl'}")
+    _curves.draw(out / "sweep.png", lambda: _picture(lines, plans[0]))
+    return 0
+
+
+def _grid(pairs: list[str]) -> list[dict[str, Any]]:
+    """["k=24,48", "R=1"] -> [{"k": 24, "R": 1}, {"k": 48, "R": 1}]: the first field varies slowest."""
+    from speedk.distillation.recipe import parse_overrides
+
+    values: dict[str, list[Any]] = {}
+    for pair in pairs:
+        key, equals, text = pair.partition("=")
+        if key in values:
+            raise ConfigError(f"{key} is given twice: say all its values at once, as in {key}=a,b")
+        texts = text.split(",")
+        if not equals or not all(texts):
+            raise ConfigError(f"{pair!r} is not key=a,b,c")
+        values[key] = [parse_overrides([f"{key}={one}"])[key] for one in texts]
+        if len(set(texts)) < len(texts):
+            raise ConfigError(f"{pair!r} has a value twice")
+    if not any(len(found) > 1 for found in values.values()):
+        raise ConfigError("give a field and the values it shall take, as in k=24,48,96")
+    return [dict(zip(values, chosen)) for chosen in itertools.product(*values.values())]
+
+
+def _evaluation(args: argparse.Namespace) -> Evaluation:
+    from speedk import networks
+    from speedk.evaluation.cell import Evaluation
+
+    names = tuple(networks.given(name.strip()) for name in args.networks.split(",") if name.strip())
+    if not names or args.runs < 1:
+        raise ConfigError(f"there is nothing to run: --networks {args.networks}, --runs {args.runs}")
+    return Evaluation(names, args.runs, args.protocol, args.epochs)
+
+
+def _plans(args: argparse.Namespace, grid: list[dict[str, Any]]) -> list[Plan]:
+    """A plan for each cell. Raises ConfigError, before anything runs, where one cannot be."""
+    from speedk.distillation import plan as plans
+
+    varied = _varied(grid)
+    real, made = None, []
+    for fields in grid:
+        changes = dict(fields) | ({"objective.network": args.network} if args.network else {})
+        out = (args.out or Path("runs") / "sweep") / (_short({name: fields[name] for name in varied}))
+        try:
+            planned = plans.plan(args.dataset, data=args.data, ipc=args.ipc, method=args.method,
+                                 objective=args.objective, recipe=args.recipe, out=out, seed=args.seed,
+                                 device=args.device, steps=args.steps, overrides=changes, progress=True, real=real)
+        except ConfigError as error:
+            raise ConfigError(f"{_short(fields)}: {error}") from None
+        if args.out is None:  # named after the run, which is known now
+            run = f"sweep-{planned.recipe.about.name}-{planned.recipe.objective_name}-{'-'.join(varied)}"
+            planned = dataclasses.replace(planned, out=Path("runs") / run / out.name)
+        if not {name.rpartition(".")[2] for name in varied} & _DATA:
+            real = planned.real
+        made.append(planned)
+    return made
+
+
+def _varied(grid: list[dict[str, Any]]) -> list[str]:
+    return [name for name in grid[0] if any(fields[name] != grid[0][name] for fields in grid)]
+
+
+def _short(fields: dict[str, Any]) -> str:
+    return ",".join(f"{name}={value}" for name, value in fields.items()).replace("/", "_")
+
+
+def _listing(plans: list[Plan], grid: list[dict[str, Any]], how: Evaluation) -> str:
+    from speedk.cli._text import table
+
+    first, varied = plans[0], _varied(grid)
+    fixed = _short({name: value for name, value in grid[0].items() if name not in varied})
+    rows = [("cell", "counted", "budget", "")]
+    for made, fields in zip(plans, grid, strict=True):
+        spent = made.recipe.budget(made.real.geometry)
+        rows.append((_short({name: fields[name] for name in varied}), f"{spent.counted:,.0f}", f"{spent.allowed:,}",
+                     "over" if spent.counted > spent.allowed else ""))
+    facts = [("grid", f"{len(plans)} cells of {first.recipe.about.name}" + (f" with {fixed}" if fixed else "")),
+             ("data", f"{first.real.name}, split {first.real.split}"
+                      + (f"; {first.real.note}" if first.real.note else "")),
+             ("objective", first.chosen),
+             ("tested by", f"{how.runs} of {', '.join(how.networks)}, protocol {how.protocol}"),
+             ("device", str(first.device)), ("out", str(first.out.parent))]
+    return f"{table(facts)}\n\n{table(rows, numbers=(1, 2))}"
+
+
+def _table(lines: list[dict[str, Any]]) -> str:
+    from speedk.cli._text import table
+
+    names = [result["network"] for result in lines[0]["results"]]
+    varied = _varied([line["fields"] for line in lines])
+    rows = [["cell", "N/c", "counted", "of budget", *names]]
+    for line in lines:
+        accuracies = ["failed" if r["mean"] is None else f"{r['mean']:.2f} +- {r['std']:.2f}" for r in line["results"]]
+        rows.append([_short({name: line["fields"][name] for name in varied}), str(line["images_per_class"]),
+                     f"{line['numbers']:,}", f"{line['numbers'] / line['budget']:.0%}", *accuracies])
+    return table(rows, numbers=range(1, len(rows[0])))
+
+
+def _picture(lines: list[dict[str, Any]], first: Plan) -> bytes:
+    from speedk.evaluation import plots
+
+    varied = _varied([line["fields"] for line in lines])
+    points: dict[str, list[tuple[float, float, float, str]]] = {}
+    for line in lines:
+        label = _short({name: line["fields"][name] for name in varied})
+        for result in line["results"]:
+            if result["mean"] is not None:
+                points.setdefault(result["network"], []).append((line["numbers"], result["mean"], result["std"], label))
+    if not points:
+        raise ConfigError("every run failed: there is nothing to draw")
+    return plots.storage(points, f"{first.recipe.about.name}, {first.recipe.objective_name}")

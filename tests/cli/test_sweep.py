@@ -1,0 +1,105 @@
+"""speedk sweep: the grid, its cells, what is skipped and what goes on."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+import speedk
+from speedk.cli import main, sweep
+from speedk.distillation import loop
+from speedk.errors import ConfigError
+
+
+@pytest.fixture
+def run(folder, recipe, tmp_path, monkeypatch):
+    """Sweep the folder's images at 2 images a class into `grid`, tested by one MLP for an epoch."""
+    monkeypatch.chdir(tmp_path)
+    common = ["--data", folder, "--recipe", recipe, "--ipc", 2, "--out", "grid", "--networks", "mlp", "--runs", 1,
+              "--epochs", 1, "--objective", "dm"]
+    return lambda *words: main(["sweep", *map(str, [*common, *words])])
+
+
+def lines(tmp_path):
+    return [json.loads(line) for line in (tmp_path / "grid/sweep.jsonl").read_text().splitlines()]
+
+
+def test_a_grid_is_run_once_and_drawn(run, tmp_path, capsys, monkeypatch):
+    assert run("k=2,6", "R=1") == 0
+    page = capsys.readouterr().out
+    assert "2 cells of custom with R=1" in page and "sweep.png" in page and "of budget" in page
+    found = lines(tmp_path)
+    assert [line["fields"] for line in found] == [{"k": 2, "R": 1}, {"k": 6, "R": 1}]
+    for line, k in zip(found, (2, 6)):
+        loaded = speedk.load(tmp_path / f"grid/k={k}/distilled.safetensors")
+        assert loaded.header["spec"]["k"] == k and line["checksum"] == loaded.fingerprint
+        assert line["numbers"] == loaded.header["numbers"] and (line["steps"], line["steps_of"]) == (2, 2)
+        assert line["results"][0]["network"] == "mlp" and len(line["results"][0]["accuracies"]) == 1
+    assert (tmp_path / "grid/sweep.png").read_bytes().startswith(b"\x89PNG")
+
+    def never(*_, **__):
+        raise AssertionError("a finished cell ran again")
+
+    monkeypatch.setattr(loop, "distill", never)
+    assert run("k=2,6", "R=1") == 0
+    assert capsys.readouterr().out.count("finished before") == 2 and lines(tmp_path) == found
+
+
+def test_a_stopped_grid_goes_on_and_a_longer_one_keeps_its_cells(run, tmp_path, monkeypatch):
+    step, calls = loop.Run.advance, []
+
+    def stop(self):
+        calls.append(self.recipe.parameterization.k)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return step(self)
+
+    monkeypatch.setattr(loop.Run, "advance", stop)
+    assert run("k=2,6") == 130
+    assert calls == [2, 2, 6, 6] and len(lines(tmp_path)) == 1
+    assert run("k=2,6,4") == 0
+    assert set(calls[4:]) == {4, 6} and [line["fields"]["k"] for line in lines(tmp_path)] == [2, 6, 4]
+    before = len(calls)
+    assert run("k=2,6", "--runs", 2) == 0  # evaluated anew, not distilled anew
+    assert len(calls) == before and len(lines(tmp_path)[0]["results"][0]["accuracies"]) == 2
+
+
+def test_a_cell_over_the_budget_needs_to_be_allowed(run, tmp_path, capsys):
+    assert run("k=6,40", "images_per_class=25") == 1
+    said = capsys.readouterr().err
+    assert "k=40,images_per_class=25: over the budget" in said and "budget=off" in said
+    assert not (tmp_path / "grid").exists()
+    assert run("k=6,40", "images_per_class=25", "budget=off", "--dry-run") == 0
+    assert "over" in capsys.readouterr().out and not (tmp_path / "grid").exists()
+
+
+@pytest.mark.parametrize(("words", "message"), [
+    (["k=3"], "give a field and the values it shall take"),
+    ([], "give a field and the values"),
+    (["k=2,"], "'k=2,' is not key=a,b,c"),
+    (["k=2,3", "k=4"], "k is given twice"),
+    (["k=2,2"], "'k=2,2' has a value twice"),
+    (["kk=2,3"], "no recipe field 'kk'"),
+    (["k=2,3", "--networks", "mpl"], "did you mean 'mlp'"),
+    (["k=2,3", "--runs", "0"], "there is nothing to run"),
+])
+def test_one_line_for_each_mistake(run, capsys, words, message):
+    assert run(*words) == 1
+    said = capsys.readouterr().err
+    assert message in said and said.count("\n") == 1
+
+
+def test_the_grid_varies_its_last_field_fastest():
+    assert sweep._grid(["a=1,2", "b=x", "c=0.5,1e-3"]) == [
+        {"a": 1, "b": "x", "c": 0.5}, {"a": 1, "b": "x", "c": 1e-3},
+        {"a": 2, "b": "x", "c": 0.5}, {"a": 2, "b": "x", "c": 1e-3}]
+    with pytest.raises(ConfigError):
+        sweep._grid(["a=1"])
+
+
+def test_without_matplotlib_the_numbers_are_there(run, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "matplotlib.figure", None)
+    assert run("k=2,6") == 0
+    assert 'pip install "speedk[plots]"' in capsys.readouterr().out and len(lines(tmp_path)) == 2
+    assert not (tmp_path / "grid/sweep.png").exists()
