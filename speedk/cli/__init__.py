@@ -85,9 +85,18 @@ class _Parser(argparse.ArgumentParser):
             (file or sys.stderr).write(message)
 
 
+class _Help(argparse.HelpFormatter):
+    """Leaves room for every command's name beside its help: argparse counts their indent two columns too small."""
+
+    def add_argument(self, action):
+        super().add_argument(action)
+        if isinstance(action, argparse._SubParsersAction):
+            self._action_max_length += 2
+
+
 def _parser(modules: dict[str, ModuleType]) -> argparse.ArgumentParser:
     parser = _Parser("speedk", description=_DESCRIPTION, allow_abbrev=False,
-                     epilog="`speedk COMMAND --help` says more about each command.")
+                     epilog="`speedk COMMAND --help` says more about each command.", formatter_class=_Help)
     parser.add_argument("--version", action="version", version=f"speedk {__version__}")
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
     for name, module in modules.items():
