@@ -6,16 +6,23 @@ import dataclasses
 import json
 import subprocess
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import torch
 
 import speedk
-from speedk.distillation import artifact
+from speedk.distillation import artifact, coreset
 from speedk.distillation.loop import Progress
 from speedk.distillation.plan import Plan
+from speedk.evaluation import sources
 from speedk.evaluation.evaluate import evaluate
 from speedk.files import write_atomic
+
+if TYPE_CHECKING:
+    from speedk.data import RealData
 
 NAME = "cell.json"
 
@@ -33,12 +40,7 @@ class Evaluation:
 
 def found(made: Plan, how: Evaluation) -> dict[str, Any] | None:
     """What `measure` found in the run directory of `made` before, if that was all of it, or None."""
-    earlier = _read(made.out / NAME)
-    if earlier.get("wanted") != _wanted(made, how):
-        return None
-    line = earlier.get("found")
-    complete = line is not None and line["steps"] == made.recipe.objective.steps and not _failed(line)
-    return line if complete else None
+    return _found(made.out, _wanted(made.recipe.to_dict(), made.real, how))
 
 
 def measure(made: Plan, how: Evaluation, *, minutes: float | None = None, progress: Progress | None = None,
@@ -48,42 +50,95 @@ def measure(made: Plan, how: Evaluation, *, minutes: float | None = None, progre
     What was done before in its run directory is not done again; with `minutes`, distilling stops after so long, and the
     set is evaluated as it then is ("steps" of "steps_of"). The line also stays in the directory, as cell.json.
     """
-    if (line := found(made, how)) is not None:
+    def distil() -> Path:
+        return made.run(resume=True, progress=progress, minutes=minutes)
+
+    def describe(path: Path) -> dict[str, Any]:
+        recipe, loaded = made.recipe, artifact.load(path)
+        return {"recipe": recipe.about.name, "ipc": recipe.data.ipc, "method": recipe.method,
+                "objective": recipe.objective_name, "seed": recipe.run.seed,
+                "steps": loaded.header["objective"].get("steps", recipe.objective.steps),
+                "steps_of": recipe.objective.steps, **_stored(loaded)}
+
+    return _measure(made.out, made.real, made.device, _wanted(made.recipe.to_dict(), made.real, how), how, distil,
+                    describe, bars)
+
+
+def measure_coreset(real: RealData, method: str, ipc: int, how: Evaluation, out: Path, *, seed: int = 0,
+                    device: torch.device | str = "cpu", bars: bool | None = None) -> dict[str, Any]:
+    """`measure` for real images chosen by `method` (see `speedk.distillation.coreset`)."""
+    def choose() -> Path:
+        path = out / "distilled.safetensors"
+        if not path.exists():
+            out.mkdir(parents=True, exist_ok=True)
+            coreset.save(path, real, coreset.choose(real, method, ipc, seed=seed, device=device), method, seed=seed)
+        return path
+
+    def describe(path: Path) -> dict[str, Any]:
+        return {"recipe": "", "ipc": ipc, "method": "coreset", "objective": method, "seed": seed, "steps": 0,
+                "steps_of": 0, **_stored(artifact.load(path))}
+
+    return _measure(out, real, device, _wanted({"coreset": method, "ipc": ipc, "seed": seed}, real, how), how, choose,
+                    describe, bars)
+
+
+def measure_whole(real: RealData, how: Evaluation, out: Path, *, device: torch.device | str = "cpu",
+                  bars: bool | None = None) -> dict[str, Any]:
+    """`measure` for the whole data set: the upper bound."""
+    def source() -> sources.Source:
+        out.mkdir(parents=True, exist_ok=True)
+        return sources.whole(real)
+
+    def describe(_: Any) -> dict[str, Any]:
+        images = len(real.train)
+        return {"recipe": "", "ipc": 0, "method": "whole", "objective": "", "seed": how.seed, "steps": 0, "steps_of": 0,
+                "images_per_class": images // real.geometry.classes, "numbers": images * real.geometry.pixels,
+                "budget": 0, "checksum": ""}
+
+    return _measure(out, real, device, _wanted({"whole": True}, real, how), how, source, describe, bars)
+
+
+def _measure(out: Path, real: RealData, device: torch.device | str, wanted: dict[str, Any], how: Evaluation,
+             make: Callable[[], Any], describe: Callable[[Any], dict[str, Any]], bars: bool | None) -> dict[str, Any]:
+    if (line := _found(out, wanted)) is not None:
         return line
-    record = made.out / NAME
+    record = out / NAME
     spent, began = float(_read(record).get("seconds", 0.0)), time.monotonic()
     try:
-        path = made.run(resume=True, progress=progress, minutes=minutes)
+        source = make()
     finally:  # an interrupted run goes on, and so does its clock
-        if made.out.is_dir():
-            spent += time.monotonic() - began
+        spent += time.monotonic() - began
+        if out.is_dir():
             _write(record, {"seconds": spent})
-    report = evaluate(path, made.real, networks=how.networks, runs=how.runs, protocol=how.protocol, epochs=how.epochs,
-                      seed=how.seed, device=made.device, progress=bars, out=made.out / "evaluation.json")
-    line = _line(made, path, spent, report.to_dict())
-    _write(record, {"seconds": spent, "wanted": _wanted(made, how), "found": line})
+    report = evaluate(source, real, networks=how.networks, runs=how.runs, protocol=how.protocol, epochs=how.epochs,
+                      seed=how.seed, device=device, progress=bars, out=out / "evaluation.json").to_dict()
+    line = {
+        "dataset": real.name, "split": real.split, "resolution": real.geometry.resolution, **describe(source),
+        "distil_seconds": round(spent, 1), "evaluate_seconds": report["seconds"], "device": report["device"],
+        "protocol": report["protocol"], "evaluation_seed": report["seed"], "results": report["results"],
+        "version": speedk.__version__, "commit": _commit(), "date": time.strftime("%Y-%m-%d", time.gmtime()),
+    }
+    _write(record, {"seconds": spent, "wanted": wanted, "found": line})
     return line
 
 
-def _line(made: Plan, path: Path, seconds: float, report: dict[str, Any]) -> dict[str, Any]:
-    recipe, loaded = made.recipe, artifact.load(path)
-    steps = loaded.header["objective"].get("steps", recipe.objective.steps)
-    return {
-        "recipe": recipe.about.name, "dataset": made.real.name, "split": made.real.split, "ipc": recipe.data.ipc,
-        "method": recipe.method, "objective": recipe.objective_name, "seed": recipe.run.seed,
-        "steps": steps, "steps_of": recipe.objective.steps,
-        "images_per_class": len(loaded) // made.real.geometry.classes,
-        "numbers": loaded.header["numbers"], "budget": loaded.header["budget"],
-        "distil_seconds": round(seconds, 1), "evaluate_seconds": report["seconds"], "device": report["device"],
-        "protocol": report["protocol"], "evaluation_seed": report["seed"], "results": report["results"],
-        "checksum": loaded.fingerprint, "version": speedk.__version__, "commit": _commit(),
-        "date": time.strftime("%Y-%m-%d", time.gmtime()),
-    }
+def _stored(loaded: artifact.Distilled) -> dict[str, Any]:
+    return {"images_per_class": len(loaded) // loaded.geometry.classes, "numbers": loaded.header["numbers"],
+            "budget": loaded.header["budget"], "checksum": loaded.fingerprint}
 
 
-def _wanted(made: Plan, how: Evaluation) -> dict[str, Any]:
-    return json.loads(json.dumps({"recipe": made.recipe.to_dict(), "data": made.real.fingerprint,
-                                  "evaluation": dataclasses.asdict(how)}))
+def _found(out: Path, wanted: dict[str, Any]) -> dict[str, Any] | None:
+    earlier = _read(out / NAME)
+    if earlier.get("wanted") != wanted:
+        return None
+    line = earlier.get("found")
+    complete = line is not None and line["steps"] == line["steps_of"] and not _failed(line)
+    return line if complete else None
+
+
+def _wanted(what: dict[str, Any], real: RealData, how: Evaluation) -> dict[str, Any]:
+    """All that a line depends on, as JSON gives it back."""
+    return json.loads(json.dumps({"what": what, "data": real.fingerprint, "evaluation": dataclasses.asdict(how)}))
 
 
 def _failed(line: dict[str, Any]) -> bool:

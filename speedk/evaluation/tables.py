@@ -1,0 +1,235 @@
+"""The paper's tables: their cells, the run that each is, and the page that is made of what was measured."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from speedk.errors import ConfigError, DataError
+from speedk.files import write_atomic
+from speedk.registry import nearest
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+RUNS = 5
+"""Networks that each published number is the mean of."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """The run behind a cell. kind: "recipe", "coreset" or "whole"; name: of the recipe, the coreset's method, or "";
+    data: the data set's name in the tables; fields: recipe fields that differ, as sorted pairs."""
+
+    kind: str
+    name: str
+    data: str
+    ipc: int
+    objective: str = ""
+    fields: tuple[tuple[str, Any], ...] = ()
+
+    @property
+    def dataset(self) -> str:
+        """The data set's name in the catalogue."""
+        return self.data.removesuffix("256") if self.data.startswith("imagenette") else self.data
+
+    @property
+    def folder(self) -> str:
+        """A name for its run directory."""
+        changed = [f"{name}={value}" for name, value in self.fields]
+        parts = {"recipe": [self.name, self.objective, *changed],
+                 "coreset": [f"{self.data}-ipc{self.ipc}", self.name], "whole": [self.data, "whole"]}[self.kind]
+        return "-".join(parts)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One number of a table. published: "45.0±0.4", or "" where the paper has none; target: None where it is not part
+    of speedk."""
+
+    table: str
+    row: str
+    column: str
+    network: str
+    published: str
+    target: Target | None
+
+
+@dataclass(frozen=True)
+class Table:
+    name: str
+    title: str
+    note: str
+    rows: tuple[str, ...]
+    columns: tuple[str, ...]
+    cells: tuple[Cell, ...]
+
+    def select(self, rows: Sequence[str] = (), columns: Sequence[str] = ()) -> list[Cell]:
+        """Cells that have a number and a run, of the named rows and columns (default: all), upper and lower case alike.
+        Raises ConfigError for a name that there is not, and where nothing is left."""
+        wanted = [self._named(rows, self.rows, "row"), self._named(columns, self.columns, "column")]
+        found = [c for c in self.cells if c.row in wanted[0] and c.column in wanted[1] and c.published]
+        able = [c for c in found if c.target is not None]
+        if not able:
+            raise ConfigError(f"table {self.name} has no number there" if not found else
+                              f"{found[0].row} is another paper's method, which is not part of speedk")
+        return able
+
+    def _named(self, asked: Sequence[str], known: Sequence[str], what: str) -> list[str]:
+        folded = {name.casefold(): name for name in known}
+        for name in asked:
+            if name.casefold() not in folded:
+                raise ConfigError(f"table {self.name} has no {what} {name!r}{nearest(name, list(known))}; there are "
+                                  f"{'; '.join(known)}")
+        return [folded[name.casefold()] for name in asked] or list(known)
+
+
+def tables() -> dict[str, Table]:
+    """The paper's tables by their number."""
+    text = (resources.files("speedk.evaluation") / "paper.toml").read_text(encoding="utf-8")
+    return {name: _table(name, found) for name, found in tomllib.loads(text).items()}
+
+
+def table(name: str) -> Table:
+    """Raises ConfigError where there is none of that number."""
+    known = tables()
+    if name not in known:
+        raise ConfigError(f"there is no table {name!r}, only {', '.join(known)}")
+    return known[name]
+
+
+def _table(name: str, found: Mapping[str, Any]) -> Table:
+    cells = []
+    for row in found["rows"]:
+        for column, published in zip(found["columns"], row["published"].split(), strict=True):
+            facts = {**found.get("common", {}), **column, **row}
+            cells.append(Cell(name, row["name"], column["name"], facts["network"], published.replace("-", ""),
+                              _target(facts)))
+    return Table(name, found["title"], found.get("note", ""), tuple(row["name"] for row in found["rows"]),
+                 tuple(column["name"] for column in found["columns"]), tuple(cells))
+
+
+def _target(facts: Mapping[str, Any]) -> Target | None:
+    data, ipc = facts["data"], facts["ipc"]
+    if "coreset" in facts:
+        return Target("coreset", facts["coreset"], data, ipc)
+    if "whole" in facts:
+        return Target("whole", "", data, 0)
+    if "method" in facts:
+        return Target("recipe", f"{data}-ipc{ipc}-{facts['method']}", data, ipc, facts["objective"],
+                      tuple(sorted(facts.get("fields", {}).items())))
+    return None
+
+
+def cell_line(cell: Cell, measured: Mapping[str, Any]) -> dict[str, Any]:
+    """What the results file says of one cell: the table's facts, and of the run what belongs to the cell's network."""
+    result = next(r for r in measured["results"] if r["network"] == cell.network)
+    rest = {name: value for name, value in measured.items() if name != "results"}
+    return {"table": cell.table, "row": cell.row, "column": cell.column, "network": cell.network,
+            "published": cell.published, "mean": result["mean"], "std": result["std"],
+            "runs": len(result["accuracies"]), "accuracies": result["accuracies"], **rest}
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """The lines of a results file; none where there is no file. Raises DataError for a line that is none of ours."""
+    if not path.exists():
+        return []
+    lines = []
+    for number, text in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            line = json.loads(text)
+            _key(line), line["mean"], line["published"]
+        except (ValueError, KeyError, TypeError):
+            raise DataError(f"line {number} of {path} is not a measured cell") from None
+        lines.append(line)
+    return lines
+
+
+def append(path: Path, lines: Sequence[Mapping[str, Any]]) -> None:
+    """Add `lines` to the results file, but for those that it has already."""
+    before = read(path)
+    new = [line for line in lines if line not in before]
+    if new:
+        write_atomic(path, "".join(json.dumps(line) + "\n" for line in [*before, *new]).encode())
+
+
+def _key(line: Mapping[str, Any]) -> tuple[str, str, str]:
+    return line["table"], line["row"], line["column"]
+
+
+def page(lines: Sequence[Mapping[str, Any]]) -> str:
+    """Markdown of all tables: published and measured, from the lines of a results file alone. Where a cell was measured
+    several times its last line counts."""
+    last = {_key(line): line for line in lines}
+    parts = [_HEAD]
+    for found in tables().values():
+        parts.append(f"## Table {found.name}: {found.title}\n")
+        parts.append(_grid(found, last))
+        if found.note:
+            parts.append(f"{found.note}\n")
+        mine = [last[c.table, c.row, c.column] for c in found.cells if (c.table, c.row, c.column) in last]
+        parts.append(_details(mine) if mine else "Nothing of this table has been run yet.\n")
+    return "\n".join(parts)
+
+
+_HEAD = """# The paper's tables, published and measured
+
+Made by `speedk reproduce` from its lines of JSON and nothing else. Each cell is published / **measured**, in per cent
+of the test set. "not run" has a command (`speedk reproduce TABLE --row ROW --column COLUMN`), "-" is a number that the
+paper does not have, and "n/a" another paper's method, which is not part of speedk. Published numbers are the best of ten
+checkpoints on the test set, measured ones those after the last epoch. A star marks a run that is not the recipe's own
+under the full protocol: the lines below the table say in what.
+"""
+
+
+def _grid(found: Table, last: Mapping[tuple[str, str, str], Mapping[str, Any]]) -> str:
+    rows = [["", *found.columns], ["---"] * (1 + len(found.columns))]
+    for row in found.rows:
+        cells = [c for c in found.cells if c.row == row]
+        rows.append([row, *(_shown(c, last.get((c.table, c.row, c.column))) for c in cells)])
+    return "".join("| " + " | ".join(row) + " |\n" for row in rows)
+
+
+def _shown(cell: Cell, line: Mapping[str, Any] | None) -> str:
+    if not cell.published:
+        return "-"
+    if line is None:
+        return f"{cell.published} / {'n/a' if cell.target is None else 'not run'}"
+    return f"{cell.published} / **{_accuracy(line)}**{'*' if _short_of(line) else ''}"
+
+
+def _accuracy(line: Mapping[str, Any]) -> str:
+    return "failed" if line["mean"] is None else f"{line['mean']:.1f}±{line['std']:.1f}"
+
+
+def _short_of(line: Mapping[str, Any]) -> str:
+    """In which way a run is not the recipe's own under the published protocol, or ""."""
+    reasons = []
+    if line["steps"] < line["steps_of"]:
+        reasons.append(f"{line['steps']:,} of {line['steps_of']:,} steps")
+    reasons += [f"{name}={value}" for name, value in line.get("changed", {}).items()]
+    if line["protocol"]["name"] not in ("paper", "whole"):
+        reasons.append(f"{line['protocol']['epochs']:,} epochs of evaluation")
+    if line["runs"] < RUNS:
+        reasons.append(f"{line['runs']} networks")
+    return ", ".join(reasons)
+
+
+def _details(lines: Sequence[Mapping[str, Any]]) -> str:
+    rows = [["row", "column", "measured", "runs", "numbers", "of budget", "steps", "distilled in", "device", "split",
+             "protocol", "seed", "version", "date", "not as published"], ["---"] * 15]
+    for line in lines:
+        version = f"{line['version']} {line['commit']}".strip()
+        budget = f"{line['numbers'] / line['budget']:.0%}" if line["budget"] else "-"
+        protocol = f"{line['protocol']['name']}, {line['protocol']['standardisation']}"
+        rows.append([line["row"], line["column"], _accuracy(line), str(line["runs"]), f"{line['numbers']:,}", budget,
+                     f"{line['steps']:,}", f"{line['distil_seconds'] / 60:,.1f} min", line["device"], line["split"],
+                     protocol, str(line["seed"]), version, line["date"], _short_of(line) or "-"])
+    return "".join("| " + " | ".join(row) + " |\n" for row in rows)

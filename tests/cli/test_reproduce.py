@@ -1,0 +1,87 @@
+"""speedk reproduce, on a table of its own whose runs are small."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from speedk.cli import main
+from speedk.distillation import loop
+from speedk.evaluation import tables
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    found = {"title": "Digits", "common": {"data": "digits", "ipc": 1},
+             "columns": [{"name": "MLP", "network": "mlp"}],
+             "rows": [{"name": "Random", "coreset": "random", "published": "50.0±1.0"},
+                      {"name": "DM", "method": "pixels", "objective": "dm", "published": "60.0±1.0"},
+                      {"name": "Whole", "whole": True, "published": "95.0±1.0"},
+                      {"name": "Other", "published": "70.0±1.0"}]}
+    monkeypatch.setattr(tables, "tables", lambda: {"T": tables._table("T", found)})
+    monkeypatch.chdir(tmp_path)
+    return lambda *words: main(["reproduce", *words])
+
+
+def lines(tmp_path):
+    return [json.loads(text) for text in (tmp_path / "tables.jsonl").read_text().splitlines()]
+
+
+def test_rows_are_run_once_and_written_down(run, tmp_path, capsys, monkeypatch):
+    small = ["--protocol", "quick", "--runs", "2"]
+    assert run("T", "--row", "random", *small) == 0
+    assert run("T", "--row", "Whole", "--runs", "1") == 0
+    assert run("T", "--row", "DM", "steps=2", "batch=4", *small) == 0
+    page = capsys.readouterr().out
+    assert "speedk coreset --dataset digits --ipc 1 --method random" in page
+    assert "speedk distill --recipe digits-ipc1-pixels --objective dm steps=2 batch=4" in page
+    found = lines(tmp_path)
+    assert [line["row"] for line in found] == ["Random", "Whole", "DM"]
+    random, whole, matched = found
+    assert random["numbers"] == matched["numbers"] == 10 * 1024 and whole["numbers"] == 1438 * 1024
+    assert matched["changed"] == {"steps": 2, "batch": 4} and (matched["steps"], matched["steps_of"]) == (2, 2)
+    assert whole["mean"] > 80 > random["mean"] and len(matched["accuracies"]) == 2
+    assert "**" in (tmp_path / "tables.md").read_text() and "70.0±1.0 / n/a" in (tmp_path / "tables.md").read_text()
+
+    monkeypatch.setattr(loop, "distill", None)  # nothing is distilled again
+    assert run("T", "--row", "DM", "batch=4", "steps=2", *small) == 0
+    assert len(lines(tmp_path)) == 3
+    assert run() == 0
+    assert "not part of speedk" in capsys.readouterr().out
+
+
+def test_what_the_minutes_did_not_reach_goes_on(run, tmp_path, capsys):
+    words = ["T", "--row", "DM", "steps=3", "batch=4", "--protocol", "quick", "--runs", "1"]
+    assert run(*words, "--budget", "1e-6") == 0
+    assert "after 1 of 3 steps" in capsys.readouterr().out
+    assert "1 of 3 steps" in (tmp_path / "tables.md").read_text()
+    assert run(*words) == 0
+    assert [line["steps"] for line in lines(tmp_path)] == [1, 3]
+    assert lines(tmp_path)[1]["distil_seconds"] > lines(tmp_path)[0]["distil_seconds"]
+
+
+@pytest.mark.parametrize(("words", "message"), [
+    (["X"], "there is no table 'X', only T"),
+    (["T", "--row", "Randm"], "did you mean 'Random'"),
+    (["T", "--row", "Other"], "another paper's method"),
+    (["T", "T"], "one table at a time"),
+    (["T", "k=3"], "key=value changes a recipe"),
+    (["T", "--budget", "0"], "--budget 0 must be above 0"),
+    (["T", "--runs", "0"], "--runs 0 must be at least 1"),
+    (["T", "--results", "a.md"], "the page is written beside it"),
+    (["T", "--results", "no/a.jsonl"], "create it first"),
+])
+def test_one_line_for_each_mistake(run, capsys, words, message):
+    assert run(*words) == 1
+    said = capsys.readouterr().err
+    assert message in said and said.count("\n") == 1
+
+
+def test_a_dry_run_prints_the_commands(run, tmp_path, capsys):
+    assert run("T", "--dry-run") == 0
+    assert capsys.readouterr().out.splitlines() == [
+        "speedk coreset --dataset digits --ipc 1 --method random",
+        "speedk distill --recipe digits-ipc1-pixels --objective dm",
+        "speedk evaluate --whole --dataset digits --networks mlp"]
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,105 @@
+"""The paper's tables: every cell is a run that can be, and the page says what the lines say."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from speedk import networks, registry
+from speedk.distillation import coresets, objectives
+from speedk.distillation import recipe as recipes
+from speedk.distillation.recipe import read, resolve, shipped
+from speedk.errors import ConfigError, DataError
+from speedk.evaluation import tables
+
+DOCS = Path(__file__).resolve().parents[2] / "docs"
+ALL = tables.tables()
+TARGETS = sorted({cell.target for found in ALL.values() for cell in found.cells if cell.target}, key=str)
+
+
+def test_the_tables_are_the_papers():
+    assert list(ALL)[:10] == [str(number) for number in range(1, 11)] and "I" in ALL
+    for found in ALL.values():
+        assert len(found.cells) == len(found.rows) * len(found.columns)
+        for cell in found.cells:
+            assert re.fullmatch(r"(\d+\.\d±\d\.\d)?", cell.published) and cell.network in networks.names()
+    numbers = {(c.table, c.row, c.column): c.published for found in ALL.values() for c in found.cells}
+    assert numbers["1", "SPEED", "CIFAR10, 1"] == "63.2±0.1" and numbers["2", "SPEED", "Yellow, 10"] == "70.5±1.5"
+    assert numbers["3", "DM with SPEED", "MLP, 1"] == "34.8±0.3" and numbers["10", "DM", "256x256"] == "29.5±1.1"
+
+
+@pytest.mark.parametrize("target", TARGETS, ids=[target.folder for target in TARGETS])
+def test_each_run_can_be(target):
+    if target.kind == "coreset":
+        assert target.name in registry.names(coresets)
+    if target.kind == "recipe":
+        assert target.name in shipped() and target.objective in {*registry.names(objectives), "tm"}
+        recipe = resolve(read(target.name), "dm", dict(target.fields))
+        assert recipe.data.ipc == target.ipc and recipe.data.name == target.dataset
+        spent = recipe.budget(recipes.geometry(recipe))
+        assert (spent.counted > spent.allowed) == (recipe.data.budget == "off")
+
+
+def test_the_recipes_say_the_same_numbers():
+    cells = [c for name in ("1", "2", "10") for c in ALL[name].cells if c.target and c.published]
+    for cell in cells:
+        if cell.target.kind == "recipe":
+            said = resolve(read(cell.target.name), "dm").about.published
+            assert f"{cell.published.replace('±', ' +- ')} ({cell.target.objective})" in said
+
+
+def test_selecting():
+    found = ALL["3"].select(["dm WITH speed"], ["convnet, 1", "ViT, 1"])
+    assert [(c.row, c.column, c.network) for c in found] == [
+        ("DM with SPEED", "ConvNet, 1", "convnet"), ("DM with SPEED", "ViT, 1", "vit")]
+    assert found[0].target == found[1].target
+    assert {c.row for c in ALL["4"].select()} == {"SPEED"}
+    for rows, message in ((["HaBa"], "another paper's method"), (["SPEDE"], "did you mean 'SPEED'")):
+        with pytest.raises(ConfigError, match=message):
+            ALL["4"].select(rows)
+    with pytest.raises(ConfigError, match="has no number there"):
+        ALL["1"].select(["DC"], ["TinyImageNet, 1"])
+    with pytest.raises(ConfigError, match="there is no table '11'"):
+        tables.table("11")
+
+
+def line(column="ConvNet", mean=50.04, **changes):
+    return {"table": "4", "row": "SPEED", "column": column, "network": "convnet", "published": "73.5±0.2", "mean": mean,
+            "std": 0.5, "runs": 5, "accuracies": [mean], "steps": 10, "steps_of": 10, "numbers": 306960,
+            "budget": 307200, "distil_seconds": 120.0, "device": "CPU", "split": "official", "seed": 0,
+            "version": "0.1.0", "commit": "abc", "date": "2026-01-01",
+            "protocol": {"name": "paper", "standardisation": "mtt", "epochs": 1001}} | changes
+
+
+def row_of(page, table, row):
+    part = page.partition(f"## Table {table}:")[2].partition("## Table")[0]
+    return next(text for text in part.splitlines() if text.startswith(f"| {row} |"))
+
+
+def test_the_page_shows_what_was_run_and_what_was_not(tmp_path):
+    path = tmp_path / "lines.jsonl"
+    tables.append(path, [line()])
+    tables.append(path, [line(), line("MLP", 30.0, steps=4, runs=2, changed={"batch": 64})])
+    lines = tables.read(path)
+    assert len(lines) == 2
+    page = tables.page(lines)
+    assert row_of(page, 4, "SPEED") == ("| SPEED | 73.5±0.2 / **50.0±0.5** | 44.4±0.4 / **30.0±0.5*** | "
+                                        "69.5±0.4 / not run | 51.5±0.3 / not run |")
+    assert "4 of 10 steps, batch=64, 2 networks" in page
+    assert row_of(page, 4, "HaBa").count("n/a") == 4 and row_of(page, 1, "KIP").endswith("| - | - | - | - |")
+    assert page.count("Nothing of this table has been run yet.") == len(ALL) - 1
+    tables.append(path, [line(mean=60.0)])
+    assert "**60.0±0.5**" in tables.page(tables.read(path))
+
+
+def test_a_file_of_something_else_is_refused(tmp_path):
+    path = tmp_path / "lines.jsonl"
+    for text in ("{}", "no", "[]", json.dumps({"table": "1"})):
+        path.write_text(json.dumps(line()) + "\n" + text + "\n")
+        with pytest.raises(DataError, match="line 2 of .* is not a measured cell"):
+            tables.read(path)
+
+
+def test_the_page_of_the_project_is_made_of_its_lines():
+    assert (DOCS / "tables.md").read_text() == tables.page(tables.read(DOCS / "tables.jsonl"))
