@@ -150,7 +150,7 @@ def _measure(target: Target, cells: list[Cell], args: argparse.Namespace, change
         known.clear()  # one at a time: ImageNet's subsets are large
         known[target.dataset, side] = data.load(target.dataset, folder, resolution=side or None)
     real = known[target.dataset, side]
-    out = args.out / "-".join([target.folder, *(f"{name}={value}" for name, value in changed.items()),
+    out = args.out / "-".join([target.folder, *(f"{name}={value}" for name, value in sorted(changed.items())),
                                f"seed{args.seed}"])
     if target.kind == "coreset":
         return cell_of.measure_coreset(real, target.name, target.ipc, how, out, seed=args.seed,

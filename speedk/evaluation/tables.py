@@ -183,8 +183,8 @@ _HEAD = """# The paper's tables, published and measured
 
 Made by `speedk reproduce` from its lines of JSON and nothing else. Each cell is published / **measured**, in per cent
 of the test set. "not run" has a command (`speedk reproduce TABLE --row ROW --column COLUMN`), "-" is a number that the
-paper does not have, and "n/a" another paper's method, which is not part of speedk. Published numbers are the best of ten
-checkpoints on the test set, measured ones those after the last epoch. A star marks a run that is not the recipe's own
+paper does not have, and "n/a" another paper's method, which is not part of speedk. Published numbers are the best of
+ten checkpoints on the test set, measured ones those after the last epoch. A star marks a run that is not the recipe's own
 under the full protocol: the lines below the table say in what.
 """
 
