@@ -6,19 +6,23 @@ from speedk.distillation.loop import Progress
 
 
 class Bars:
-    """A bar while the start is fitted, and one over the outer iterations, with losses and time left."""
+    """A bar while experts are trained, one while the start is fitted, and one over the outer iterations."""
 
     def __init__(self) -> None:
         self._bar = None
         self._name = ""
 
     def progress(self) -> Progress:
-        return Progress(fit=self._fit, step=self._step, say=self._say)
+        return Progress(experts=self._experts, fit=self._fit, step=self._step, say=self._say)
 
     def close(self) -> None:
         if self._bar is not None:
             self._bar.close()
             self._bar = None
+
+    def _experts(self, done: int, total: int, numbers: dict[str, float]) -> None:
+        bar = self._open("training experts", total, done, "epoch")
+        bar.set_postfix({name: f"{value:.4g}" for name, value in numbers.items()}, refresh=False)
 
     def _fit(self, done: int, total: int, error: float) -> None:
         bar = self._open("fitting to real images", total, done)
@@ -33,12 +37,12 @@ class Bars:
         self.close()
         print(line, flush=True)
 
-    def _open(self, name: str, total: int, done: int):
+    def _open(self, name: str, total: int, done: int, unit: str = "step"):
         from tqdm import tqdm
 
         if self._bar is None or self._name != name:
             self.close()
-            self._bar = tqdm(total=total, desc=name, initial=done - 1, unit="step", dynamic_ncols=True)
+            self._bar = tqdm(total=total, desc=name, initial=done - 1, unit=unit, dynamic_ncols=True)
             self._name = name
         self._bar.update(done - self._bar.n)
         return self._bar

@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--ipc", metavar="N", type=int, help="images per class whose storage may be used (default: 1)")
     parser.add_argument("--method", metavar="NAME", help="speed or pixels (default: speed)")
     parser.add_argument("--objective", metavar="NAME", default="auto",
-                        help="what is matched: dm, ...; auto is the paper's (tm) where a GPU makes it feasible, or dm")
+                        help="what is matched: tm, dm, dc or dsa; auto is the paper's (tm) on a GPU, else dm")
     parser.add_argument("--network", metavar="NAME", help="the student: convnet, mlp, resnet18, vit, or a "
                         "class of your own as my.module:Net (default: the recipe's, or convnet)")
     parser.add_argument("--recipe", metavar="NAME|FILE", help="see `speedk recipes` (default: that of the row)")
@@ -86,8 +86,8 @@ def run(args: argparse.Namespace) -> int:
 
 def _announce(made: Plan, args: argparse.Namespace) -> None:
     """What will be done, before anything starts."""
-    from speedk.cli._text import table
-    from speedk.distillation.plan import trajectory_seconds
+    from speedk.cli._text import duration, table
+    from speedk.distillation.plan import preparation, trajectory_seconds
 
     real, recipe = made.real, made.recipe
     note = f"; {real.note}" if real.note else ""
@@ -104,8 +104,11 @@ def _announce(made: Plan, args: argparse.Namespace) -> None:
     ]
     if args.objective == "auto" and recipe.objective_name != "tm":
         iteration, total = trajectory_seconds(made, _facts(made))
-        rows.append(("", f"trajectory matching would take about {_time(iteration)} an iteration and {_time(total)} in "
-                         f"all on this {made.device.type}"))
+        rows.append(("", f"trajectory matching would take about {duration(iteration)} an iteration and "
+                         f"{duration(total)} in all on this {made.device.type}"))
+    needs, seconds = preparation(made)
+    if needs:
+        rows.append(("", needs + (f", about {duration(seconds)} on this {made.device.type}" if seconds else "")))
     rows += [("device", str(made.device)), ("run", str(made.out))]
     print(table(rows), flush=True)
 
@@ -122,6 +125,7 @@ def _facts(made: Plan) -> dict:
 
 
 def _dry_run(made: Plan) -> None:
+    from speedk.cli._text import duration
     from speedk.distillation import recipe as recipes
     from speedk.distillation.plan import estimate
 
@@ -129,8 +133,8 @@ def _dry_run(made: Plan) -> None:
     print(f"budget (float32 numbers):\n{made.recipe.budget(made.real.geometry).table()}\n")
     measured = estimate(made)
     steps = made.recipe.objective.steps
-    print(f"time    about {_time(measured.seconds(steps))}: the start {_time(measured.start_seconds)}, then {steps:,} "
-          f"steps of {_time(measured.step_seconds)} (measured over 3)")
+    print(f"time    about {duration(measured.seconds(steps))}: the start {duration(measured.start_seconds)}, then "
+          f"{steps:,} steps of {duration(measured.step_seconds)} (measured over 3)")
     print(f"memory  peak of {measured.peak_bytes / 2**30:.2f} GiB so far on {made.device}, the data among it")
 
 
@@ -139,10 +143,3 @@ def _conclude(made: Plan, path: Path) -> None:
     print(f"\n{path}: {path.stat().st_size:,} bytes, {spent.counted:,.0f} float32 numbers counted of {spent.allowed:,}")
     print(f"{path.with_name('preview.png')}: what was distilled")
     print(f"next: speedk evaluate {path} --protocol quick")
-
-
-def _time(seconds: float) -> str:
-    for size, unit in ((86400, "days"), (3600, "hours"), (60, "minutes")):
-        if seconds >= 2 * size:
-            return f"{seconds / size:.1f} {unit}"
-    return f"{seconds:.1f} s" if seconds >= 1 else f"{1000 * seconds:.0f} ms"

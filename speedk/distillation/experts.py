@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import as_completed
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,7 @@ from speedk.data import RealData, cache
 from speedk.distillation import seeds
 from speedk.distillation.expertfolder import PRECISIONS, ExpertFolder, Identity
 from speedk.errors import ConfigError, TrainingError
+from speedk.geometry import Geometry
 from speedk.training import ImageSet, separable
 from speedk.workers import Pool, Stopped, single_threaded
 
@@ -34,16 +36,33 @@ Progress = Callable[[int, int, dict[str, float]], None]
 """Called, one call at a time, after each epoch with (epochs done, epochs in all, numbers of the expert it was of)."""
 
 
-def cached(identity: Identity) -> ExpertFolder:
-    """The folder of the user's cache for experts of `identity`."""
+def place(identity: Identity) -> Path:
+    """The folder in the user's cache for experts of `identity`. It need not exist."""
     name = f"{identity.dataset}-{identity.network}-{identity.key[:16]}"
     name = "".join(c if c.isalnum() or c in "-_." else "_" for c in name)
-    return ExpertFolder.create(cache.folder() / "experts" / name, identity)
+    return cache.folder() / "experts" / name
 
 
 def missing(folder: ExpertFolder, count: int, epochs: int) -> int:
     """Epochs that are to be trained until experts 0 .. count - 1 have `epochs` each."""
     return sum(max(0, epochs - max(0, folder.epochs(number))) for number in range(count))
+
+
+def image_seconds(network: str, geometry: Geometry, device: torch.device | str = "cpu") -> float:
+    """Seconds that a training step takes for each of its images, measured for a moment."""
+    device = torch.device(device)
+    student = networks.fresh(network, geometry, 0, device)
+    with Pool(device) as pool:
+        count = pool.images(geometry.resolution) * max(1, pool.threads)
+        images = torch.zeros(count, geometry.channels, geometry.resolution, geometry.resolution, device=device)
+        labels, times = torch.zeros(count, dtype=torch.int64, device=device), []
+        for _ in range(3):
+            began = time.perf_counter()
+            training.in_pieces(pool, training.gradients, student, images, labels)
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            times.append(time.perf_counter() - began)
+    return min(times) / count
 
 
 def train(folder: ExpertFolder, real: RealData, count: int, epochs: int, device: torch.device | str = "cpu",

@@ -16,7 +16,7 @@ import torch
 from speedk import registry
 from speedk.data import RealData
 from speedk.distillation import artifact, checkpoint, objectives, parameterizations, seeds
-from speedk.distillation.objectives.base import Objective
+from speedk.distillation.objectives.base import Objective, Skip
 from speedk.distillation.parameterizations.base import Parameterization
 from speedk.distillation.recipe import Recipe
 from speedk.distillation.rundir import RunDir
@@ -31,9 +31,11 @@ class Interrupted(Exception):
 
 @dataclass(frozen=True)
 class Progress:
-    """What the loop tells whoever watches. fit: (step, steps, error) while the start is fitted. step: (step, steps,
-    numbers) after each outer iteration. say: a line worth reading."""
+    """What the loop tells whoever watches. experts: (epoch, epochs, numbers) while experts are trained. fit: (step,
+    steps, error) while the start is fitted. step: (step, steps, numbers) after each outer iteration. say: a line worth
+    reading."""
 
+    experts: Callable[[int, int, dict[str, float]], None] = lambda *_: None
     fit: Callable[[int, int, float], None] = lambda *_: None
     step: Callable[[int, int, dict[str, float]], None] = lambda *_: None
     say: Callable[[str], None] = lambda _: None
@@ -62,7 +64,11 @@ class Run:
         for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
             group["lr"] = rate * self.recipe.objective.share(self.done)
         self.optimizer.zero_grad(set_to_none=False)
-        numbers = self.objective.step(self.synthetic, self.done)
+        try:
+            numbers = self.objective.step(self.synthetic, self.done)
+        except Skip as skipped:
+            self.done += 1
+            return skipped.numbers
         penalty = self.synthetic.penalty()
         if penalty is not None:
             penalty.backward()
@@ -90,7 +96,7 @@ class Run:
         """What the artifact says of its making."""
         recipe = self.recipe
         return {
-            "recipe": recipe.to_dict(),
+            "recipe": recipe.portable(),
             "class_names": list(self.real.class_names),
             "normaliser": self.real.normaliser.describe(),
             "data": self.real.describe(),
@@ -121,6 +127,8 @@ def distill(recipe: Recipe, real: RealData, out: str | Path, *, resume: bool = F
         found = checkpoint.load_newest(folder.checkpoints, run.device)
         if found is not None:
             run.restore(*found)
+        _prepare(run, folder, progress)
+        if found is not None:
             progress.say(f"resuming at step {run.done:,} of {recipe.objective.steps:,}")
         else:
             run.initialise(progress)
@@ -128,6 +136,14 @@ def distill(recipe: Recipe, real: RealData, out: str | Path, *, resume: bool = F
         with folder.log(run.done) as log, _stop_signals() as stopped:
             _iterate(run, folder, log, stopped, progress, until)
         return _finish(run, folder, chosen)
+
+
+def _prepare(run: Run, folder: RunDir, progress: Progress) -> None:
+    try:
+        run.objective.prepare(progress)
+    except KeyboardInterrupt:
+        raise Interrupted(f"stopped before step {run.done + 1:,}: what was made for it is kept; {folder.path} is begun "
+                          "with --resume") from None
 
 
 def _iterate(run: Run, folder: RunDir, log, stopped: list[int], progress: Progress, until: float) -> None:

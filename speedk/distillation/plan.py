@@ -10,31 +10,31 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
-from speedk import data, networks, registry
+from speedk import data, registry
 from speedk.data import RealData
-from speedk.distillation import budget, loop, objectives, parameterizations
+from speedk.distillation import budget, experts, loop, objectives, parameterizations
 from speedk.distillation import recipe as recipes
 from speedk.distillation.loop import Progress, Run
 from speedk.distillation.recipe import Recipe
 from speedk.errors import ConfigError
 
 PAPER_OBJECTIVE = "tm"
+INNER_STEP = 4.0
+"""Of trajectory matching: its time in training steps on as many images, measured on a CPU."""
+
 DEFAULT_STEPS = 2000
 """Outer steps where no recipe is shipped for a row: what the shipped ones of distribution matching have."""
 
 _SPEED = {"optimizer": "adam", "schedule": "cosine", "steps": DEFAULT_STEPS}
 _GRADIENTS = {"optimizer": "sgd", "momentum": 0.5, "rates": {"pixels": 0.1}, "steps": 1000}
+_TRAJECTORIES = {"optimizer": "sgd", "momentum": 0.5, "rates": {"pixels": 1000.0, "synthetic_lr": 1e-5}}
 OWN_SETTINGS: dict[str, dict[str, Any]] = {
-    "speed": {"dm": _SPEED, "dc": _SPEED, "dsa": _SPEED},
+    "speed": {"dm": _SPEED, "dc": _SPEED, "dsa": _SPEED, "tm": {"optimizer": "adam", "rates": {"synthetic_lr": 1e-4}}},
     "pixels": {"dm": {"optimizer": "sgd", "momentum": 0.5, "rates": {"pixels": 1.0}, "steps": DEFAULT_STEPS},
-               "dc": _GRADIENTS, "dsa": _GRADIENTS},
+               "dc": _GRADIENTS, "dsa": _GRADIENTS, "tm": _TRAJECTORIES},
 }
 """Outer settings by method and objective where no recipe says them; those of pixels are the original's."""
-
-TRAJECTORY = {"batch": 256, "inner_steps": 60, "max_start": 40, "expert_epochs": 2, "experts": 100, "steps": 20000}
-"""Of trajectory matching, where a recipe does not say: the settings of the larger published rows."""
 
 
 @dataclass(frozen=True)
@@ -178,12 +178,16 @@ def _own(tables: dict[str, Any], real: RealData, method: str, ipc: int, notes: l
 
 
 def _settled(tables: dict[str, Any], objective: str) -> dict[str, Any]:
-    """The recipe with outer settings for `objective` where it says none."""
-    said = tables.get("objective", {})
+    """The recipe with outer settings for `objective` where it says none. How trajectories are matched is then as in the
+    recipe that is shipped for SPEED in the same row, so that two methods are compared at the same cost."""
+    said, about = tables.get("objective", {}), tables.get("data", {})
     method = tables["parameterization"].get("method")
     if objective in said or objective not in OWN_SETTINGS.get(method, {}):
         return tables
-    return {**tables, "objective": {**said, objective: OWN_SETTINGS[method][objective]}}
+    row = recipes.find_row(about.get("name"), about.get("ipc", 1), "speed") if objective == PAPER_OBJECTIVE else None
+    shared = recipes.read(row)["objective"].get(objective, {}) if row is not None else {}
+    shared = {key: value for key, value in shared.items() if key not in ("optimizer", "momentum", "rates")}
+    return {**tables, "objective": {**said, objective: shared | OWN_SETTINGS[method][objective]}}
 
 
 def _run_name(recipe: Recipe, real: RealData) -> str:
@@ -232,6 +236,7 @@ def estimate(made: Plan, steps: int = 3) -> Estimate:
     if made.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     run = Run(made.recipe, made.real, made.device)
+    run.objective.pretend()
     seen: list[tuple[float, int, int]] = []
 
     def watch(done: int, total: int, error: float) -> None:
@@ -257,26 +262,20 @@ def estimate(made: Plan, steps: int = 3) -> Estimate:
     return Estimate(min(times[1:]), start, peak)
 
 
+def preparation(made: Plan) -> tuple[str, float]:
+    """What the objective needs before its first step (experts), in words, and about how many seconds that takes."""
+    objective = registry.find(objectives, made.recipe.objective_name)
+    return objective(made.recipe.objective, made.real, made.recipe.run.seed, made.device).preparation()
+
+
 def trajectory_seconds(made: Plan, tables: dict[str, Any] | None = None) -> tuple[float, float]:
     """About what trajectory matching would cost here: (seconds of one iteration, seconds of all and of the experts).
 
-    From one measured training step of the student: an iteration differentiates `inner_steps` of them once more, which
-    costs about three times their own time, and an expert trains for the epochs that can be read.
+    From a measured training step of the student: an inner step is one, built twice and differentiated once more, which
+    costs about four times as much, and an expert trains for the epochs that can be read.
     """
-    facts = TRAJECTORY | {k: v for k, v in (tables or {}).get("objective", {}).get("tm", {}).items() if k in TRAJECTORY}
-    real, geometry = made.real, made.real.geometry
-    student = networks.fresh(made.recipe.objective.network, geometry, 0, made.device)
-    batch = min(32, facts["batch"])
-    images = torch.zeros(batch, geometry.channels, geometry.resolution, geometry.resolution, device=made.device)
-    labels = torch.zeros(batch, dtype=torch.int64, device=made.device)
-    times = []
-    for _ in range(3):
-        began = time.perf_counter()
-        F.cross_entropy(student(images), labels).backward()
-        if made.device.type == "cuda":
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - began)
-    image = min(times) / batch
-    iteration = facts["inner_steps"] * facts["batch"] * image * 3
-    experts = facts["experts"] * (facts["max_start"] + facts["expert_epochs"] - 1) * len(real.train) * image
-    return iteration, facts["steps"] * iteration + experts
+    spec = recipes.build(registry.find(objectives, PAPER_OBJECTIVE).Spec,
+                         (tables or {}).get("objective", {}).get(PAPER_OBJECTIVE, {}), PAPER_OBJECTIVE)
+    image = experts.image_seconds(made.recipe.objective.network, made.real.geometry, made.device)
+    iteration = spec.inner_steps * spec.batch * image * INNER_STEP
+    return iteration, spec.steps * iteration + spec.expert_count * spec.epochs * len(made.real.train) * image

@@ -82,6 +82,12 @@ class Recipe:
             "run": dataclasses.asdict(self.run),
         }
 
+    def portable(self) -> dict[str, Any]:
+        """`to_dict` without the places on this machine that the objective reads from."""
+        tables = self.to_dict()
+        tables["objective"] |= dict.fromkeys(self.objective.LOCAL, "")
+        return tables
+
     def budget(self, geometry: Geometry) -> Budget:
         """The split of the storage; over it raises ConfigError unless data.budget is "off"."""
         plugin = registry.find(parameterizations, self.method)

@@ -79,7 +79,8 @@ class RunDir:
     def _same_recipe(self) -> None:
         stored = _flat(recipes.read(self.path / "recipe.toml"))
         wanted = _flat(self.recipe.to_dict())
-        for name in ("objective.steps", "run.preview_every"):  # may change: the steps already made are the same
+        local = [f"objective.{name}" for name in self.recipe.objective.LOCAL]
+        for name in ("objective.steps", "run.preview_every", *local):  # may change: the steps already made are the same
             stored.pop(name, None), wanted.pop(name, None)
         changed = [name for name in sorted(set(stored) | set(wanted)) if stored.get(name) != wanted.get(name)]
         if changed:

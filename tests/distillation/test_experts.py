@@ -228,7 +228,7 @@ def test_the_cache_is_keyed_by_all_that_matters(real, tmp_path, monkeypatch):
     monkeypatch.setenv("SPEEDK_CACHE", str(tmp_path))
     changes = [{}, {"rate": 0.2}, {"batch": 11}, {"augment": False}, {"standardise": True}, {"seed": 1},
                {"precision": "bf16"}, {"network": "mlp"}]
-    found = [experts.cached(Identity.of(real, **change)).path for change in changes]
-    found.append(experts.cached(Identity.of(make_real(resolution=8, count=8, seed=1))).path)
+    found = [experts.place(Identity.of(real, **change)) for change in changes]
+    found.append(experts.place(Identity.of(make_real(resolution=8, count=8, seed=1))))
     assert len(set(found)) == len(found) and all(path.is_relative_to(tmp_path / "experts") for path in found)
-    assert experts.cached(Identity.of(real)).path == found[0]
+    assert experts.place(Identity.of(real)) == found[0]

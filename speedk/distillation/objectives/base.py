@@ -12,6 +12,7 @@ from speedk.errors import ConfigError
 
 if TYPE_CHECKING:
     from speedk.data import RealData
+    from speedk.distillation.loop import Progress
     from speedk.distillation.parameterizations.base import Parameterization
 
 OPTIMIZERS = ("sgd", "adam")
@@ -34,6 +35,9 @@ class ObjectiveSpec:
     schedule: str = "constant"
     network: str = "convnet"
 
+    LOCAL: ClassVar[tuple[str, ...]] = ()
+    """Fields that name a place on this machine: no result depends on them, so the artifact leaves them out."""
+
     def check(self) -> None:
         if self.steps < 0:
             raise ConfigError(f"steps={self.steps} must not be negative")
@@ -51,6 +55,15 @@ class ObjectiveSpec:
         return 1.0 if self.schedule == "constant" else 0.5 + 0.5 * math.cos(math.pi * step / max(1, self.steps))
 
 
+class Skip(Exception):
+    """Raised by `Objective.step` where an iteration gave nothing to learn from: the loop updates nothing, logs
+    `numbers`, and goes on."""
+
+    def __init__(self, numbers: dict[str, float]) -> None:
+        super().__init__()
+        self.numbers = numbers
+
+
 class Objective:
     """One matching objective.
 
@@ -66,11 +79,21 @@ class Objective:
     def __init__(self, spec: Any, real: RealData, seed: int, device: torch.device) -> None:
         self.spec, self.real, self.seed, self.device = spec, real, seed, device
 
+    def preparation(self) -> tuple[str, float]:
+        """What `prepare` will find and make, in words ("" for nothing), and the seconds that will take."""
+        return "", 0.0
+
+    def prepare(self, progress: Progress | None = None) -> None:
+        """Make what the steps need and is not made yet (experts). May take hours, be interrupted, and called again."""
+
+    def pretend(self) -> None:
+        """Go on with stand-ins for what `prepare` would make, so that a step can be timed without it."""
+
     def step(self, synthetic: Parameterization, step: int) -> dict[str, float]:
         """One outer iteration: add the gradients of the matching loss to the parameters of `synthetic` (through
         `synthetic.accumulate`) and to `learned()`, without touching the optimiser.
 
-        Returns the numbers to log, "loss" among them.
+        Returns the numbers to log, "loss" among them. Raises Skip, TrainingError.
         """
         raise NotImplementedError
 
@@ -88,6 +111,6 @@ class Objective:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take back what `state_dict` gave."""
 
-    def artifact_fields(self) -> dict[str, float]:
+    def artifact_fields(self) -> dict[str, float | str]:
         """What evaluation needs from the objective, stored in the artifact ("lr": the rate to train at)."""
         return {}

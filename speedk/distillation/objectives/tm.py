@@ -1,0 +1,262 @@
+"""Trajectory matching (Cazenavette et al., CVPR 2022): train on synthetic images, arrive where an expert arrived."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from speedk import networks
+from speedk.distillation import experts, seeds
+from speedk.distillation.expertfolder import ExpertFolder, Identity
+from speedk.distillation.objectives.base import Objective, ObjectiveSpec, Skip
+from speedk.distillation.parameterizations.base import Parameterization
+from speedk.distillation.unroll import dsa_steps, unroll
+from speedk.errors import ConfigError, TrainingError
+from speedk.workers import Pool
+
+if TYPE_CHECKING:
+    from speedk.data import RealData
+    from speedk.distillation.loop import Progress
+
+DIVERGED = 10.0
+"""A loss above this is a student that ended ten times (in square) further from the expert than it began."""
+
+FAILURES = 10
+"""Iterations without a usable gradient, one after another, at which the run stops."""
+
+DECODE_BYTES = 16 << 20
+"""Bytes of decoded images whose way back to the learned tensors is walked at a time."""
+
+
+@dataclass(frozen=True)
+class Spec(ObjectiveSpec):
+    """Recipe fields. batch, inner_steps, inner_momentum: of the student's training on the synthetic images, in which
+    m = inner_momentum m + (1 - inner_momentum) g. max_start: the start epoch is drawn from 0 to max_start - 1;
+    expert_epochs: from there to the target. synthetic_lr: the learned rate's start; synthetic_lr_floor: its least
+    value. augment: DSA, in the student's training and the experts'. experts: a folder of experts, not the cache's.
+    expert_count, expert_rate, expert_batch, expert_seed: how many experts, and how they are trained where there are
+    none; standardise: their batches by their own statistics, as the published code does.
+    """
+
+    LOCAL: ClassVar[tuple[str, ...]] = ("experts",)
+
+    batch: int = 256
+    inner_steps: int = 60
+    inner_momentum: float = 0.9
+    max_start: int = 40
+    expert_epochs: int = 2
+    synthetic_lr: float = 0.01
+    synthetic_lr_floor: float = 0.001
+    augment: bool = True
+    experts: str = ""
+    expert_count: int = 100
+    expert_rate: float = 0.01
+    expert_batch: int = 256
+    expert_seed: int = 0
+    standardise: bool = False
+
+    @property
+    def epochs(self) -> int:
+        """Epochs of an expert that can be read."""
+        return self.max_start + self.expert_epochs - 1
+
+    def check(self) -> None:
+        super().check()
+        for name in ("batch", "inner_steps", "max_start", "expert_epochs", "expert_count", "expert_batch"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name}={getattr(self, name)} must be at least 1")
+        if not 0 <= self.inner_momentum < 1:
+            raise ConfigError(f"inner_momentum={self.inner_momentum} must be at least 0 and below 1")
+        for name in ("synthetic_lr", "synthetic_lr_floor", "expert_rate"):
+            if not getattr(self, name) > 0:
+                raise ConfigError(f"{name}={getattr(self, name)} must be above 0")
+        if self.synthetic_lr < self.synthetic_lr_floor:
+            raise ConfigError(f"synthetic_lr={self.synthetic_lr} is below synthetic_lr_floor={self.synthetic_lr_floor}")
+
+
+class TrajectoryMatching(Objective):
+    """||theta_T - target||^2 / ||start - target||^2, where theta_T is the student after `inner_steps` steps on the
+    synthetic images from an expert's parameters `start`, and `target` the expert's own `expert_epochs` later.
+
+    The gradient goes through every step, exactly (`speedk.unroll`), to the images and to the student's learning rate,
+    which is learned too.
+    """
+
+    Spec = Spec
+    name = "tm"
+
+    def __init__(self, spec: Spec, real, seed: int, device: torch.device) -> None:
+        super().__init__(spec, real, seed, device)
+        self._pool = Pool(device)
+        self._student = networks.fresh(spec.network, real.geometry, 0, device)
+        self._rate = nn.Parameter(torch.tensor(spec.synthetic_lr, device=device))
+        self._failures = self._skipped = self._count = 0  # failures: since the last good step; skipped: in all
+        self._key = ""
+        self._experts: ExpertFolder | None = None
+        self._pretended: tuple[Tensor, Tensor] | None = None
+
+    def preparation(self) -> tuple[str, float]:
+        path, folder, count = self._find()
+        need = experts.missing(folder, count, self.spec.epochs) if folder is not None else count * self.spec.epochs
+        said = f"{count} experts of {self.spec.epochs} epochs from {path}"
+        if not need:
+            return f"{said}: all are there", 0.0
+        each = experts.image_seconds(self.spec.network, self.real.geometry, self.device) * len(self.real.train)
+        return f"{said}: {need:,} of {count * self.spec.epochs:,} epochs are to be trained", need * each
+
+    def prepare(self, progress: Progress | None = None) -> None:
+        if self._experts is not None or self._pretended is not None:
+            return
+        path, folder, count = self._find()
+        if folder is None:
+            folder = ExpertFolder.create(path, expert_identity(self.spec, self.real))
+        if self._key and folder.identity.key != self._key:
+            raise ConfigError(f"the run was begun with other experts than those in {path}: give their folder "
+                              "(experts=DIR)")
+        count = self._count or count
+        experts.train(folder, self.real, count, self.spec.epochs, self.device,
+                      progress=progress.experts if progress is not None else lambda *_: None)
+        self._experts, self._count, self._key = folder, count, folder.identity.key
+
+    def pretend(self) -> None:
+        theta = nn.utils.parameters_to_vector(self._student.parameters()).detach()
+        self._pretended = theta, theta + 0.01 * theta.abs().mean()
+
+    def step(self, synthetic: Parameterization, step: int) -> dict[str, float]:
+        self.prepare()
+        spec, generator = self.spec, seeds.generator(self.seed, "tm", step)
+        start, target = self._pretended or self._drawn(generator)
+        schedule = batches(synthetic.size, spec.batch, spec.inner_steps, generator)
+        index, places = torch.unique(torch.cat(schedule), return_inverse=True)
+        schedule = places.split([len(part) for part in schedule])
+        images, labels = self._decode(synthetic, index.to(self.device))
+        if not bool(images.isfinite().all()):
+            raise TrainingError(f"a synthetic image is not finite at step {step + 1}: the outer rates are too high for "
+                                "this set (lower them, as in rates.scm=0.001)")
+        loss, d_images, d_labels, d_rate = self._match(start, target, images, labels, schedule, step)
+        if not loss < DIVERGED or not all(bool(d.isfinite().all()) for d in (d_images, d_labels, d_rate)
+                                          if d is not None):
+            self._skip(loss, step)
+        self._failures = 0
+        with self._pool as pool:
+            rows = max(1, DECODE_BYTES // (images.element_size() * images[0].numel()))
+            for part in torch.arange(len(index)).split(rows):
+                synthetic.accumulate(index[part].to(self.device), d_images[part],
+                                     None if d_labels is None else d_labels[part], pool=pool)
+        self._rate.grad = d_rate if self._rate.grad is None else self._rate.grad + d_rate
+        numbers = {"loss": loss, "synthetic_lr": float(self._rate.detach())}
+        return numbers | ({"skipped": float(self._skipped)} if self._skipped else {})
+
+    def learned(self) -> list[dict[str, Any]]:
+        return [{"name": "synthetic_lr", "params": [self._rate], "lr": 1e-5}]
+
+    @torch.no_grad()
+    def after_update(self) -> None:
+        self._rate.clamp_(min=self.spec.synthetic_lr_floor)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"synthetic_lr": self._rate.detach(), "failures": self._failures, "skipped": self._skipped,
+                "experts": self._key, "count": self._count}
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._rate.copy_(state["synthetic_lr"])
+        self._failures, self._skipped = state["failures"], state["skipped"]
+        self._key, self._count = state["experts"], state["count"]
+
+    def artifact_fields(self) -> dict[str, float | str]:
+        return {"lr": float(self._rate.detach()), "experts": self._key}
+
+    def _find(self) -> tuple[Path, ExpertFolder | None, int]:
+        """Where the experts are or will be, their folder if there is one, and how many are to be used."""
+        identity = expert_identity(self.spec, self.real)
+        path = Path(self.spec.experts) if self.spec.experts else experts.place(identity)
+        if not (path / "experts.json").exists():
+            return path, None, self.spec.expert_count
+        folder = ExpertFolder.open(path)
+        if wrong := folder.identity.difference(identity, ("network",)):
+            raise ConfigError(f"{path} holds experts with {wrong}: say network={folder.identity.network}, or choose "
+                              "another folder")
+        experts.check_data(folder, self.real)
+        there = len(folder.numbers())
+        return path, folder, min(self.spec.expert_count, there) if self.spec.experts and there else (
+            self.spec.expert_count)
+
+    def _drawn(self, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """The parameters of a random expert at a random start, and `expert_epochs` later."""
+        number = int(torch.randint(self._count, (), generator=generator))
+        epoch = int(torch.randint(self.spec.max_start, (), generator=generator))
+        return (self._experts.snapshot(number, epoch).to(self.device),
+                self._experts.snapshot(number, epoch + self.spec.expert_epochs).to(self.device))
+
+    @torch.no_grad()
+    def _decode(self, synthetic: Parameterization, index: Tensor) -> tuple[Tensor, Tensor]:
+        """The images and labels of `index` as leaves, decoded in pieces, without a graph."""
+        with self._pool as pool:
+            parts = index.split(pool.images(self.real.geometry.resolution))
+            pieces = pool.map(_decoded, [(synthetic, part) for part in parts])
+        images, labels = (torch.cat(parts) for parts in zip(*pieces, strict=True))
+        return images.requires_grad_(), labels.requires_grad_(labels.is_floating_point())
+
+    def _match(self, start: Tensor, target: Tensor, images: Tensor, labels: Tensor, schedule: tuple[Tensor, ...],
+               step: int) -> tuple[float, Tensor, Tensor | None, Tensor]:
+        """The loss, and its gradients in the images, the labels (if they are learned) and the rate."""
+        spec, rate = self.spec, self._rate.detach().requires_grad_()
+        augment = dsa_steps(seeds.derive(self.seed, "tm dsa", step)) if spec.augment else None
+        with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []), torch.enable_grad():
+            torch.manual_seed(seeds.derive(self.seed, "tm dropout", step))
+            reached = unroll(self._student, start, images, labels, schedule, rate, spec.inner_momentum, augment,
+                             memory=_spare(self.device))
+            loss = (reached - target).square().sum() / (start - target).square().sum()
+            leaves = [images, rate] + ([labels] if labels.requires_grad else [])
+            d_images, d_rate, *d_labels = torch.autograd.grad(loss, leaves)
+        return float(loss.detach()), d_images, d_labels[0] if d_labels else None, d_rate
+
+    def _skip(self, loss: float, step: int) -> None:
+        """Count an iteration that has no usable gradient and lower the rate, which is what makes a student diverge."""
+        self._failures += 1
+        self._skipped += 1
+        rate = float(self._rate.detach())
+        if self._failures >= FAILURES:
+            raise TrainingError(f"the student diverged in {FAILURES} iterations one after another, to step {step + 1}, "
+                                f"at last with a loss of {loss:.3g} at a rate of {rate:.3g}: lower synthetic_lr and "
+                                "rates.synthetic_lr, or inner_steps")
+        with torch.no_grad():
+            self._rate.mul_(0.5).clamp_(min=self.spec.synthetic_lr_floor)
+        raise Skip({"skipped": float(self._skipped), "synthetic_lr": float(self._rate.detach())})
+
+
+def expert_identity(spec: Spec, real: RealData, precision: str = "float32") -> Identity:
+    """The experts that `spec` asks for."""
+    return Identity.of(real, network=spec.network, rate=spec.expert_rate, batch=spec.expert_batch,
+                       augment=spec.augment, standardise=spec.standardise, seed=spec.expert_seed, precision=precision)
+
+
+def batches(count: int, batch: int, steps: int, generator: torch.Generator) -> list[Tensor]:
+    """`steps` index tensors: pieces of at most `batch` of a permutation of all `count` images, drawn anew when it is
+    used up."""
+    schedule: list[Tensor] = []
+    while len(schedule) < steps:
+        schedule += torch.randperm(count, generator=generator).split(batch)
+    return schedule[:steps]
+
+
+def _decoded(synthetic: Parameterization, index: Tensor) -> tuple[Tensor, Tensor]:
+    with torch.no_grad():
+        return synthetic.decode(index)
+
+
+def _spare(device: torch.device) -> int:
+    """Bytes that step graphs may take: half of what is free on a GPU, a quarter of the machine's free memory. How much
+    that is does not change the numbers."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0] // 2
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 4
+
+
+PLUGIN = TrajectoryMatching
