@@ -68,7 +68,8 @@ def _train(args: argparse.Namespace) -> int:
                         ("objective.expert_count", args.count)):
         if value is not None:
             fields[name] = value
-    made = plans.plan(args.dataset, data=args.data, ipc=args.ipc, recipe=args.recipe, objective="tm",
+    method = None if args.recipe else "pixels"  # how trajectories are matched is the same, and nothing is solved for
+    made = plans.plan(args.dataset, data=args.data, ipc=args.ipc, method=method, recipe=args.recipe, objective="tm",
                       device=args.device, overrides=fields, progress=True)
     spec, real = made.recipe.objective, made.real
     identity = tm.expert_identity(spec, real, args.precision)

@@ -13,6 +13,7 @@ SMALL = {
     "speed": {"images_per_class": 4, "D": 8, "K": 8, "H": 2, "R": 2, "k": 6, "patch": 4, "fit_steps": 4},
     "pixels": {},
 }
+QUICK = {"tm": {"network": "mlp", "inner_steps": 3, "max_start": 2, "expert_epochs": 1, "expert_count": 2}}
 METHODS = registry.names(parameterizations)
 OBJECTIVES = registry.names(objectives)
 
@@ -22,9 +23,17 @@ def real():
     return make_real()
 
 
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory):
+    """A cache of these tests' own, which the experts of the first that needs them stay in."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SPEEDK_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 def make_run(real, method, objective="dm", **fields):
     tables = {"data": {"ipc": 4}, "parameterization": {"method": method, **SMALL[method]},
-              "objective": {objective: {"steps": 2, "batch": 4}}}
+              "objective": {objective: {"steps": 2, "batch": 4, **QUICK.get(objective, {})}}}
     run = loop.Run(resolve(tables, objective, fields), real, torch.device("cpu"))
     run.initialise(loop.Progress())
     return run

@@ -1,0 +1,79 @@
+"""speedk experts: made before they are needed, extended, described, and used by distill."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from speedk.cli import main
+
+SMALL = ("--network", "mlp", "expert_batch=6", "expert_rate=0.1")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """An image folder: two classes of 8 px, four training images and one test image each."""
+    root = tmp_path_factory.mktemp("images")
+    random = np.random.default_rng(0)
+    for part, count in (("train", 4), ("test", 1)):
+        for label, name in enumerate(("ant", "bee")):
+            (root / part / name).mkdir(parents=True)
+            for i in range(count):
+                pixels = random.integers(0, 120, (8, 8, 3)) + 100 * label
+                Image.fromarray(pixels.astype(np.uint8)).save(root / part / name / f"{i}.png")
+    return root
+
+
+def speedk(*arguments):
+    return main([str(argument) for argument in arguments])
+
+
+def test_experts_are_made_extended_and_described(folder, tmp_path, capsys):
+    out = tmp_path / "experts"
+    assert speedk("experts", "--data", folder, "--out", out, "--count", 2, "--epochs", 2, "--seed", 3, *SMALL) == 0
+    page = capsys.readouterr().out
+    for words in ("2 of mlp, ", "2 epochs at 0.1, batch 6, seed 3", "4 of 4 epochs, about"):
+        assert words in page, words
+    assert speedk("experts", "--data", folder, "--out", out, "--count", 3, "--epochs", 3, "--seed", 3, *SMALL) == 0
+    assert "5 of 9 epochs" in capsys.readouterr().out
+    assert speedk("experts", "info", out) == 0
+    page = capsys.readouterr().out
+    for words in ("3x8x8, 2 classes", "stored as float32", "plain SGD at 0.1, batch 6, DSA, seed 3", "epoch  experts"):
+        assert words in page, words
+    assert [line.split()[:2] for line in page.splitlines() if line.strip()[:1].isdigit()] == [
+        ["0", "3"], ["1", "3"], ["2", "3"], ["3", "3"]]
+
+
+def test_distill_says_what_experts_cost_and_uses_them(folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("SPEEDK_CACHE", str(tmp_path / "cache"))
+    fields = ("expert_count=2", "max_start=2", "inner_steps=2", "batch=2", *SMALL)
+    command = ("distill", "--data", folder, "--method", "pixels", "--objective", "tm", "--steps", 2, "--out",
+               tmp_path / "run", *fields)
+    assert speedk(*command, "--dry-run") == 0
+    page = capsys.readouterr().out
+    assert "6 of 6 epochs are to be trained, about" in page and "2 steps of" in page
+    assert not (tmp_path / "run").exists() and not (tmp_path / "cache").exists()
+    assert speedk("experts", "--data", folder, *fields) == 0
+    assert "6 of 6 epochs" in capsys.readouterr().out
+    assert speedk(*command) == 0
+    assert "2 experts of 3 epochs from" in (page := capsys.readouterr().out) and "all are there" in page
+
+
+def test_what_cannot_be_is_one_line(folder, tmp_path, capsys):
+    out = tmp_path / "experts"
+    assert speedk("experts", "--data", folder, "--out", out, "--count", 1, "--epochs", 1, *SMALL) == 0
+    capsys.readouterr()
+    for arguments, said in (
+        (("--data", folder, "--out", out, "--count", 1, "--epochs", 1, *SMALL[:2], "expert_batch=5"),
+         "holds experts with rate=0.1, not 0.01"),
+        (("--data", folder, "--precision", "bf16"), "--precision bf16 is for a folder of your own"),
+        (("info",), "say which: speedk experts info DIR"),
+        (("info", tmp_path / "nowhere"), "is no folder of experts"),
+    ):
+        assert speedk("experts", *arguments) == 1
+        error = capsys.readouterr().err
+        assert said in error and error.count("\n") == 1
+    (out / "expert-0000.safetensors").write_bytes(b"junk")
+    assert speedk("experts", "info", out) == 2
+    assert "is damaged" in capsys.readouterr().err

@@ -1,0 +1,224 @@
+"""Trajectory matching: its loss and gradient against plain float64 loops, its experts, and what diverging does."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+
+import pytest
+import torch
+import torch.nn.functional as F
+from toys import make_real
+
+import speedk
+from speedk import networks
+from speedk.distillation import experts, loop
+from speedk.distillation import plan as plans
+from speedk.distillation.expertfolder import ExpertFolder, Identity
+from speedk.distillation.objectives import tm
+from speedk.distillation.objectives.base import Skip
+from speedk.distillation.recipe import resolve
+from speedk.errors import ConfigError, TrainingError
+
+TM = {"steps": 4, "network": "mlp", "batch": 4, "inner_steps": 5, "max_start": 2, "expert_epochs": 2, "expert_count": 2,
+      "expert_rate": 0.1, "expert_batch": 10, "synthetic_lr": 0.05, "rates": {"synthetic_lr": 1e-4}}
+
+
+@pytest.fixture(scope="module")
+def real():
+    return make_real(resolution=8, count=8)
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("SPEEDK_CACHE", str(tmp_path / "cache"))
+
+
+def recipe(method="pixels", **overrides):
+    sizes = {"pixels": {}, "speed": {"images_per_class": 4, "D": 8, "K": 8, "H": 2, "R": 1, "k": 6, "patch": 4,
+                                     "fit_steps": 4}}
+    tables = {"data": {"ipc": 3}, "parameterization": {"method": method, **sizes[method]}, "objective": {"tm": TM}}
+    return resolve(tables, "tm", overrides)
+
+
+def make_run(real, **overrides):
+    run = loop.Run(recipe(**overrides), real, torch.device("cpu"))
+    run.initialise(loop.Progress())
+    return run
+
+
+def folder_of(real):
+    path, = (experts.cache.folder() / "experts").iterdir()
+    return ExpertFolder.open(path)
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_the_loss_and_its_gradient_are_those_of_plain_loops(real, monkeypatch, momentum):
+    run = make_run(real, augment=False, inner_momentum=momentum)
+    schedules = []
+    batches = tm.batches
+    monkeypatch.setattr(tm, "batches", lambda *seen: schedules.append(batches(*seen)) or schedules[-1])
+    numbers = run.objective.step(run.synthetic, 3)
+
+    folder = folder_of(real)
+    assert folder.numbers() == [0, 1] and folder.epochs(0) == 3  # max_start + expert_epochs - 1
+    student = networks.fresh("mlp", real.geometry, 0).double()
+    names, shapes = zip(*((name, p.shape) for name, p in student.named_parameters()), strict=True)
+    images = run.synthetic.images.detach().double().requires_grad_()
+    rate = torch.tensor(0.05, dtype=torch.float64, requires_grad=True)
+    losses = []
+    for number in (0, 1):  # which of them was drawn shows in the loss
+        for epoch in (0, 1):
+            start, target = (folder.snapshot(number, e).double() for e in (epoch, epoch + 2))
+            theta, m = start.clone().requires_grad_(), torch.zeros_like(start)
+            for index in schedules[0]:
+                parts = theta.split([shape.numel() for shape in shapes])
+                values = {name: part.view(shape) for name, part, shape in zip(names, parts, shapes)}
+                logits = torch.func.functional_call(student, values, (images[index],))
+                loss = F.cross_entropy(logits, run.synthetic.classes[index])
+                m = momentum * m + (1 - momentum) * torch.autograd.grad(loss, theta, create_graph=True)[0]
+                theta = theta - rate * m
+            losses.append((theta - target).square().sum() / (start - target).square().sum())
+    loss = min(losses, key=lambda loss: abs(float(loss.detach()) - numbers["loss"]))
+    assert float(loss.detach()) == pytest.approx(numbers["loss"], rel=1e-5)
+    d_images, d_rate = torch.autograd.grad(loss, [images, rate])
+    torch.testing.assert_close(run.synthetic.images.grad.double(), d_images, rtol=1e-3,
+                               atol=1e-4 * float(d_images.abs().max()))
+    torch.testing.assert_close(run.objective.learned()[0]["params"][0].grad.double(), d_rate, rtol=1e-3, atol=0)
+
+
+def test_batches_are_pieces_of_permutations():
+    drawn = tm.batches(10, 4, 8, torch.Generator().manual_seed(0))
+    assert [len(part) for part in drawn] == [4, 4, 2] * 2 + [4, 4]
+    for pass_ in (drawn[:3], drawn[3:6]):
+        assert sorted(torch.cat(pass_).tolist()) == list(range(10))
+    assert drawn[0].tolist() != drawn[3].tolist()
+    assert [len(part) for part in tm.batches(3, 4, 2, torch.Generator())] == [3, 3]
+
+
+@pytest.mark.parametrize("method", ["pixels", "speed"])
+def test_matching_lowers_the_loss(real, tmp_path, method):
+    rates = {"pixels": {"rates.pixels": 100.0}, "speed": {"optimizer": "adam", "rates.scm": 0.05}}[method]
+    path = loop.distill(recipe(method, steps=60, augment=False, inner_momentum=0.0, **rates), real, tmp_path / "run")
+    log = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
+    losses = [line["loss"] for line in log]
+    assert sum(losses[-15:]) < 0.9 * sum(losses[:15])
+    header = speedk.load(path).header
+    assert header["objective"]["lr"] == pytest.approx(log[-1]["synthetic_lr"], rel=0.05) != 0.05
+    assert header["objective"]["experts"] == folder_of(real).identity.key
+
+
+def test_a_stopped_run_resumes_to_the_same_bytes(real, tmp_path):
+    def interrupt(done, *_):
+        if done == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    whole = loop.distill(recipe("speed"), real, tmp_path / "whole").read_bytes()
+    with pytest.raises(loop.Interrupted):
+        loop.distill(recipe("speed"), real, tmp_path / "run", progress=loop.Progress(step=interrupt))
+    assert loop.distill(recipe("speed"), real, tmp_path / "run", resume=True).read_bytes() == whole
+
+
+def test_stopped_while_experts_train_it_goes_on(real, tmp_path):
+    def interrupt(done, *_):
+        raise KeyboardInterrupt
+
+    with pytest.raises(loop.Interrupted, match="what was made for it is kept"):
+        loop.distill(recipe(), real, tmp_path / "run", progress=loop.Progress(experts=interrupt))
+    seen = []
+    path = loop.distill(recipe(), real, tmp_path / "run", resume=True,
+                        progress=loop.Progress(experts=lambda done, total, _: seen.append(total)))
+    assert 0 < len(seen) < 6 == 2 * 3
+    assert path.read_bytes() == loop.distill(recipe(), real, tmp_path / "other").read_bytes()
+
+
+def test_experts_of_a_folder_are_used_and_never_named(real, tmp_path):
+    identity = Identity.of(real, network="mlp", rate=0.3, batch=5)
+    folder = ExpertFolder.create(tmp_path / "mine", identity)
+    experts.train(folder, real, 3, 3)
+    path = loop.distill(recipe(experts=str(folder.path)), real, tmp_path / "run")
+    assert not (tmp_path / "cache").exists()
+    assert str(tmp_path).encode() not in path.read_bytes()
+    moved = folder.path.rename(tmp_path / "moved")
+    assert loop.distill(recipe(experts=str(moved)), real, tmp_path / "run", resume=True) == path
+    other = ExpertFolder.create(tmp_path / "other", Identity.of(real, network="mlp", rate=0.1))
+    experts.train(other, real, 2, 3)
+    with pytest.raises(ConfigError, match="was begun with other experts than those in"):
+        loop.distill(recipe(experts=str(other.path)), real, tmp_path / "run", resume=True)
+    with pytest.raises(ConfigError, match="network=mlp, not convnet: say network=mlp"):
+        loop.distill(recipe(experts=str(moved), network="convnet"), real, tmp_path / "new")
+    with pytest.raises(ConfigError, match=r"holds experts with data="):
+        loop.distill(recipe(experts=str(moved)), make_real(resolution=8, count=8, seed=1), tmp_path / "newer")
+
+
+def test_what_it_needs_is_said_before_it_starts(real):
+    objective = make_run(real).objective
+    said, seconds = objective.preparation()
+    assert said.startswith("2 experts of 3 epochs from ") and said.endswith("6 of 6 epochs are to be trained")
+    assert seconds > 0
+    objective.prepare()
+    assert objective.preparation()[0].endswith("all are there") and objective.preparation()[1] == 0
+
+
+def test_an_estimate_trains_no_experts(real, tmp_path):
+    made = plans.Plan(recipe(), real, torch.device("cpu"), tmp_path / "run", "", ())
+    assert plans.estimate(made).step_seconds > 0
+    assert not (tmp_path / "cache").exists() and not (tmp_path / "run").exists()
+
+
+def test_a_diverging_student_is_skipped_and_the_rate_reined_in(real):
+    run = make_run(real, synthetic_lr=1e6, steps=200)
+    before = run.synthetic.images.detach().clone()
+    rates = []
+    for expected in range(1, tm.FAILURES):
+        numbers = run.advance()
+        rates.append(numbers["synthetic_lr"])
+        assert numbers["skipped"] == expected and "loss" not in numbers and run.done == expected
+    assert rates == [1e6 / 2**i for i in range(1, tm.FAILURES)]
+    assert torch.equal(run.synthetic.images, before)
+    with pytest.raises(TrainingError, match="diverged in 10 iterations one after another, to step 10.*lower synthetic"):
+        run.advance()
+
+
+def test_a_good_step_forgets_the_failures(real):
+    run = make_run(real, synthetic_lr=100.0, synthetic_lr_floor=0.01)
+    for _ in range(30):
+        numbers = run.advance()
+        if "loss" in numbers:
+            break
+    assert numbers["skipped"] >= 1 and run.objective.state_dict()["failures"] == 0
+    state = run.objective.state_dict()
+    fresh = make_run(real, synthetic_lr=100.0, synthetic_lr_floor=0.01)
+    fresh.objective.load_state_dict(state)
+    assert fresh.objective.state_dict() == state
+
+
+def test_images_that_are_not_finite_stop_the_run(real):
+    run = make_run(real)
+    with torch.no_grad():
+        run.synthetic.images[0] = float("inf")
+    with pytest.raises(TrainingError, match="a synthetic image is not finite at step 1: the outer rates are too high"):
+        run.advance()
+
+
+def test_the_rate_stays_above_its_floor(real):
+    run = make_run(real, **{"rates.synthetic_lr": 1e6, "synthetic_lr_floor": 0.04})
+    lowest = []
+    for _ in range(6):
+        with contextlib.suppress(Skip):
+            run.objective.step(run.synthetic, run.done)
+        run.optimizer.step()
+        run.objective.after_update()
+        lowest.append(run.objective.artifact_fields()["lr"])
+    assert min(lowest) >= 0.04 - 1e-9
+
+
+@pytest.mark.parametrize("field,value", [
+    ("batch", 0), ("inner_steps", 0), ("inner_momentum", 1.0), ("max_start", 0), ("expert_epochs", 0),
+    ("synthetic_lr", 0.0), ("expert_rate", -0.1), ("expert_count", 0), ("synthetic_lr_floor", 1.0),
+])
+def test_fields_that_cannot_be_are_refused(field, value):
+    with pytest.raises(ConfigError, match=field):
+        recipe(**{field: value})
