@@ -29,6 +29,10 @@ _rows: list[dict] = []
 _roofs: dict[str, float] = {}
 
 
+def pytest_addoption(parser):
+    parser.addoption("--long", action="store_true", help="run the cases that take minutes, too")
+
+
 def pytest_configure(config):
     torch.manual_seed(0)
     # A compilation that was once killed leaves a broken file in the shared cache, which fails every later one.
@@ -49,12 +53,12 @@ def seconds(call: Callable[[], object]) -> float:
     return taken
 
 
-def best(calls: dict[str, Callable[[], object]]) -> dict[str, float]:
+def best(calls: dict[str, Callable[[], object]], at_least: int = 3) -> dict[str, float]:
     """The best time of each, in seconds, of rounds in turns."""
     found = {name: seconds(call) for name, call in calls.items()}  # the first round warms up
     found = dict.fromkeys(found, float("inf"))
     started, rounds = time.perf_counter(), 0
-    while rounds < 3 or (time.perf_counter() - started < SECONDS and rounds < 200):
+    while rounds < at_least or (time.perf_counter() - started < SECONDS and rounds < 200):
         for name, call in calls.items():
             found[name] = min(found[name], seconds(call))
         rounds += 1
@@ -99,12 +103,12 @@ def roofs() -> dict[str, float]:
     return _roofs
 
 
-def agree(name: str, got, want) -> None:
+def agree(name: str, got, want, close: float = 1e-4) -> None:
     """Tensors, or tuples of them, are equal or close to float32's rounding."""
     for a, b in zip(*((x if isinstance(x, tuple | list) else [x]) for x in (got, want)), strict=True):
         if a.is_floating_point():
             scale = b.abs().max().clamp(min=1e-30)
-            assert ((a - b).abs().max() / scale).item() < 1e-4, f"{name} computes something else"
+            assert ((a - b).abs().max() / scale).item() < close, f"{name} computes something else"
         else:
             assert torch.equal(a.long(), b.long()), f"{name} computes something else"
 
@@ -112,22 +116,24 @@ def agree(name: str, got, want) -> None:
 @pytest.fixture
 def contest(request):
     def run(op: str, case: str, ours: dict[str, Callable[[], object]], peers: dict[str, Callable[[], object]],
-            moved: int = 0, flops: int = 0, memory: bool = False, yardsticks: dict | None = None) -> None:
+            moved: int = 0, flops: int = 0, memory: bool = False, yardsticks: dict | None = None,
+            close: float = 1e-4, rounds: int = 3) -> None:
         """Time `ours` (by backend) against `peers`; `moved` bytes and `flops` are the least the op has to do.
-        Yardsticks are timed along and not compared for their results (a copy of the input, say)."""
+        Yardsticks are timed along and not compared for their results (a copy of the input, say). Results may differ by
+        `close`, a part of the largest value; at least `rounds` rounds."""
         calls = {**ours, **peers}
-        first = next(iter(peers.values()))()
+        first = next(iter({**peers, **ours}.values()))()
         for name, call in calls.items():
-            agree(f"{op}: {name}", call(), first)
-        times = best({**calls, **(yardsticks or {})})
+            agree(f"{op}: {name}", call(), first, close)
+        times = best({**calls, **(yardsticks or {})}, rounds)
         peaks = {name: peak_bytes(call) for name, call in calls.items()} if memory else {}
         roof = max(moved / roofs()["copy"], flops / roofs()["product"])
-        rival = min(times[name] for name in peers)
+        rival = min((times[name] for name in peers), default=None)
         for name, taken in times.items():
             _rows.append({
                 "op": op, "case": case, "who": name, "ours": name in ours, "milliseconds": 1e3 * taken,
                 "gigabytes_per_second": moved / taken / 1e9, "gigaflops": flops / taken / 1e9,
-                "of_roof": roof / taken, "times_best_peer": rival / taken, "peak_bytes": peaks.get(name),
+                "of_roof": roof / taken, "times_best_peer": rival and rival / taken, "peak_bytes": peaks.get(name),
             })  # fmt: skip
 
     return run
@@ -148,11 +154,12 @@ def pytest_terminal_summary(terminalreporter, exitstatus, config):
     for row in _rows:
         head = (row["op"], row["case"]) if (row["op"], row["case"]) != last else ("", "")
         last = (row["op"], row["case"])
+        rival = "" if row["times_best_peer"] is None else f"{row['times_best_peer']:.2f}"
         peak = "" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 1e6:.0f}"
         mark = "*" if row["ours"] else " "
         write(f"{head[0]:<24}{head[1]:<22}{mark + row['who']:<26}{row['milliseconds']:>9.2f}"
               f"{row['gigabytes_per_second']:>8.1f}{row['gigaflops']:>9.0f}{100 * row['of_roof']:>8.0f}"
-              f"{row['times_best_peer']:>13.2f}{peak:>9}")
+              f"{rival:>13}{peak:>9}")
     RESULTS.mkdir(exist_ok=True)
     name = "".join(c if c.isalnum() else "-" for c in device.lower())
     report = {"device": device, "torch": torch.__version__, "load_before": os.getloadavg()[1], "roofs": roof,

@@ -22,9 +22,9 @@ from speedk.distillation import seeds
 from speedk.errors import ConfigError
 from speedk.workers import Pool
 
-PIECE = 16 * 32 * 32
-"""Pixels (count x height x width) of one thread's piece of a batch: 16 images of 32 x 32, so that a batch of 64 keeps
-four cores busy."""
+PIECE = 8 * 32 * 32
+"""Pixels (count x height x width) of one thread's piece of a batch: 8 images of 32 x 32. Their activations, of which the
+second derivatives read more than the first, stay in the caches: 16 take a tenth more time, the whole batch 1.4 times."""
 
 Augment = Callable[[Tensor, int], Tensor]
 Loss = Callable[[Tensor, Tensor], Tensor]

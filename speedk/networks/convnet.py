@@ -5,11 +5,11 @@ from __future__ import annotations
 import itertools
 import math
 
-import torch
 from torch import Tensor, nn
 
 from speedk.errors import ConfigError
 from speedk.geometry import Geometry
+from speedk.networks._convolution import Convolution
 from speedk.networks._instance_norm import InstanceNorm
 from speedk.ops import norm_act_pool
 
@@ -32,18 +32,15 @@ class ConvNet(nn.Module):
                               f"{2 ** max(depth, 1)} pixels a side, not {geometry.resolution}")
         channels = [geometry.channels] + [width] * depth
         self.convolutions = nn.ModuleList(
-            nn.Conv2d(c_in, c_out, kernel_size=3, padding=1) for c_in, c_out in itertools.pairwise(channels))
+            Convolution(c_in, c_out, kernel_size=3, padding=1) for c_in, c_out in itertools.pairwise(channels))
         self.norms = nn.ModuleList(InstanceNorm(width) for _ in range(depth))
         self.classifier = nn.Linear(width * side**2, geometry.classes)
 
     def features(self, images: Tensor) -> Tensor:
         """The embedding [B, width * side^2] of images [B, C, H, W]."""
         x = images
-        if x.device.type == "cpu" and x.shape[1] == 3:
-            # oneDNN convolves three planes twice as fast from this layout, the copies counted in.
-            x = x.contiguous(memory_format=torch.channels_last)
         for convolution, norm in zip(self.convolutions, self.norms):
-            x = norm_act_pool(convolution(x).contiguous(), norm.weight, norm.bias)
+            x = norm_act_pool(convolution(x), norm.weight, norm.bias)
         return x.flatten(1)
 
     def forward(self, images: Tensor) -> Tensor:

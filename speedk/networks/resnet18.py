@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from speedk.errors import ConfigError
 from speedk.geometry import Geometry
+from speedk.networks._convolution import Convolution
 from speedk.networks._instance_norm import InstanceNorm
 
 SMALLEST = 9
@@ -52,7 +53,7 @@ class BasicBlock(nn.Module):
         self.second, self.second_norm = _convolution(c_out, c_out, 1), InstanceNorm(c_out)
         self.shortcut = nn.Identity()
         if stride != 1 or c_in != c_out:
-            self.shortcut = nn.Sequential(nn.Conv2d(c_in, c_out, 1, stride, bias=False), InstanceNorm(c_out))
+            self.shortcut = nn.Sequential(Convolution(c_in, c_out, 1, stride, bias=False), InstanceNorm(c_out))
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, c_in, H, W] -> [B, c_out, H / stride, W / stride], rounded up."""
@@ -60,8 +61,8 @@ class BasicBlock(nn.Module):
         return F.relu(self.shortcut(x) + self.second_norm(self.second(y)))
 
 
-def _convolution(c_in: int, c_out: int, stride: int) -> nn.Conv2d:
-    return nn.Conv2d(c_in, c_out, 3, stride, padding=1, bias=False)
+def _convolution(c_in: int, c_out: int, stride: int) -> Convolution:
+    return Convolution(c_in, c_out, 3, stride, padding=1, bias=False)
 
 
 PLUGIN = ResNet18

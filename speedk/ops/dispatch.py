@@ -45,7 +45,7 @@ class Op:
         """The reason that `backend` cannot run this op on `arguments`, or None."""
         if backend == "torch":
             return None
-        if _transformed():
+        if transformed():
             return "functorch transforms and forward-mode differentiation see through PyTorch alone"
         check = self._why_not[backend]
         if check is None:
@@ -207,7 +207,7 @@ def checks(check: bool | None, backend: str, tensor: Tensor) -> bool:
         return check
     if backend == "native" and tensor.device.type == "cpu":
         return True
-    if torch.compiler.is_compiling() or _transformed():
+    if torch.compiler.is_compiling() or transformed():
         return False
     return not (tensor.is_cuda and torch.cuda.is_current_stream_capturing())
 
@@ -217,7 +217,7 @@ def _in_functorch() -> bool:
     return torch._C._functorch.maybe_current_level() is not None
 
 
-def _transformed() -> bool:
+def transformed() -> bool:
     """Under a functorch transform or forward-mode differentiation, where custom ops fail or return zeros."""
     return _in_functorch() or forward_ad._current_level >= 0
 

@@ -1,0 +1,118 @@
+"""The students' convolution, with second derivatives that cost what they have to."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from speedk.ops.dispatch import transformed
+
+
+class Convolution(nn.Conv2d):
+    """`nn.Conv2d` without dilation, groups or padding modes; differentiable any number of times.
+
+    A convolution, its gradient in the input and its gradient in the weight are bilinear, and the derivatives of each
+    are the other two. PyTorch's second derivatives run the weight's part as a convolution with a kernel as large as the
+    image, which takes up to twice the time; and its first ones, on the CPU, follow the layout of the input, of
+    which none is best for all three.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        if transformed() or torch.compiler.is_compiling() or torch.is_autocast_enabled(x.device.type):
+            return super().forward(x)
+        how = _How(self.stride, self.padding, x.shape, self.weight.shape)
+        if not torch.is_grad_enabled():
+            return _convolved(x, self.weight, self.bias, how)
+        return _convolve(x, self.weight, self.bias, how)
+
+
+class _How(NamedTuple):
+    stride: tuple[int, int]
+    padding: tuple[int, int]
+    x: torch.Size
+    weight: torch.Size
+
+    def out(self) -> list[int]:
+        sides = [(side + 2 * pad - kernel) // stride + 1 for side, pad, kernel, stride in
+                 zip(self.x[2:], self.padding, self.weight[2:], self.stride, strict=True)]
+        return [self.x[0], self.weight[0], *sides]
+
+
+def _convolved(x: Tensor, weight: Tensor, bias: Tensor | None, how: _How) -> Tensor:
+    if x.device.type == "cpu" and x.shape[1] == 3:
+        # oneDNN convolves three planes twice as fast from this layout, the copies counted in.
+        x = x.contiguous(memory_format=torch.channels_last)
+    return F.conv2d(x, weight, bias, how.stride, how.padding).contiguous()
+
+
+def _backward(d_out: Tensor, x: Tensor, weight: Tensor, how: _How, mask: list[bool]) -> tuple[Tensor, ...]:
+    return torch.ops.aten.convolution_backward(d_out.contiguous(), x.contiguous(), weight.contiguous(), None,
+                                               how.stride, how.padding, [1, 1], False, [0, 0], 1, mask)
+
+
+def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, how: _How) -> Tensor:
+    # The weight in a tuple, where autograd does not see it: nothing flows to it through the link.
+    link = _Link.apply(x, (weight,), how) if x.requires_grad else None
+    return _Convolve.apply(x, weight, bias, link, how)
+
+
+class _Link(torch.autograd.Function):
+    """Carries the gradient of an output back to x. A node of its own, which takes no part in the forward pass, so that
+    autograd leaves it out where nobody asked for the gradient of x: that of images, while a student trains on them."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: tuple[Tensor], how: _How) -> Tensor:
+        ctx.save_for_backward(*weight)
+        ctx.how = how
+        return x.new_empty(1).expand(how.out())
+
+    @staticmethod
+    def backward(ctx, d_out: Tensor):
+        return _InputGradient.apply(d_out, ctx.saved_tensors[0], ctx.how), None, None
+
+
+class _Convolve(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, link: Tensor | None, how: _How) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.how = how
+        return _convolved(x, weight, bias, how)
+
+    @staticmethod
+    def backward(ctx, d_out: Tensor):
+        _, need_weight, need_bias, linked, _ = ctx.needs_input_grad
+        d_weight = _WeightGradient.apply(d_out, ctx.saved_tensors[0], ctx.how) if need_weight else None
+        return None, d_weight, d_out.sum((0, 2, 3)) if need_bias else None, d_out if linked else None, None
+
+
+class _InputGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, d_out: Tensor, weight: Tensor, how: _How) -> Tensor:
+        ctx.save_for_backward(d_out, weight)
+        ctx.how = how
+        return _backward(d_out, d_out.new_empty(how.x), weight, how, [True, False, False])[0]
+
+    @staticmethod
+    def backward(ctx, along: Tensor):
+        d_out, weight = ctx.saved_tensors
+        need_out, need_weight, _ = ctx.needs_input_grad
+        return (_convolve(along, weight, None, ctx.how) if need_out else None,
+                _WeightGradient.apply(d_out, along, ctx.how) if need_weight else None, None)
+
+
+class _WeightGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, d_out: Tensor, x: Tensor, how: _How) -> Tensor:
+        ctx.save_for_backward(d_out, x)
+        ctx.how = how
+        return _backward(d_out, x, x.new_empty(how.weight), how, [False, True, False])[1]
+
+    @staticmethod
+    def backward(ctx, along: Tensor):
+        d_out, x = ctx.saved_tensors
+        need_out, need_x, _ = ctx.needs_input_grad
+        return (_convolve(x, along, None, ctx.how) if need_out else None,
+                _InputGradient.apply(d_out, along, ctx.how) if need_x else None, None)

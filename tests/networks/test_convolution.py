@@ -1,0 +1,73 @@
+"""The students' convolution against PyTorch's, to its second derivatives."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from speedk.networks import _convolution
+from speedk.networks._convolution import Convolution
+
+CASES = {"padded": (3, 5, 3, 1, 1, (2, 3, 6, 6)), "strided": (2, 4, 3, 2, 1, (3, 2, 7, 5)),
+         "pointwise": (4, 2, 1, 2, 0, (2, 4, 5, 5)), "one plane": (1, 2, 3, 1, 1, (1, 1, 3, 4))}
+
+
+def case(name, dtype=torch.float64):
+    c_in, c_out, kernel, stride, padding, shape = CASES[name]
+    module = Convolution(c_in, c_out, kernel, stride, padding).to(dtype)
+    return module, [t.detach().requires_grad_() for t in (torch.randn(shape, dtype=dtype), *module.parameters())]
+
+
+def ours(module, x, weight, bias):
+    return torch.func.functional_call(module, {"weight": weight, "bias": bias}, (x,))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_second_derivatives(name):
+    module, leaves = case(name)
+    theirs = lambda *a: F.conv2d(*a, module.stride, module.padding)  # noqa: E731
+    results = []
+    for function in (lambda *a: ours(module, *a), theirs):
+        torch.manual_seed(0)
+        out = function(*leaves)
+        first = torch.autograd.grad(out.sin().sum(), leaves, create_graph=True)
+        second = torch.autograd.grad(sum((g * torch.randn_like(g)).sum() for g in first), leaves)
+        results.append([out, *first, *second])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+    assert torch.autograd.gradgradcheck(lambda *a: ours(module, *a), leaves)
+
+
+def test_the_gradient_of_the_input_is_left_out(monkeypatch):
+    module, (x, weight, bias) = case("padded")
+    loss = ours(module, x, weight, bias).square().sum()
+    d_weight, = torch.autograd.grad(loss, weight, create_graph=True)
+
+    def fail(*_):
+        raise AssertionError("computed")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(_convolution._InputGradient, "forward", staticmethod(fail))
+        again, = torch.autograd.grad(loss, weight, create_graph=True)
+        assert torch.equal(again, d_weight)
+        with pytest.raises(AssertionError, match="computed"):
+            torch.autograd.grad(loss, x, retain_graph=True)
+    d_x, = torch.autograd.grad(again.square().sum(), x)
+    assert d_x.abs().max() > 0
+
+
+def test_elsewhere():
+    """Where PyTorch's own is taken: transforms, autocast, compilation; and without gradients."""
+    module, (x, weight, bias) = case("padded", torch.float32)
+    want = F.conv2d(x, weight, bias, padding=1)
+    with torch.no_grad():
+        torch.testing.assert_close(module(x), want)
+    torch.testing.assert_close(torch.func.vmap(lambda one: module(one[None])[0])(x), want)
+    _, tangent = torch.func.jvp(module, (x,), (x,))
+    torch.testing.assert_close(tangent, want - bias[:, None, None])
+    torch.testing.assert_close(torch.compile(module, backend="aot_eager", fullgraph=True)(x), want)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = module(x)
+    assert out.dtype == torch.bfloat16
+    out.sum().backward()
