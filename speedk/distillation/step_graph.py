@@ -23,8 +23,8 @@ from speedk.errors import ConfigError
 from speedk.workers import Pool
 
 PIECE = 8 * 32 * 32
-"""Pixels (count x height x width) of one thread's piece of a batch: 8 images of 32 x 32. Their activations, of which the
-second derivatives read more than the first, stay in the caches: 16 take a tenth more time, the whole batch 1.4 times."""
+"""Pixels (count x height x width) of one thread's piece of a batch: 8 images of 32 x 32. Their activations, of which
+second derivatives read more than first ones, stay in the caches: pieces of 16 take a tenth more processor time."""
 
 Augment = Callable[[Tensor, int], Tensor]
 Loss = Callable[[Tensor, Tensor], Tensor]
