@@ -109,7 +109,8 @@ def _table(name: str, found: Mapping[str, Any]) -> Table:
     cells = []
     for row in found["rows"]:
         for column, published in zip(found["columns"], row["published"].split(), strict=True):
-            facts = {**found.get("common", {}), **column, **row}
+            facts = {**found.get("common", {}), **column, **row,
+                     "fields": {**column.get("fields", {}), **row.get("fields", {})}}
             cells.append(Cell(name, row["name"], column["name"], facts["network"], published.replace("-", ""),
                               _target(facts)))
     return Table(name, found["title"], found.get("note", ""), tuple(row["name"] for row in found["rows"]),
@@ -124,7 +125,7 @@ def _target(facts: Mapping[str, Any]) -> Target | None:
         return Target("whole", "", data, 0)
     if "method" in facts:
         return Target("recipe", f"{data}-ipc{ipc}-{facts['method']}", data, ipc, facts["objective"],
-                      tuple(sorted(facts.get("fields", {}).items())))
+                      tuple(sorted(facts["fields"].items())))
     return None
 
 
@@ -184,8 +185,8 @@ _HEAD = """# The paper's tables, published and measured
 Made by `speedk reproduce` from its lines of JSON and nothing else. Each cell is published / **measured**, in per cent
 of the test set. "not run" has a command (`speedk reproduce TABLE --row ROW --column COLUMN`), "-" is a number that the
 paper does not have, and "n/a" another paper's method, which is not part of speedk. Published numbers are the best of
-ten checkpoints on the test set, measured ones those after the last epoch. A star marks a run that is not the recipe's own
-under the full protocol: the lines below the table say in what.
+ten checkpoints on the test set, measured ones those after the last epoch. A star marks a run that is not the recipe's
+own under the full protocol: the lines below the table say in what.
 """
 
 

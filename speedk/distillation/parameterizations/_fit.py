@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from speedk import ops
 from speedk.errors import ConfigError
 from speedk.workers import Pool
 
@@ -79,7 +78,7 @@ def _fit_part(synthetic: Speed, index: Tensor, images: Tensor, shared: list[Tens
         schedule.step()
         report(step + 1, loss)
     with torch.no_grad():
-        synthetic.scm[index] = ops.sparsify(codes, spec.k)
+        synthetic.scm[index] = synthetic.sparsify(codes, spec.k)
     for tensor in shared:
         tensor.grad = None
     return loss
@@ -90,7 +89,7 @@ def _gradients(synthetic: Speed, rows: Tensor, shared: list[Tensor], targets: Te
     """The part of the mean squared error that is of one piece, and its gradients for the piece's codes and `shared`."""
     with torch.enable_grad():
         codes = rows.requires_grad_()
-        decoded = synthetic.freenet(ops.sparsify(codes, active), synthetic.saet)
+        decoded = synthetic.freenet(synthetic.sparsify(codes, active), synthetic.saet)
         loss = (decoded - targets).square().sum() / count
     gradient, *of_shared = torch.autograd.grad(loss, [codes, *shared])
     return loss.detach(), gradient, tuple(of_shared)

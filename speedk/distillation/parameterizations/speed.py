@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from speedk import ops
 from speedk.distillation.budget import speed_storage
-from speedk.distillation.freenet import FReeNet
+from speedk.distillation.freenet import SHARED, FReeNet
 from speedk.distillation.parameterizations._fit import fit
 from speedk.distillation.parameterizations.base import Parameterization, class_labels, expect_tensors
 from speedk.errors import ArtifactError, ConfigError
@@ -21,7 +22,9 @@ from speedk.workers import Pool
 
 INITS = ("random", "fit")
 SPARSE = ("end", "always")
+SPARSIFY = ("global", "local")
 MAX_CODE = 1 << 27
+MAX_CONVOLUTIONS = 8
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,9 @@ class Spec:
     paper's rule 0.064 / (N H J). norm: where LN1 stands (see FReeNet). init: "random", the paper's, or "fit", a least
     squares fit to real images, of fit_steps. sparse: "end", the paper's top-k after training, or "always", top-k in
     every decode with the gradient passed to all entries (straight-through): what is matched is then what is stored.
+    sparsify: "global", the k largest entries of a code, or "local", the k / J largest of each patch.
+    shared: what the blocks share, "both" tokens and codes, the tokens ("saet"), or "none". convolutions, kernel: layers
+    on the image and their side (see FReeNet for these three).
     """
 
     images_per_class: int
@@ -47,13 +53,18 @@ class Spec:
     init: str = "fit"
     sparse: str = "always"
     fit_steps: int = 600
+    sparsify: str = "global"
+    shared: str = "both"
+    convolutions: int = 0
+    kernel: int = 3
 
     def check(self, geometry: Geometry) -> None:
         """Raise ConfigError where the sizes do not go together."""
         for name in ("images_per_class", "D", "K", "H", "R", "patch"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)} must be at least 1")
-        for name, allowed in (("norm", NORMS), ("init", INITS), ("sparse", SPARSE)):
+        for name, allowed in (("norm", NORMS), ("init", INITS), ("sparse", SPARSE), ("sparsify", SPARSIFY),
+                              ("shared", SHARED)):
             if getattr(self, name) not in allowed:
                 raise ConfigError(f"{name}={getattr(self, name)!r} is not one of {', '.join(allowed)}")
         if geometry.resolution % self.patch:
@@ -63,12 +74,34 @@ class Spec:
         J = self.patches(geometry)
         if max(J, self.K) > 65536:
             raise ConfigError(f"J={J} patches and K={self.K} tokens must be at most 65,536: coordinates have 16 bits")
-        if self.H * J * self.K > MAX_CODE:
-            raise ConfigError(f"H J K = {self.H * J * self.K:,} is over {MAX_CODE:,}: a dense code would take 512 MB")
+        if self.heads * J * self.K > MAX_CODE:
+            raise ConfigError(f"H J K = {self.heads * J * self.K:,} is over {MAX_CODE:,}: a dense code would take "
+                              "512 MB")
         if not 0 <= self.k <= J * self.K:
             raise ConfigError(f"k={self.k} is outside 0 to J K = {J * self.K}")
+        if self.sparsify == "local" and self.k % J:
+            raise ConfigError(f"k={self.k} is not a multiple of J={J} patches, each of which keeps k / J entries where "
+                              "sparsify=local")
         if self.fit_steps < 0:
             raise ConfigError(f"fit_steps={self.fit_steps} must not be negative")
+        if not 0 <= self.convolutions <= MAX_CONVOLUTIONS:
+            raise ConfigError(f"convolutions={self.convolutions} is outside 0 to {MAX_CONVOLUTIONS}")
+        if not 1 <= self.kernel <= geometry.resolution or self.kernel % 2 == 0:
+            raise ConfigError(f"kernel={self.kernel} is not an odd number from 1 to {geometry.resolution}")
+
+    @property
+    def heads(self) -> int:
+        """Heads of a code: H, or H for each block that has codes of its own."""
+        return self.H if self.shared == "both" else self.R * self.H
+
+    @property
+    def tokens(self) -> tuple[int, ...]:
+        """The shape of the tokens."""
+        return (self.R, self.K, self.D) if self.shared == "none" else (self.K, self.D)
+
+    def decoder(self, geometry: Geometry) -> FReeNet:
+        return FReeNet(self.D, self.R, geometry.channels, self.patch, self.patches(geometry), self.norm, self.shared,
+                       self.convolutions, self.kernel)
 
     def patches(self, geometry: Geometry) -> int:
         return (geometry.resolution // self.patch) ** 2
@@ -91,11 +124,11 @@ class Speed(Parameterization):
         counts = [spec.images_per_class] * geometry.classes if labels is None else labels
         self.register_buffer("classes", class_labels(counts), persistent=False)
         self.patches = spec.patches(geometry)
-        self.saet = nn.Parameter(torch.zeros(spec.K, spec.D))
-        self.freenet = FReeNet(spec.D, spec.R, geometry.channels, spec.patch, self.patches, spec.norm)
+        self.saet = nn.Parameter(torch.zeros(spec.tokens))
+        self.freenet = spec.decoder(geometry)
         self.scm: nn.Parameter | None = None
         if labels is None:
-            self.scm = nn.Parameter(torch.zeros(self.size, spec.H, self.patches, spec.K))
+            self.scm = nn.Parameter(torch.zeros(self.size, spec.heads, self.patches, spec.K))
         self.stored: tuple[Tensor, Tensor, Tensor] | None = None
 
     @torch.no_grad()
@@ -109,14 +142,20 @@ class Speed(Parameterization):
     def codes(self, index: Tensor | None = None) -> Tensor:
         """The dense codes that are decoded in training: all of them, or those of `index`."""
         scm = self.scm if index is None else self.scm[index]
-        return _TopK.apply(scm, self.spec.k) if self.spec.sparse == "always" else scm
+        return _TopK.apply(scm, self) if self.spec.sparse == "always" else scm
+
+    def sparsify(self, scm: Tensor, k: int) -> Tensor:
+        """`scm` with k entries of each head kept (Eq. 6), or k // J of each patch where sparsify is "local"."""
+        if self.spec.sparsify == "global":
+            return ops.sparsify(scm, k)
+        return ops.sparsify(_by_patch(scm), k // self.patches).view_as(scm)
 
     def decode(self, index: Tensor) -> tuple[Tensor, Tensor]:
         labels = self.classes[index]
         if self.stored is None:
             return self.freenet(self.codes(index), self.saet), labels
         values, rows, cols = (part[index.to(part.device)] for part in self.stored)
-        return ops.freenet_coo(values, rows, cols, self.saet, self.freenet.weights()), labels
+        return self.freenet.decode(values, rows, cols, self.saet), labels
 
     def accumulate(self, index: Tensor, d_images: Tensor, d_labels: Tensor | None = None,
                    pool: Pool | None = None) -> None:
@@ -137,7 +176,7 @@ class Speed(Parameterization):
         # A gather's own backward fills a gradient as large as all codes each time; a leaf of its rows does not.
         with torch.enable_grad():
             rows = self.scm.detach()[index].requires_grad_()
-            codes = _TopK.apply(rows, self.spec.k) if self.spec.sparse == "always" else rows
+            codes = _TopK.apply(rows, self) if self.spec.sparse == "always" else rows
             images = self.freenet(codes, self.saet)
         return torch.autograd.grad(images, [rows, self.saet, *self.freenet.parameters()], d_images)
 
@@ -155,8 +194,18 @@ class Speed(Parameterization):
     @torch.no_grad()
     def finalize(self) -> None:
         if self.stored is None:
-            self.stored = ops.coo_encode(self.scm, self.spec.k)
+            self.stored = self._encoded()
             self.scm = None
+
+    def _encoded(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Values, rows and columns [N, heads, k] of the entries that are kept, in the order of their place."""
+        if self.spec.sparsify == "global":
+            return ops.coo_encode(self.scm, self.spec.k)
+        each = self.spec.k // self.patches
+        values, _, cols = (part.view(self.size, -1, self.spec.k) for part in ops.coo_encode(_by_patch(self.scm), each))
+        dtype = ops.index_dtype(max(self.patches, self.spec.K))
+        rows = torch.arange(self.patches, device=values.device).repeat_interleave(each).to(dtype)
+        return values, rows.expand_as(values).contiguous(), cols.to(dtype)
 
     def storage(self) -> dict[str, Tensor]:
         values, rows, cols = self.stored
@@ -167,15 +216,15 @@ class Speed(Parameterization):
     @classmethod
     def from_storage(cls, spec: Spec, geometry: Geometry, ipc: int, labels: list[int],
                      tensors: Mapping[str, Tensor]) -> Speed:
-        J, entries = spec.patches(geometry), (sum(labels), spec.H, spec.k)
+        J, entries = spec.patches(geometry), (sum(labels), spec.heads, spec.k)
         if len(tensors) < spec.R:
             raise ArtifactError(f"R={spec.R} blocks but {len(tensors)} tensors")
         index = ops.index_dtype(max(J, spec.K))
         with torch.device("meta"):
             shapes = {f"freenet.{name}": (tuple(p.shape), torch.float32) for name, p in
-                      FReeNet(spec.D, spec.R, geometry.channels, spec.patch, J, spec.norm).named_parameters()}
+                      spec.decoder(geometry).named_parameters()}
         expect_tensors(tensors, shapes | {
-            "saet": ((spec.K, spec.D), torch.float32),
+            "saet": (spec.tokens, torch.float32),
             "scm.values": (entries, torch.float32), "scm.rows": (entries, index), "scm.cols": (entries, index),
         })
         rows, cols = tensors["scm.rows"].long(), tensors["scm.cols"].long()
@@ -183,6 +232,8 @@ class Speed(Parameterization):
             raise ArtifactError(f"a coordinate is out of range: rows must be below J={J} and cols below K={spec.K}")
         if spec.k > 1 and bool(((rows * spec.K + cols).diff(dim=-1) <= 0).any()):
             raise ArtifactError("the coordinates of a code are not in order, or one is there twice")
+        if spec.sparsify == "local" and bool((rows != torch.arange(J).repeat_interleave(spec.k // J)).any()):
+            raise ArtifactError(f"a patch does not have the k / J = {spec.k // J} entries of sparsify=local")
         loaded = cls(spec, geometry, ipc, labels)
         loaded.saet = nn.Parameter(tensors["saet"])
         loaded.freenet.load_state_dict({name.removeprefix("freenet."): tensors[name] for name in shapes}, assign=True)
@@ -192,16 +243,25 @@ class Speed(Parameterization):
     @classmethod
     def planned_storage(cls, spec: Spec, geometry: Geometry, ipc: int) -> dict[str, float]:
         spec.check(geometry)
-        return speed_storage(N=spec.images_per_class * geometry.classes, D=spec.D, K=spec.K, H=spec.H, R=spec.R,
-                             k=spec.k, J=spec.patches(geometry), L=spec.patch**2 * geometry.channels)
+        parts = speed_storage(N=spec.images_per_class * geometry.classes, D=spec.D, K=spec.K, H=spec.heads, R=spec.R,
+                              k=spec.k, J=spec.patches(geometry), L=spec.patch**2 * geometry.channels)
+        parts["saet"] = math.prod(spec.tokens)
+        if spec.convolutions:
+            parts["convolutions"] = spec.convolutions * geometry.channels * (geometry.channels * spec.kernel**2 + 1)
+        return parts
+
+
+def _by_patch(scm: Tensor) -> Tensor:
+    """[N, H, J, K] -> [N, H J, 1, K]: each patch a code of its own."""
+    return scm.flatten(1, 2).unsqueeze(2)
 
 
 class _TopK(torch.autograd.Function):
-    """`ops.sparsify` whose backward lets the gradient of every entry through (straight-through)."""
+    """`Speed.sparsify` whose backward lets the gradient of every entry through (straight-through)."""
 
     @staticmethod
-    def forward(ctx, scm: Tensor, k: int) -> Tensor:
-        return ops.sparsify(scm, k)
+    def forward(ctx, scm: Tensor, of: Speed) -> Tensor:
+        return of.sparsify(scm, of.spec.k)
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
