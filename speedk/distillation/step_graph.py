@@ -77,6 +77,7 @@ class Training:
         self.buffers = {name: b.detach().clone() for name, b in student.named_buffers()}
         self.in_pieces = (device.type == "cpu" and loss is None and getattr(student, "per_sample", False)
                           and not any(_drops(module) for module in student.modules()))
+        self._pool = Pool(device) if self.in_pieces else Alone()
         self._replaced: set[str] = set()
         self._students = [student]
         self._seed = int(torch.randint(2**62, ()))
@@ -88,7 +89,7 @@ class Training:
     def running(self) -> Iterator[Pool | Alone]:
         """Where steps are built and differentiated, forward and backward alike; gives what runs the pieces."""
         # Of the attention kernels only the plain one can be differentiated twice.
-        with sdpa_kernel(SDPBackend.MATH), Pool(self.device) if self.in_pieces else Alone() as pool:
+        with sdpa_kernel(SDPBackend.MATH), self._pool as pool:
             yield pool
 
     def build(self, step: int, theta: Tensor, images: Tensor, labels: Tensor, needs: tuple[bool, bool],

@@ -42,9 +42,9 @@ def unroll(student: nn.Module, theta: Tensor, images: Tensor, labels: Tensor, sc
     keeps as many as fit in that. All give the same bits.
 
     Random numbers of dropout and augmentation follow from one draw of torch's default CPU generator.
-    On the CPU a student that says `per_sample = True` (no operation of it mixes the samples of a batch) is trained on
-    pieces of the batch in threads, unless it has dropout or a `loss` is given; the pieces do not depend on the number
-    of threads.
+    On the CPU a student that says `per_sample = True` (no operation of it mixes the samples of a batch, and it draws no
+    random numbers but in dropout modules) is trained on pieces of the batch in threads, unless it has such dropout or
+    a `loss` is given; the pieces do not depend on the number of threads.
 
     Returns theta_T [P]. Raises ConfigError where the arguments do not fit, and for a student whose buffers change as
     it trains (the running statistics of a batch norm), by name.
@@ -56,7 +56,7 @@ def unroll(student: nn.Module, theta: Tensor, images: Tensor, labels: Tensor, sc
     schedule = [index.to(images.device) for index in schedule]
     plan = _Plan(Training(student, schedule, augment, loss, images.device), momentum, _limit(memory),
                  torch.is_grad_enabled() and any(t.requires_grad for t in (theta, images, labels, lr)))
-    return _Unroll.apply(plan, theta, images, labels, lr)
+    return _Unroll.apply(plan, theta.contiguous(), images, labels, lr)
 
 
 def dsa_steps(seed: int, ops: Sequence[str] | None = None) -> Augment:
@@ -125,7 +125,8 @@ class _Unroll(torch.autograd.Function):
         with torch.no_grad():
             found = _walk_back(ctx, d_theta)
         if torch.is_grad_enabled():  # create_graph=True: refused when, and only when, it is differentiated again
-            found = [None if d is None else _Once.apply(d, d_theta, ctx.saved_tensors[0]) for d in found]
+            inputs = ctx.saved_tensors[:4]  # images, labels, lr, and theta where there is a step
+            found = [None if d is None else _Once.apply(d, d_theta, *inputs) for d in found]
         return None, *found
 
 

@@ -202,9 +202,24 @@ def test_second_derivatives_are_refused():
     student = STUDENTS["mlp"]()
     theta, images, labels, schedule, lr, direction = problem(student)
     theta_T = speedk.unroll(student, theta, images, labels, schedule, lr)
-    d_images, = torch.autograd.grad(theta_T, images, direction, create_graph=True)
+    for leaf in (theta, images, lr):
+        d_leaf, = torch.autograd.grad(theta_T, leaf, direction, create_graph=True)
+        with pytest.raises(RuntimeError, match="differentiated once, not twice"):
+            d_leaf.sum().backward()
+    d_lr, = torch.autograd.grad(speedk.unroll(student, theta.detach(), images.detach(), labels.detach(), schedule, lr),
+                                lr, direction, create_graph=True)
     with pytest.raises(RuntimeError, match="differentiated once, not twice"):
-        d_images.sum().backward()
+        d_lr.backward()
+
+
+def test_strided_theta():
+    student = STUDENTS["mlp"]()
+    theta, images, labels, schedule, lr, _ = problem(student)
+    every_second = torch.stack([theta, theta], 1)[:, 0]
+    got = speedk.unroll(student, every_second, images, labels, schedule, lr)
+    assert torch.equal(got, speedk.unroll(student, theta, images, labels, schedule, lr))
+    got.sum().backward()  # a gradient of stride 0
+    assert theta.grad.abs().max() > 0
 
 
 def test_leaves_the_student_and_the_random_state_alone():
