@@ -31,12 +31,15 @@ def polar(panels: Mapping[str, Mapping[str, Mapping[str, float]]]) -> bytes:
             values = [curve[name] for name in names]
             line, = axes.plot([*angles, angles[0]], [*values, values[0]], linewidth=1.6, label=source)
             axes.fill(angles, values, color=line.get_color(), alpha=0.12)
-        axes.set_xticks(angles, [name.replace("_", "\n") for name in names], fontsize=8)
-        axes.tick_params(axis="x", pad=9)
+        axes.set_xticks(angles, [])
         axes.set_ylim(0, 1.05 * top)
+        for angle, name in zip(angles, names, strict=True):
+            side = math.sin(angle)  # labels stand outside of the circle: beside it, or above and below
+            axes.text(angle, (1.12 - 0.03 * abs(side)) * 1.05 * top, name.replace("_", "\n"), fontsize=8, va="center",
+                      ha="center" if abs(side) < 0.3 else "left" if side > 0 else "right", linespacing=0.95)
         axes.tick_params(axis="y", labelsize=7, labelcolor="0.35")
         axes.grid(color="0.85", linewidth=0.6)
-        axes.set_title(f"{network}, accuracy in per cent", fontsize=11, pad=22)
+        axes.set_title(f"{network}, accuracy in per cent", fontsize=11, pad=34)
     return _png(figure)
 
 
