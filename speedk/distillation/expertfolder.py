@@ -17,7 +17,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -89,10 +89,9 @@ class Identity:
         """sha256 of all fields that count, hexadecimal."""
         return hashlib.sha256(tensorfile.canonical({n: getattr(self, n) for n in _compared()}).encode()).hexdigest()
 
-    def difference(self, other: Identity, fields: tuple[str, ...] = ()) -> str:
-        """'rate=0.01, not 0.1' for the first of `fields` (default: all that count) where `other` is not the same, or
-        ''."""
-        for name in fields or _compared():
+    def difference(self, other: Identity, fields: Sequence[str] | None = None) -> str:
+        """'rate=0.01, not 0.1' for the first of `fields` (None: all that count) where `other` differs, or ''."""
+        for name in _compared() if fields is None else fields:
             mine, theirs = getattr(self, name), getattr(other, name)
             if mine != theirs:
                 return f"{name}={_short(mine)}, not {_short(theirs)}"

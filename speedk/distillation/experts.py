@@ -6,6 +6,7 @@ so an expert that was interrupted, or is wanted for more epochs, goes on from it
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import threading
 import time
@@ -82,7 +83,11 @@ def train(folder: ExpertFolder, real: RealData, count: int, epochs: int, device:
     waiting = [number for number in range(count) if folder.epochs(number) < epochs]
     with Pool(device, threads) as pool:
         work.train_set.fetch(torch.zeros(1, dtype=torch.int64, device=device))  # what is made once, before the threads
-        first = networks.build(folder.identity.network, real.geometry)
+        first = networks.fresh(folder.identity.network, real.geometry, 0)
+        size = networks.parameter_count(first)
+        if size != folder.identity.parameters:  # a class of the user's own, changed since
+            raise ConfigError(f"{folder.path} holds experts of {folder.identity.parameters:,} parameters, but "
+                              f"{folder.identity.network} has {size:,}: choose another folder")
         alike = max(1, pool.threads) if separable(first) else 1
         while waiting:
             _side_by_side(work, waiting, pool, min(alike, len(waiting)))
@@ -93,9 +98,9 @@ def train(folder: ExpertFolder, real: RealData, count: int, epochs: int, device:
 
 def check_data(folder: ExpertFolder, real: RealData) -> None:
     """Raise ConfigError unless the experts of `folder` were trained on `real`, normalised as it is."""
-    mine = Identity.of(real, network=folder.identity.network)
-    fields = ("classes", "channels", "resolution", "data", "normaliser")
-    if wrong := folder.identity.difference(mine, fields):
+    mine = dataclasses.replace(folder.identity, **dataclasses.asdict(real.geometry), data=real.fingerprint,
+                               normaliser=real.normaliser.describe())
+    if wrong := folder.identity.difference(mine, ("classes", "channels", "resolution", "data", "normaliser")):
         raise ConfigError(f"{folder.path} holds experts with {wrong}: they are for {folder.identity.dataset}, in that "
                           "very form; choose another folder")
 
@@ -141,7 +146,7 @@ def _claim_and_train(work: _Work, number: int, pool: Pool) -> None:
 def _train(work: _Work, number: int, pool: Pool) -> None:
     folder, identity, device = work.folder, work.folder.identity, pool.device
     dtype, seed = PRECISIONS[identity.precision], seeds.derive(identity.seed, "expert", number)
-    student = networks.fresh(identity.network, work.geometry, seeds.derive(seed, "start"), device).train()
+    student = networks.fresh(identity.network, work.geometry, seeds.derive(seed, "start"), device)
     parameters = list(student.parameters())
     losses: list[float] = []
     if folder.epochs(number) >= 0:
@@ -160,6 +165,7 @@ def _train(work: _Work, number: int, pool: Pool) -> None:
     saved, saved_at = len(losses), time.monotonic()
     try:
         for epoch in range(len(losses), work.epochs):
+            student.train()  # the test left it otherwise, and only in training is there dropout to seed
             with training.seeded(student, seeds.derive(seed, "dropout", epoch), pool):
                 loss = training.epoch(student, work.train_set, seeds.generator(seed, "epoch", epoch), pool, update,
                                       batch=identity.batch, augment=identity.augment, standardise=identity.standardise)

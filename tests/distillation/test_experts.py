@@ -66,6 +66,8 @@ def test_however_it_came_about_an_expert_has_the_same_bits(real, tmp_path, netwo
         monkeypatch.setattr(networks, "build", lambda name, geometry: build(name, geometry, **sizes))
     fields = {"network": network, "precision": precision}
     whole = contents(make(tmp_path / "whole", real, **fields))
+    torch.manual_seed(4)
+    assert contents(make(tmp_path / "again", real, **fields)) == whole
     if network != "vit":  # dropout needs a batch in one piece, which torch's own threads do
         assert contents(make(tmp_path / "threads", real, threads=3, **fields)) == whole
 
@@ -167,6 +169,14 @@ def test_other_data_are_refused(real, tmp_path):
         experts.check_data(folder, make_real())
     renamed = dataclasses.replace(real, name="moved")
     assert make(tmp_path, renamed, count=1, epochs=1).numbers() == [0]
+
+
+def test_a_network_that_changed_since_is_refused(real, tmp_path, monkeypatch):
+    folder = make(tmp_path, real, count=1, epochs=1)
+    build = networks.build
+    monkeypatch.setattr(networks, "build", lambda name, geometry: build(name, geometry, width=7))
+    with pytest.raises(ConfigError, match=r"holds experts of [\d,]+ parameters, but mlp has [\d,]+: choose another"):
+        experts.train(folder, real, 1, 2)
 
 
 def test_a_folder_of_something_else_is_left_alone(real, tmp_path):

@@ -256,6 +256,8 @@ def _spare(device: torch.device) -> int:
     that is does not change the numbers."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0] // 2
+    if "SC_AVPHYS_PAGES" not in os.sysconf_names:  # where the system does not say
+        return 0
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 4
 
 
