@@ -48,6 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    from speedk.distillation.loop import OutOfTime
     from speedk.distillation.recipe import parse_overrides
     from speedk.evaluation import tables
     from speedk.files import write_atomic
@@ -72,7 +73,11 @@ def run(args: argparse.Namespace) -> int:
     real: dict[tuple[str, int], RealData] = {}
     for number, (target, of_run) in enumerate(runs.items(), 1):
         print(f"\nrun {number} of {len(runs)}: {_command(target, of_run, args)}", flush=True)
-        measured = _measure(target, of_run, args, changed, real, args.budget and args.budget / len(runs))
+        try:
+            measured = _measure(target, of_run, args, changed, real, args.budget and args.budget / len(runs))
+        except OutOfTime as stop:
+            print(f"{stop}; nothing is measured yet, the same command goes on")
+            continue
         found = [tables.cell_line(cell, measured | ({"changed": changed} if changed else {})) for cell in of_run]
         tables.append(args.results, found)
         for line in found:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
 import signal
 import time
@@ -27,6 +28,10 @@ CHECKPOINT_SECONDS = 30.0
 
 class Interrupted(Exception):
     """The run was asked to stop and has saved what it had."""
+
+
+class OutOfTime(Interrupted):
+    """The minutes of the run were over before its first step."""
 
 
 @dataclass(frozen=True)
@@ -116,7 +121,8 @@ def distill(recipe: Recipe, real: RealData, out: str | Path, *, resume: bool = F
 
     With `resume` a run that was stopped at any instant goes on, and on the CPU, with as many threads, ends in the bytes
     of a run that was never stopped. chosen: why this objective, for the artifact's header. minutes: after so long the
-    file is written as the set then is, and its header says after how many steps; the run can be resumed.
+    file is written as the set then is, and its header says after how many steps; the run can be resumed. Where experts
+    take longer than that, OutOfTime is raised and they are kept.
     Raises ConfigError (a recipe that cannot be run, a directory in use), TrainingError (a loss that is not finite, no
     space), and Interrupted after Ctrl-C or SIGTERM, with a checkpoint saved.
     """
@@ -127,7 +133,7 @@ def distill(recipe: Recipe, real: RealData, out: str | Path, *, resume: bool = F
         found = checkpoint.load_newest(folder.checkpoints, run.device)
         if found is not None:
             run.restore(*found)
-        _prepare(run, folder, progress)
+        _prepare(run, folder, _hurried(progress, until))
         if found is not None:
             progress.say(f"resuming at step {run.done:,} of {recipe.objective.steps:,}")
         else:
@@ -136,6 +142,15 @@ def distill(recipe: Recipe, real: RealData, out: str | Path, *, resume: bool = F
         with folder.log(run.done) as log, _stop_signals() as stopped:
             _iterate(run, folder, log, stopped, progress, until)
         return _finish(run, folder, chosen)
+
+
+def _hurried(progress: Progress, until: float) -> Progress:
+    def experts(done: int, total: int, numbers: dict[str, float]) -> None:
+        progress.experts(done, total, numbers)
+        if done < total and time.monotonic() > until:
+            raise OutOfTime(f"the minutes were over after {done:,} of {total:,} epochs of experts, which are kept")
+
+    return dataclasses.replace(progress, experts=experts)
 
 
 def _prepare(run: Run, folder: RunDir, progress: Progress) -> None:

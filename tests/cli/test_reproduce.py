@@ -17,6 +17,7 @@ def run(tmp_path, monkeypatch):
              "columns": [{"name": "MLP", "network": "mlp"}],
              "rows": [{"name": "Random", "coreset": "random", "published": "50.0±1.0"},
                       {"name": "DM", "method": "pixels", "objective": "dm", "published": "60.0±1.0"},
+                      {"name": "TM", "method": "pixels", "objective": "tm", "published": "65.0±1.0"},
                       {"name": "Whole", "whole": True, "published": "95.0±1.0"},
                       {"name": "Other", "published": "70.0±1.0"}]}
     monkeypatch.setattr(tables, "tables", lambda: {"T": tables._table("T", found)})
@@ -61,6 +62,17 @@ def test_what_the_minutes_did_not_reach_goes_on(run, tmp_path, capsys):
     assert lines(tmp_path)[1]["distil_seconds"] > lines(tmp_path)[0]["distil_seconds"]
 
 
+def test_experts_count_as_distilling(run, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("SPEEDK_CACHE", str(tmp_path / "cache"))
+    small = ["steps=1", "batch=4", "inner_steps=2", "max_start=1", "expert_epochs=1", "expert_count=2", "network=mlp",
+             "expert_batch=512"]
+    assert run("T", "--row", "TM", *small, "--budget", "1e-6") == 0
+    assert "1 of 2 epochs of experts, which are kept; nothing is measured yet" in capsys.readouterr().out
+    assert not (tmp_path / "tables.jsonl").exists()
+    assert run("T", "--row", "TM", *small, "--protocol", "quick", "--runs", "1") == 0
+    assert lines(tmp_path)[0]["objective"] == "tm"
+
+
 @pytest.mark.parametrize(("words", "message"), [
     (["X"], "there is no table 'X', only T"),
     (["T", "--row", "Randm"], "did you mean 'Random'"),
@@ -83,5 +95,6 @@ def test_a_dry_run_prints_the_commands(run, tmp_path, capsys):
     assert capsys.readouterr().out.splitlines() == [
         "speedk coreset --dataset digits --ipc 1 --method random",
         "speedk distill --recipe digits-ipc1-pixels --objective dm",
+        "speedk distill --recipe digits-ipc1-pixels --objective tm",
         "speedk evaluate --whole --dataset digits --networks mlp"]
     assert not list(tmp_path.iterdir())
