@@ -58,7 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         help="test a file on data that it was not distilled from")
     parser.add_argument("--corruptions", metavar="DIR", nargs="?", const=True,
                         help="test on corrupted images too: 15 kinds at 5 severities, made from the test set, or read "
-                        "from DIR (CIFAR-10-C, CIFAR-100-C); draws corruptions.png")
+                        "from DIR (CIFAR-10-C, CIFAR-100-C); draws corruptions.png beside the report")
     parser.add_argument("--compare", metavar="JSON", nargs="+", type=Path, default=[],
                         help="with --corruptions: earlier reports whose curves are drawn too")
     parser.add_argument("--out", metavar="FILE", type=Path,
@@ -95,7 +95,7 @@ def conclude(report: Report, out: Path | None, keep: bool = True, beside: Sequen
     `beside`; earlier ones there are kept if `keep`. Raises TrainingError for failed runs."""
     print(report)
     if out is not None:
-        picture = out.with_name("corruptions.png")
+        picture = out.with_name("corruptions.png") if keep else out.with_suffix(".png")
         if keep:
             _curves.keep(out)
         write_atomic(out, report.to_json().encode())

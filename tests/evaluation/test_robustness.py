@@ -194,6 +194,8 @@ def test_the_command_draws_what_it_measured(run, real, write_artifact, capsys, m
     assert list(drawn[1]["mlp"]) == [f"1: {tmp_path.name}", f"2: {tmp_path.name}"]
     assert path.with_name("corruptions.1.png").exists() and path.with_name("corruptions.png").exists()
     assert "the earlier picture is now" in capsys.readouterr().out
+    assert run(f"{path} {LINE} --corruptions --out {tmp_path / 'named.json'}") == 0
+    assert (tmp_path / "named.png").exists() and not path.with_name("corruptions.2.png").exists()
 
 
 def test_without_matplotlib_the_numbers_are_there_and_the_mend_is_said(run, real, write_artifact, capsys, monkeypatch):
