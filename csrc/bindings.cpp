@@ -117,16 +117,26 @@ PYBIND11_MODULE(_native, m) {
     SPEEDK_CALL(unpatchify, shape, at(tokens), at(images), threads);
   }, released);
 
-  py::class_<NormActPool>(m, "NormActPool").def(py::init([](int dtype, uintptr_t x, uintptr_t weight, uintptr_t bias,
-                                                           int64_t B, int64_t C, int64_t H, int64_t W, double eps) {
-    return NormActPool{static_cast<Dtype>(dtype), at(x), at(weight), at(bias), B, C, H, W, eps};
-  }));
+  py::class_<NormActPool>(m, "NormActPool")
+      .def(py::init([](int dtype, bool channels_last, uintptr_t x, uintptr_t weight, uintptr_t bias, int64_t B,
+                       int64_t C, int64_t H, int64_t W, double eps) {
+        return NormActPool{static_cast<Dtype>(dtype), channels_last, at(x), at(weight), at(bias), B, C, H, W, eps};
+      }));
+  py::class_<NormActPoolSecond>(m, "NormActPoolSecond")
+      .def(py::init([](uintptr_t d_out, uintptr_t mean, uintptr_t rstd, uintptr_t dd_x, uintptr_t dd_weight,
+                       uintptr_t dd_bias, uintptr_t d_d_out, uintptr_t d_x, uintptr_t d_weight) {
+        return NormActPoolSecond{at(d_out), at(mean), at(rstd), at(dd_x), at(dd_weight), at(dd_bias), at(d_d_out),
+                                 at(d_x), at(d_weight)};
+      }));
   m.def("norm_act_pool", [](const NormActPool& job, uintptr_t out, uintptr_t mean, uintptr_t rstd, int threads) {
     SPEEDK_CALL(norm_act_pool, job, at(out), at(mean), at(rstd), threads);
   }, released);
   m.def("norm_act_pool_backward", [](const NormActPool& job, uintptr_t d_out, uintptr_t mean, uintptr_t rstd,
                                      uintptr_t d_x, uintptr_t d_weight, uintptr_t d_bias, int threads) {
     SPEEDK_CALL(norm_act_pool_backward, job, at(d_out), at(mean), at(rstd), at(d_x), at(d_weight), at(d_bias), threads);
+  }, released);
+  m.def("norm_act_pool_double_backward", [](const NormActPool& job, const NormActPoolSecond& second, int threads) {
+    SPEEDK_CALL(norm_act_pool_double_backward, job, second, threads);
   }, released);
 
   py::class_<UnrollStep>(m, "UnrollStep").def(py::init([](int dtype, int64_t P, uintptr_t lr, double momentum) {

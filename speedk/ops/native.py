@@ -185,30 +185,58 @@ def tokens_to_images_bwd(d_images: Tensor, state: Tensor, weight: Tensor, patch:
     return d_state, d_weights[:weight.numel()].reshape(weight.shape).clone(), d_weights[weight.numel():].clone()
 
 
-def _norm_act_pool(x: Tensor, weight: Tensor, bias: Tensor, eps: float):
-    return native().NormActPool(DTYPES[x.dtype], x.data_ptr(), weight.data_ptr(), bias.data_ptr(), *x.shape, eps)
+def _norm_act_pool(x: Tensor, weight: Tensor, bias: Tensor, eps: float, like: torch.memory_format):
+    return native().NormActPool(DTYPES[x.dtype], like == torch.channels_last, x.data_ptr(), weight.data_ptr(),
+                                bias.data_ptr(), *x.shape, eps)  # fmt: skip
 
 
 def norm_act_pool_fwd(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """The pooled activations [B, C, H // 2, W // 2], and the mean and inverse deviation [B, C] of each plane."""
-    x, weight, bias = x.contiguous(), weight.contiguous(), bias.contiguous()
+    """The pooled activations [B, C, H // 2, W // 2], and the mean and inverse deviation [B, C] of each plane.
+
+    What has x's size or the pooled one is laid out as x is: channels last, or else contiguous.
+    """
+    like = memory_format(x)
+    x, weight, bias = x.contiguous(memory_format=like), weight.contiguous(), bias.contiguous()
     b, c, h, w = x.shape
-    out, mean, rstd = x.new_empty(b, c, h // 2, w // 2), x.new_empty(b, c), x.new_empty(b, c)
-    native().norm_act_pool(_norm_act_pool(x, weight, bias, eps), out.data_ptr(), mean.data_ptr(), rstd.data_ptr(),
-                           torch.get_num_threads())
+    out = torch.empty(b, c, h // 2, w // 2, dtype=x.dtype, device=x.device, memory_format=like)
+    mean, rstd = x.new_empty(b, c), x.new_empty(b, c)
+    native().norm_act_pool(_norm_act_pool(x, weight, bias, eps, like), out.data_ptr(), mean.data_ptr(),
+                           rstd.data_ptr(), torch.get_num_threads())  # fmt: skip
     return out, mean, rstd
 
 
 def norm_act_pool_bwd(d_out: Tensor, x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, rstd: Tensor,
                       eps: float) -> tuple[Tensor, Tensor, Tensor]:
     """d_x [B, C, H, W], d_weight and d_bias [C]."""
-    d_out, x, weight, bias = d_out.contiguous(), x.contiguous(), weight.contiguous(), bias.contiguous()
-    d_x, d_weight, d_bias = x.new_empty(x.shape), mean.new_empty(mean.shape), mean.new_empty(mean.shape)
+    like = memory_format(x)
+    d_out, x = d_out.contiguous(memory_format=like), x.contiguous(memory_format=like)
+    weight, bias = weight.contiguous(), bias.contiguous()
+    d_x, d_weight, d_bias = torch.empty_like(x), torch.empty_like(mean), torch.empty_like(mean)
     native().norm_act_pool_backward(
-        _norm_act_pool(x, weight, bias, eps), d_out.data_ptr(), mean.data_ptr(), rstd.data_ptr(), d_x.data_ptr(),
+        _norm_act_pool(x, weight, bias, eps, like), d_out.data_ptr(), mean.data_ptr(), rstd.data_ptr(), d_x.data_ptr(),
         d_weight.data_ptr(), d_bias.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     return d_x, d_weight.sum(0), d_bias.sum(0)
+
+
+def norm_act_pool_bwd_bwd(dd_x: Tensor, dd_weight: Tensor, dd_bias: Tensor, d_out: Tensor, x: Tensor, weight: Tensor,
+                          bias: Tensor, mean: Tensor, rstd: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """The adjoint of `norm_act_pool_bwd`: d_d_out [B, C, H // 2, W // 2], d_x [B, C, H, W] and d_weight [C], from the
+    slopes of its results."""
+    like = memory_format(x)
+    dd_x, d_out, x = (t.contiguous(memory_format=like) for t in (dd_x, d_out, x))
+    dd_weight, dd_bias, weight, bias = (t.contiguous() for t in (dd_weight, dd_bias, weight, bias))
+    d_d_out, d_x, d_weight = torch.empty_like(d_out), torch.empty_like(x), torch.empty_like(mean)
+    second = native().NormActPoolSecond(*(t.data_ptr() for t in (d_out, mean, rstd, dd_x, dd_weight, dd_bias, d_d_out,
+                                                                 d_x, d_weight)))  # fmt: skip
+    native().norm_act_pool_double_backward(_norm_act_pool(x, weight, bias, eps, like), second, torch.get_num_threads())
+    return d_d_out, d_x, d_weight.sum(0)
+
+
+def memory_format(x: Tensor) -> torch.memory_format:
+    """channels_last where x [B, C, H, W] lies so in memory, contiguous_format where it lies otherwise."""
+    last = not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
+    return torch.channels_last if last else torch.contiguous_format
 
 
 def _unroll_step(lr: Tensor, like: Tensor, momentum: float):

@@ -13,8 +13,9 @@ def norm_act_pool(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) ->
     """2x2 average pooling of ReLU of the affine InstanceNorm of x.
 
     The norm is per image and channel, (x - mean) / sqrt(var + eps) * weight + bias with the biased variance; an odd
-    last row or column takes part in it and is left out of the pooling. Differentiable twice (any number of times on
-    the torch backend); the second time in PyTorch.
+    last row or column takes part in it and is left out of the pooling. Differentiable twice; a third time raises a
+    RuntimeError (on the torch backend any number of times). A derivative's layout in memory is x's: channels last, or
+    else contiguous.
 
     x: [B, C, H, W] floating, any strides, H and W at least 2; weight, bias: [C], of x's dtype; eps: added to the
     variance. Returns [B, C, H // 2, W // 2].
@@ -55,7 +56,7 @@ def _norm_act_pool(x: Tensor, weight: Tensor, bias: Tensor, eps: float, backend:
 @_norm_act_pool.register_fake
 def _(x: Tensor, weight: Tensor, bias: Tensor, eps: float, backend: str) -> tuple[Tensor, Tensor, Tensor]:
     b, c, h, w = x.shape
-    return x.new_empty(b, c, h // 2, w // 2), x.new_empty(b, c), x.new_empty(b, c)
+    return _empty(x, (b, c, h // 2, w // 2)), x.new_empty(b, c), x.new_empty(b, c)
 
 
 @torch.library.custom_op("speedk::norm_act_pool_bwd", mutates_args=())
@@ -67,7 +68,24 @@ def _norm_act_pool_bwd(d_out: Tensor, x: Tensor, weight: Tensor, bias: Tensor, m
 @_norm_act_pool_bwd.register_fake
 def _(d_out: Tensor, x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, rstd: Tensor, eps: float,
       backend: str) -> tuple[Tensor, Tensor, Tensor]:
-    return x.new_empty(x.shape), weight.new_empty(weight.shape), bias.new_empty(bias.shape)
+    return _empty(x, x.shape), weight.new_empty(weight.shape), bias.new_empty(bias.shape)
+
+
+@torch.library.custom_op("speedk::norm_act_pool_bwd_bwd", mutates_args=())
+def _norm_act_pool_bwd_bwd(dd_x: Tensor, dd_weight: Tensor, dd_bias: Tensor, d_out: Tensor, x: Tensor, weight: Tensor,
+                           bias: Tensor, mean: Tensor, rstd: Tensor, eps: float,
+                           backend: str) -> tuple[Tensor, Tensor, Tensor]:
+    return native.norm_act_pool_bwd_bwd(dd_x, dd_weight, dd_bias, d_out, x, weight, bias, mean, rstd, eps)
+
+
+@_norm_act_pool_bwd_bwd.register_fake
+def _(dd_x: Tensor, dd_weight: Tensor, dd_bias: Tensor, d_out: Tensor, x: Tensor, weight: Tensor, bias: Tensor,
+      mean: Tensor, rstd: Tensor, eps: float, backend: str) -> tuple[Tensor, Tensor, Tensor]:
+    return _empty(x, d_out.shape), _empty(x, x.shape), weight.new_empty(weight.shape)
+
+
+def _empty(x: Tensor, shape: tuple[int, ...]) -> Tensor:
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=native.memory_format(x))
 
 
 def _save(ctx, inputs, output) -> None:
@@ -86,19 +104,21 @@ def _backward(ctx, d_out: Tensor | None, d_mean: None, d_rstd: None):
 
 
 def _save_backward(ctx, inputs, output) -> None:
-    d_out, x, weight, bias, _, _, ctx.eps, _ = inputs
-    ctx.save_for_backward(d_out, x, weight, bias)
+    *tensors, ctx.eps, ctx.backend = inputs
+    ctx.save_for_backward(*tensors)
 
 
-def _double_backward(ctx, *slopes: Tensor):
-    """The adjoint of the backward pass, by PyTorch's own differentiation of the reference: exact, and not fused."""
-    with torch.enable_grad():
-        d_out, x, weight, bias = (t.detach().requires_grad_() for t in ctx.saved_tensors)
-        out = norm_act_pool_reference(x, weight, bias, ctx.eps)
-        first = torch.autograd.grad(out, (x, weight, bias), d_out, create_graph=True)
-        second = torch.autograd.grad(first, (d_out, x, weight, bias), slopes, allow_unused=True)
-    return *second, None, None, None, None
+def _double_backward(ctx, dd_x: Tensor, dd_weight: Tensor, dd_bias: Tensor):
+    # The statistics are functions of x, and d_x holds what comes through them; bias moves the ReLU's kinks alone.
+    d_d_out, d_x, d_weight = _norm_act_pool_bwd_bwd(dd_x, dd_weight, dd_bias, *ctx.saved_tensors, ctx.eps, ctx.backend)
+    return d_d_out, d_x, d_weight, None, None, None, None, None
+
+
+def _third(ctx, *slopes: Tensor):
+    raise RuntimeError("norm_act_pool is differentiable twice on this backend, and this is the third time: "
+                       'wrap the forward pass in `with speedk.use_backend("torch")`')
 
 
 _norm_act_pool.register_autograd(_backward, setup_context=_save)
 _norm_act_pool_bwd.register_autograd(_double_backward, setup_context=_save_backward)
+_norm_act_pool_bwd_bwd.register_autograd(_third)

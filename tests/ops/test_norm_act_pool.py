@@ -6,9 +6,18 @@ from support import LAYOUTS, assert_matches, compiles, on_backends, poisoned_mem
 
 from speedk.ops import norm_act_pool
 from speedk.ops.dispatch import use_backend
-from speedk.ops.norm_act_pool import _norm_act_pool, _norm_act_pool_bwd, norm_act_pool_reference
+from speedk.ops.norm_act_pool import (
+    _norm_act_pool,
+    _norm_act_pool_bwd,
+    _norm_act_pool_bwd_bwd,
+    norm_act_pool_reference,
+)
 
 SHAPES = [(2, 3, 8, 8), (1, 1, 7, 5), (3, 5, 2, 2), (2, 3, 2, 3), (1, 2, 33, 70), (1, 1, 4, 1030), (0, 2, 4, 4)]
+# Enough channels for vectors, with some left over, and for the largest error of either side to tell something.
+CHANNELS = [(2, 37, 7, 6), (1, 83, 3, 5), (2, 48, 16, 16), (2, 24, 33, 70), (1, 32, 4, 1030)]
+CASES = [*((s, torch.float64) for s in SHAPES + CHANNELS), *((s, torch.float32) for s in CHANNELS)]
+FORMATS = {"contiguous": torch.contiguous_format, "channels last": torch.channels_last}
 
 
 def inputs(shape, dtype=torch.float64):
@@ -32,26 +41,92 @@ def by_loops(x, weight, bias):
 
 
 @on_backends("norm_act_pool")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_values_and_gradients(shape, dtype, backend):
+@pytest.mark.parametrize("layout", FORMATS)
+@pytest.mark.parametrize(("shape", "dtype"), CASES, ids=str)
+def test_values_and_derivatives(shape, dtype, layout, backend):
+    torch.manual_seed(0)
     leaves = inputs(shape, dtype)
     d_out = torch.randn(*shape[:2], shape[2] // 2, shape[3] // 2, dtype=dtype)
+    slopes = [torch.randn_like(t) for t in leaves]
 
-    def run(function, dtype):
-        x = [t.to(dtype, copy=True).requires_grad_() for t in leaves]
+    def run(function, dtype, layout):
+        x, weight, bias = (t.to(dtype, copy=True) for t in leaves)
+        x = [t.requires_grad_() for t in (x.contiguous(memory_format=FORMATS[layout]), weight, bias)]
+        d = d_out.to(dtype, copy=True).requires_grad_()
         out = function(*x)
-        return [out.detach(), *torch.autograd.grad(out, x, d_out.to(dtype))]
+        first = torch.autograd.grad(out, x, d, create_graph=True)
+        second = torch.autograd.grad(first, (d, x[0], x[1]), [t.to(dtype) for t in slopes])
+        return [t.detach() for t in (out, *first, *second)]
 
     with use_backend(backend), poisoned_memory():
-        got = run(norm_act_pool, dtype)
-    library, exact = (run(lambda *x: norm_act_pool_reference(*x, 1e-5), t) for t in (dtype, torch.float64))
+        got = run(norm_act_pool, dtype, layout)
+    library, exact = (run(lambda *x: norm_act_pool_reference(*x, 1e-5), t, layout) for t in (dtype, torch.float64))
     torch.testing.assert_close(exact[0], by_loops(*leaves), rtol=1e-9, atol=1e-9)
-    for name, *triple in zip(("out", "d_x", "d_weight", "d_bias"), got, library, exact, strict=True):
+    names = ("out", "d_x", "d_weight", "d_bias", "d of d_out", "second d_x", "second d_weight")
+    for name, *triple in zip(names, got, library, exact, strict=True):
         if dtype == torch.float64:  # where the reference is no better than the kernel
-            torch.testing.assert_close(triple[0], triple[2], rtol=1e-12, atol=1e-12)
+            torch.testing.assert_close(triple[0], triple[2], rtol=1e-11, atol=1e-11)
         else:
             assert_matches(name, *triple)
+
+
+def twin(dd_x, dd_weight, dd_bias, d_out, x, weight, bias, eps=1e-5):
+    """The adjoint of the backward pass as docs/math/norm_act_pool.md derives it."""
+    rows, columns = (size // 2 * 2 for size in x.shape[2:])
+    mean, rstd = x.mean((2, 3), keepdim=True), torch.rsqrt(x.var((2, 3), correction=0, keepdim=True) + eps)
+    w, b, p, q = (t[:, None, None] for t in (weight, bias, dd_weight, dd_bias))
+    n = (x - mean) * rstd
+    open = w * n + b > 0
+    g = torch.zeros_like(x)
+    g[..., :rows, :columns] = d_out.repeat_interleave(2, -2).repeat_interleave(2, -1) / 4
+    g = g * open
+    G, N, U, V = (t.mean((2, 3), keepdim=True) for t in (g, g * n, dd_x, dd_x * n))
+    k = (dd_x * g).mean((2, 3), keepdim=True) - U * G - V * N
+    d_g = w * rstd * (dd_x - U - n * V) + p * n + q
+    d_x = rstd * ((p - w * rstd * V) * (g - G) - w * rstd * N * (dd_x - U) - n * (p * N + w * rstd * (k - 2 * V * N)))
+    d_weight = (x.shape[2] * x.shape[3] * rstd * k).sum((0, 2, 3))
+    return torch.nn.functional.avg_pool2d(open * d_g, 2), d_x, d_weight
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 8, 8), (2, 5, 7, 5), (1, 2, 2, 3)], ids=str)
+def test_the_derivation(shape):
+    """Against PyTorch's own differentiation of its backward pass, in float64."""
+    leaves = [t.requires_grad_() for t in inputs(shape)]
+    d_out = torch.randn(*shape[:2], shape[2] // 2, shape[3] // 2, dtype=torch.float64, requires_grad=True)
+    slopes = [torch.randn_like(t) for t in leaves]
+    first = torch.autograd.grad(norm_act_pool_reference(*leaves, 1e-5), leaves, d_out, create_graph=True)
+    want = torch.autograd.grad(first, (d_out, *leaves), slopes, materialize_grads=True)
+    assert not want[3].any(), "the bias moves the kinks alone"
+    for got, exact in zip(twin(*slopes, d_out, *leaves), want, strict=False):
+        torch.testing.assert_close(got, exact, rtol=1e-11, atol=1e-11)
+
+
+@on_backends("norm_act_pool")
+def test_a_third_derivative_is_right_or_refused(backend):
+    leaves = [t.requires_grad_() for t in inputs((1, 2, 4, 4))]
+
+    def derivative(out):
+        return torch.autograd.grad(out.square().sum(), leaves[0], create_graph=True)[0]
+
+    with use_backend(backend):
+        second = derivative(derivative(norm_act_pool(*leaves)))
+        if backend == "torch":
+            assert derivative(second).any()
+        else:
+            with pytest.raises(RuntimeError, match="differentiable twice"):
+                derivative(second)
+
+
+@pytest.mark.parametrize("layout", FORMATS)
+def test_layout_is_kept(layout):
+    x, weight, bias = inputs((3, 4, 6, 6), torch.float32)
+    x = x.contiguous(memory_format=FORMATS[layout]).requires_grad_()
+    with use_backend("native"):
+        out = norm_act_pool(x, weight, bias)
+        d_x, = torch.autograd.grad(out.square().sum(), x, create_graph=True)
+        second, = torch.autograd.grad(d_x.sum(), x)
+    for tensor in (out, d_x, second):
+        assert tensor.is_contiguous(memory_format=FORMATS[layout])
 
 
 @on_backends("norm_act_pool")
@@ -73,14 +148,22 @@ def test_differentiates_twice(shape, backend):
         assert torch.autograd.gradgradcheck(norm_act_pool, leaves)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", [*LAYOUTS, "channels last"])
 def test_opcheck(layout):
-    x, weight, bias = inputs((3, 2, 4, 4), torch.float32)
-    x = strided(x, layout).detach().requires_grad_()
+    def laid_out(*shape):
+        t = torch.randn(shape)
+        t = t.contiguous(memory_format=torch.channels_last) if layout == "channels last" else strided(t, layout)
+        return t.detach().requires_grad_()
+
+    _, weight, bias = inputs((3, 2, 4, 4), torch.float32)
+    x, dd_x, d_out = laid_out(3, 2, 4, 4), laid_out(3, 2, 4, 4), laid_out(3, 2, 2, 2)
     torch.library.opcheck(_norm_act_pool, (x, weight.requires_grad_(), bias.requires_grad_(), 1e-5, "native"))
-    d_out = strided(torch.randn(3, 2, 2, 2), layout).requires_grad_()
     statistics = x.detach().mean((2, 3)), torch.rsqrt(x.detach().var((2, 3), correction=0) + 1e-5)
-    torch.library.opcheck(_norm_act_pool_bwd, (d_out, x, weight, bias, *statistics, 1e-5, "native"))
+    rest = (d_out, x, weight, bias, *statistics, 1e-5, "native")
+    torch.library.opcheck(_norm_act_pool_bwd, rest)
+    slopes = dd_x.detach(), torch.randn(2), torch.randn(2)
+    inert = tuple(t.detach() if isinstance(t, torch.Tensor) else t for t in rest)  # its derivative is refused
+    torch.library.opcheck(_norm_act_pool_bwd_bwd, (*slopes, *inert))
 
 
 @on_backends("norm_act_pool")
@@ -99,28 +182,36 @@ def test_under_torch_func():
     torch.testing.assert_close(tangent, (want[0] * x[1]).sum())
 
 
-def test_threads_do_not_change_a_bit():
-    args = inputs((5, 7, 12, 12), torch.float32)
+@pytest.mark.parametrize("layout", FORMATS)
+def test_threads_do_not_change_a_bit(layout):
+    x, weight, bias = inputs((5, 67, 12, 12), torch.float32)
+    leaves = [t.requires_grad_() for t in (x.contiguous(memory_format=FORMATS[layout]), weight, bias)]
+    d_out = torch.randn(5, 67, 6, 6, requires_grad=True)
     before = torch.get_num_threads()
     try:
         results = []
         for threads in (1, 3):
             torch.set_num_threads(threads)
-            results.append(norm_act_pool(*args))
+            out = norm_act_pool(*leaves)
+            first = torch.autograd.grad(out, leaves, d_out, create_graph=True)
+            results.append([out, *first, *torch.autograd.grad(first, (d_out, *leaves[:2]), leaves)])
     finally:
         torch.set_num_threads(before)
-    assert torch.equal(*results)
+    for one, three in zip(*results, strict=True):
+        assert torch.equal(one, three)
 
 
 @on_backends("norm_act_pool")
-def test_a_nan_is_not_lost(backend):
+@pytest.mark.parametrize("layout", FORMATS)
+def test_a_nan_is_not_lost(layout, backend):
     x, weight, bias = inputs((2, 3, 4, 4), torch.float32)
     x[0, 1, 2, 2] = torch.nan
-    x.requires_grad_()
+    x = x.contiguous(memory_format=FORMATS[layout]).requires_grad_()
     with use_backend(backend):
         out = norm_act_pool(x, weight, bias)
-    d_x, = torch.autograd.grad(out, x, torch.ones_like(out))
-    for tensor in (out, d_x):
+        d_x, = torch.autograd.grad(out.sum(), x, create_graph=True)
+        second, = torch.autograd.grad(d_x, x, torch.ones_like(x))
+    for tensor in (out, d_x, second):
         assert tensor[0, 1].isnan().all() and tensor.isnan().sum() == tensor[0, 1].numel()
 
 
