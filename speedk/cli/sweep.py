@@ -176,15 +176,23 @@ def _table(lines: list[dict[str, Any]]) -> str:
 
 
 def _picture(lines: list[dict[str, Any]], first: Plan) -> bytes:
+    """A curve for each network and each choice of the fields that are words; a point is named by the numbers. Where the
+    storage is always the same and one number varies, that number is the axis."""
     from speedk.evaluation import plots
 
     varied = _varied([line["fields"] for line in lines])
+    words = [name for name in varied if isinstance(lines[0]["fields"][name], str)]
+    figures = [name for name in varied if name not in words]
+    by_value = len({line["numbers"] for line in lines}) == 1 and len(figures) == 1
     points: dict[str, list[tuple[float, float, float, str]]] = {}
     for line in lines:
-        label = _short({name: line["fields"][name] for name in varied})
+        curve, label = (_short({name: line["fields"][name] for name in names}) for names in (words, figures))
+        x = line["fields"][figures[0]] if by_value else line["numbers"]
         for result in line["results"]:
             if result["mean"] is not None:
-                points.setdefault(result["network"], []).append((line["numbers"], result["mean"], result["std"], label))
+                name = f"{result['network']}, {curve}" if curve else result["network"]
+                points.setdefault(name, []).append((x, result["mean"], result["std"], "" if by_value else label))
     if not points:
         raise ConfigError("every run failed: there is nothing to draw")
-    return plots.storage(points, f"{first.recipe.about.name}, {first.recipe.objective_name}")
+    title = f"{first.recipe.about.name}, {first.recipe.objective_name}"
+    return plots.against(points, figures[0] if by_value else "counted float32 numbers", title)

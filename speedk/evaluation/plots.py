@@ -62,21 +62,22 @@ def curves(panels: Mapping[str, Mapping[str, Sequence[tuple[float, float, float]
     return _png(figure)
 
 
-def storage(points: Mapping[str, Sequence[tuple[float, float, float, str]]], title: str) -> bytes:
-    """PNG of accuracy against storage: name of the network -> (float32 numbers, accuracy, deviation, label)."""
+def against(points: Mapping[str, Sequence[tuple[float, float, float, str]]], x: str, title: str) -> bytes:
+    """PNG of accuracy against `x`: name of the curve -> points (x, accuracy, deviation, label)."""
     figure = _figure(1)
     axes = figure.add_subplot()
     for name, found in points.items():
         numbers, accuracy, deviation, labels = zip(*sorted(found), strict=True)
         axes.errorbar(numbers, accuracy, deviation, marker="o", markersize=4, linewidth=1.4, capsize=2, label=name)
-        for x, y, label in zip(numbers, accuracy, labels, strict=True):
-            axes.annotate(label, (x, y), textcoords="offset points", xytext=(4, 5), fontsize=7, color="0.35")
+        for at, y, label in zip(numbers, accuracy, labels, strict=True):
+            axes.annotate(label, (at, y), textcoords="offset points", xytext=(4, 5), fontsize=7, color="0.35")
     everything = [point[0] for found in points.values() for point in found]
-    if max(everything) > 3 * min(everything):
+    if max(everything) > 3 * min(everything) > 0:
         axes.set_xscale("log")
-    axes.xaxis.set_major_formatter("{x:,.0f}")
+    elif min(everything) > 100:
+        axes.xaxis.set_major_formatter("{x:,.0f}")
     axes.margins(x=0.12)
-    axes.set_xlabel("counted float32 numbers")
+    axes.set_xlabel(x)
     axes.set_ylabel("accuracy in per cent")
     axes.grid(color="0.9", linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)

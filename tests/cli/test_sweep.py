@@ -103,3 +103,31 @@ def test_without_matplotlib_the_numbers_are_there(run, tmp_path, capsys, monkeyp
     assert run("k=2,6") == 0
     assert 'pip install "speedk[plots]"' in capsys.readouterr().out and len(lines(tmp_path)) == 2
     assert not (tmp_path / "grid/sweep.png").exists()
+
+
+def drawn(monkeypatch, fields, numbers):
+    """What is given to the plot for one MLP's results of cells with these fields."""
+    from types import SimpleNamespace
+
+    from speedk.evaluation import plots
+
+    lines = [{"fields": of_cell, "numbers": count, "results": [{"network": "mlp", "mean": 10.0 + i, "std": 1.0}]}
+             for i, (of_cell, count) in enumerate(zip(fields, numbers))]
+    recipe = SimpleNamespace(about=SimpleNamespace(name="mine"), objective_name="dm")
+    seen = []
+    monkeypatch.setattr(plots, "against", lambda *arguments: seen.append(arguments) or b"")
+    sweep._picture(lines, SimpleNamespace(recipe=recipe))
+    return seen[0]
+
+
+def test_words_are_curves_and_numbers_are_points(monkeypatch):
+    fields = [{"k": k, "sparsify": how} for k in (16, 32) for how in ("global", "local")]
+    points, axis, _ = drawn(monkeypatch, fields, [100, 100, 200, 200])
+    assert axis == "counted float32 numbers" and points == {
+        "mlp, sparsify=global": [(100, 10.0, 1.0, "k=16"), (200, 12.0, 1.0, "k=32")],
+        "mlp, sparsify=local": [(100, 11.0, 1.0, "k=16"), (200, 13.0, 1.0, "k=32")]}
+
+
+def test_a_field_that_costs_no_storage_is_the_axis(monkeypatch):
+    points, axis, _ = drawn(monkeypatch, [{"penalty": 1e-7}, {"penalty": 1e-6}], [100, 100])
+    assert axis == "penalty" and points == {"mlp": [(1e-7, 10.0, 1.0, ""), (1e-6, 11.0, 1.0, "")]}
