@@ -184,9 +184,9 @@ _HEAD = """# The paper's tables, published and measured
 
 Made by `speedk reproduce` from its lines of JSON and nothing else. Each cell is published / **measured**, in per cent
 of the test set. "not run" has a command (`speedk reproduce TABLE --row ROW --column COLUMN`), "-" is a number that the
-paper does not have, and "n/a" another paper's method, which is not part of speedk. Published numbers are the best of
-ten checkpoints on the test set, measured ones those after the last epoch. A star marks a run that is not the recipe's
-own under the full protocol: the lines below the table say in what.
+paper does not have, and "n/a" another paper's method, which is not part of speedk. The published code of SPEED reports
+the best of ten checkpoints on the test set; what is measured here is the accuracy after the last epoch. A dagger (†)
+marks a run that is not the recipe's own under the full protocol: the lines below the table say in what.
 """
 
 
@@ -203,7 +203,7 @@ def _shown(cell: Cell, line: Mapping[str, Any] | None) -> str:
         return "-"
     if line is None:
         return f"{cell.published} / {'n/a' if cell.target is None else 'not run'}"
-    return f"{cell.published} / **{_accuracy(line)}**{'*' if _short_of(line) else ''}"
+    return f"{cell.published} / **{_accuracy(line)}**{'†' if _short_of(line) else ''}"
 
 
 def _accuracy(line: Mapping[str, Any]) -> str:

@@ -84,7 +84,7 @@ def test_the_page_shows_what_was_run_and_what_was_not(tmp_path):
     lines = tables.read(path)
     assert len(lines) == 2
     page = tables.page(lines)
-    assert row_of(page, 4, "SPEED") == ("| SPEED | 73.5±0.2 / **50.0±0.5** | 44.4±0.4 / **30.0±0.5*** | "
+    assert row_of(page, 4, "SPEED") == ("| SPEED | 73.5±0.2 / **50.0±0.5** | 44.4±0.4 / **30.0±0.5**† | "
                                         "69.5±0.4 / not run | 51.5±0.3 / not run |")
     assert "4 of 10 steps, batch=64, 2 networks" in page
     assert row_of(page, 4, "HaBa").count("n/a") == 4 and row_of(page, 1, "KIP").endswith("| - | - | - | - |")
