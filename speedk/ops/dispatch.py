@@ -122,11 +122,15 @@ def _installed(table: Op, backend: str) -> str | None:
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
-@torch.compiler.assume_constant_result
 @functools.cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+@torch.compiler.assume_constant_result
 def triton_missing() -> str | None:
     """Why no Triton kernel runs here, or None. Under TRITON_INTERPRET=1 they run on the CPU, for tests."""
-    if importlib.util.find_spec("triton") is None:
+    if not _has_triton():
         return "triton is not installed"
     if not INTERPRETED and not torch.cuda.is_available():
         return "there is no GPU"
