@@ -1,5 +1,6 @@
 """Whole runs: they learn, repeat, resume to the same bits, and stop with a line that helps."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -13,8 +14,10 @@ from toys import make_real
 
 import speedk
 from speedk.distillation import checkpoint, loop
+from speedk.distillation.parameterizations import _fit
 from speedk.distillation.recipe import resolve
 from speedk.errors import ConfigError, TrainingError
+from speedk.workers import Pool
 
 PIXELS = {"data": {"ipc": 2}, "parameterization": {"method": "pixels"},
           "objective": {"dm": {"steps": 8, "batch": 8, "rates": {"pixels": 1.0}}}}
@@ -202,3 +205,20 @@ def test_a_run_out_of_minutes_leaves_a_file_that_says_so_and_goes_on(real, tmp_p
     assert partial.header["objective"] == {"name": "dm", "lr": 0.01, "steps": 1}
     assert partial.header["recipe"]["objective"]["steps"] == 6
     assert loop.distill(small(), real, tmp_path / "run", resume=True).read_bytes() == whole
+
+
+def test_the_start_is_fitted_to_images_from_all_over_a_class():
+    """Two far-off kinds of images in each class, one of them rare: centres find both, and none is fitted twice."""
+    real = make_real()
+    spec = small(steps=0).parameterization
+    rows = real.train.labels == 0
+    images = real.train.images.clone()
+    odd = rows.nonzero()[:2, 0]
+    images[odd] = 255 - images[odd] // 8
+    changed = dataclasses.replace(real, train=dataclasses.replace(real.train, images=images))
+    with Pool(torch.device("cpu")) as pool:
+        chosen = _fit._targets(spec, changed, torch.Generator().manual_seed(0), pool)
+    count = spec.images_per_class
+    assert chosen.shape[0] == count * real.geometry.classes and len(chosen.flatten(1).unique(dim=0)) == len(chosen)
+    found = (chosen[:count, None] == changed.normalised("train", odd)[None]).flatten(2).all(-1)
+    assert found.sum() == 1

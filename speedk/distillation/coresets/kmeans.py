@@ -18,10 +18,12 @@ class KMeans(Coreset):
     @staticmethod
     def choose(members: Members, count: int, generator: torch.Generator) -> Tensor:
         from sklearn import cluster
+        from threadpoolctl import threadpool_limits
 
         features = members.features.double().cpu()
         seed = int(torch.randint(2**31 - 1, (), generator=generator))
-        found = cluster.KMeans(count, n_init=3, random_state=seed).fit(features.numpy())
+        with threadpool_limits(1):  # several threads add up in any order
+            found = cluster.KMeans(count, n_init=3, random_state=seed).fit(features.numpy())
         sizes = torch.bincount(torch.from_numpy(found.labels_).long(), minlength=count)
         chosen: list[int] = []
         for centre in torch.from_numpy(found.cluster_centers_)[sizes.argsort(descending=True, stable=True)]:

@@ -8,6 +8,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from speedk import networks
+from speedk.distillation.coresets.base import Members
+from speedk.distillation.coresets.kmeans import KMeans
 from speedk.errors import ConfigError
 from speedk.workers import Pool
 
@@ -18,29 +21,31 @@ JOINT = 2048
 """Images fitted together with the tokens and the decoder; the codes of any others follow, as many at a time."""
 
 RATES = {"saet": 0.02, "scm": 0.02, "freenet": 0.01}
+CANDIDATES, MIXED = 2000 * 32 * 32, 256
+"""Pixels of the real images of a class that are clustered, about, and to how many numbers the features of each are
+mixed down: with more of either, choosing takes longer than fitting."""
+
 ANNEAL = 0.6
 """Share of the steps in which the number of active entries falls from a quarter of the code to k."""
 
 
 def fit(synthetic: Speed, real, generator: torch.Generator, progress=None) -> float:
-    """Fit `synthetic` to images_per_class training images of each class, drawn by `generator`, and return the mean
-    squared error that is left (normalised units, top-k active).
+    """Fit `synthetic` to images_per_class training images of each class, and return the mean squared error that is left
+    (normalised units, top-k active).
+
+    They are drawn by `generator`, or are the nearest to the centres of as many clusters of their class, in the features
+    of an untrained ConvNet (see `Spec.fit_to`).
 
     Adam on the squared error of the decoded images. Only the entries of largest magnitude of each code are active: from
     a quarter of them down to k, geometrically, so that the dictionary forms before the codes are sparse.
     `progress(done, total, error)` is called after each step.
     """
     spec, device = synthetic.spec, synthetic.saet.device
-    targets = []
-    for label in range(synthetic.geometry.classes):
-        drawn = real.sample(label, spec.images_per_class, generator)
-        if not len(drawn):
-            raise ConfigError(f"class {label} has no training image to fit")
-        targets.append(drawn[torch.arange(spec.images_per_class, device=drawn.device) % len(drawn)])
-    images = torch.cat(targets).to(device)
+    pool = Pool(device)
+    with pool:
+        images = _targets(spec, real, generator, pool).to(device)
     order = torch.randperm(len(images), generator=generator).to(device)
     shared = [synthetic.saet, *synthetic.freenet.parameters()]
-    pool = Pool(device)
     parts = order.split(JOINT)
     error = 0.0
     for number, index in enumerate(parts):
@@ -51,6 +56,26 @@ def fit(synthetic: Speed, real, generator: torch.Generator, progress=None) -> fl
             part = _fit_part(synthetic, index, images[index], shared if number == 0 else [], pool, report)
         error += part * len(index)
     return error / len(images)
+
+
+def _targets(spec, real, generator: torch.Generator, pool: Pool) -> Tensor:
+    """The images to fit, [N, C, H, W], class by class."""
+    count, classes = spec.images_per_class, real.geometry.classes
+    wanted = count if spec.fit_to == "random" else max(CANDIDATES // real.geometry.resolution**2, 4 * count)
+    seed = int(torch.randint(2**31 - 1, (), generator=generator))
+    network = networks.fresh("convnet", real.geometry, seed, real.train.images.device).requires_grad_(False).eval()
+    chosen = []
+    for label in range(classes):
+        drawn = real.sample(label, wanted, generator)
+        if not len(drawn):
+            raise ConfigError(f"class {label} has no training image to fit")
+        if len(drawn) > count:
+            parts = drawn.split(pool.images(real.geometry.resolution))
+            features = torch.cat(pool.map(network.features, zip(parts)))
+            mixed = torch.randn(features.shape[1], MIXED, generator=generator).to(features)  # keeps distances, about
+            drawn = drawn[KMeans.choose(Members(len(drawn), features @ mixed), count, generator).to(drawn.device)]
+        chosen.append(drawn[torch.arange(count, device=drawn.device) % len(drawn)])
+    return torch.cat(chosen)
 
 
 def _fit_part(synthetic: Speed, index: Tensor, images: Tensor, shared: list[Tensor], pool: Pool, report) -> float:

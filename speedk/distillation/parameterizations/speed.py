@@ -21,6 +21,7 @@ from speedk.ops.freenet import NORMS
 from speedk.workers import Pool
 
 INITS = ("random", "fit")
+FIT_TO = ("centers", "random")
 SPARSE = ("end", "always")
 SPARSIFY = ("global", "local")
 MAX_CODE = 1 << 27
@@ -34,8 +35,9 @@ class Spec:
     images_per_class: N/c, decoded images of a class. D: dimension of a token. K: tokens. H: heads. R: blocks.
     k: entries kept of each code. patch: side of a patch, pixels. penalty: lambda of Eq. 5; a negative value means the
     paper's rule 0.064 / (N H J). norm: where LN1 stands (see FReeNet). init: "random", the paper's, or "fit", a least
-    squares fit to real images, of fit_steps. sparse: "end", the paper's top-k after training, or "always", top-k in
-    every decode with the gradient passed to all entries (straight-through): what is matched is then what is stored.
+    squares fit, of fit_steps, to real images that fit_to chooses: "centers" of clusters of their class, or "random".
+    sparse: "end", the paper's top-k after training, or "always", top-k in every decode with the gradient passed to all
+    entries (straight-through): what is matched is then what is stored.
     sparsify: "global", the k largest entries of a code, or "local", the k / J largest of each patch.
     shared: what the blocks share, "both" tokens and codes, the tokens ("saet"), or "none". convolutions, kernel: layers
     on the image and their side (see FReeNet for these three).
@@ -53,6 +55,7 @@ class Spec:
     init: str = "fit"
     sparse: str = "always"
     fit_steps: int = 600
+    fit_to: str = "centers"
     sparsify: str = "global"
     shared: str = "both"
     convolutions: int = 0
@@ -63,8 +66,8 @@ class Spec:
         for name in ("images_per_class", "D", "K", "H", "R", "patch"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)} must be at least 1")
-        for name, allowed in (("norm", NORMS), ("init", INITS), ("sparse", SPARSE), ("sparsify", SPARSIFY),
-                              ("shared", SHARED)):
+        for name, allowed in (("norm", NORMS), ("init", INITS), ("fit_to", FIT_TO), ("sparse", SPARSE),
+                              ("sparsify", SPARSIFY), ("shared", SHARED)):
             if getattr(self, name) not in allowed:
                 raise ConfigError(f"{name}={getattr(self, name)!r} is not one of {', '.join(allowed)}")
         if geometry.resolution % self.patch:
