@@ -20,7 +20,7 @@ from speedk.distillation.recipe import Recipe
 from speedk.errors import ConfigError
 
 PAPER_OBJECTIVE = "tm"
-INNER_STEP = 4.0
+INNER_STEP = 5.0
 """Of trajectory matching: its time in training steps on as many images, measured on a CPU."""
 
 DEFAULT_STEPS = 2000
@@ -269,7 +269,7 @@ def trajectory_seconds(made: Plan, tables: dict[str, Any] | None = None) -> tupl
     """About what trajectory matching would cost here: (seconds of one iteration, seconds of all and of the experts).
 
     From a measured training step of the student: an inner step is one, built twice and differentiated once more, which
-    costs about four times as much, and an expert trains for the epochs that can be read.
+    costs about five times as much, and an expert trains for the epochs that can be read.
     """
     spec = recipes.build(registry.find(objectives, PAPER_OBJECTIVE).Spec,
                          (tables or {}).get("objective", {}).get(PAPER_OBJECTIVE, {}), PAPER_OBJECTIVE)
