@@ -73,16 +73,16 @@ def convolutions(shape, steps):
         c_in, side = WIDTH if layer else 3, shape.side >> layer
         tensors = [torch.randn(s, device=DEVICE, requires_grad=True) for s in (
             (shape.batch, c_in, side, side), (WIDTH, c_in, 3, 3), (shape.batch, WIDTH, side, side))]
-        # The first layer's input has a gradient in the second order alone.
-        layers.append((*tensors, [torch.randn_like(t) for t in (tensors if layer else tensors[1:])]))
+        layers.append(tensors)
 
     def run():
         for _ in range(steps):
-            for x, weight, d_out, _ in layers:
+            for x, weight, d_out in layers:
+                # The first layer's input has a gradient in the second order alone.
                 leaves = (x, weight) if x.shape[1] != 3 else (weight,)
                 out = conv2d(x, weight, padding=1)
                 first = torch.autograd.grad(out, leaves, d_out, create_graph=True)
-                torch.autograd.grad(first, (x, weight, d_out), [torch.ones_like(g) for g in first])
+                torch.autograd.grad((out, *first), (x, weight, d_out), [d_out, *(g.detach() for g in first)])
 
     return run
 
