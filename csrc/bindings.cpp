@@ -122,12 +122,6 @@ PYBIND11_MODULE(_native, m) {
                        int64_t C, int64_t H, int64_t W, double eps) {
         return NormActPool{static_cast<Dtype>(dtype), channels_last, at(x), at(weight), at(bias), B, C, H, W, eps};
       }));
-  py::class_<NormActPoolSecond>(m, "NormActPoolSecond")
-      .def(py::init([](uintptr_t d_out, uintptr_t mean, uintptr_t rstd, uintptr_t dd_x, uintptr_t dd_weight,
-                       uintptr_t dd_bias, uintptr_t d_d_out, uintptr_t d_x, uintptr_t d_weight) {
-        return NormActPoolSecond{at(d_out), at(mean), at(rstd), at(dd_x), at(dd_weight), at(dd_bias), at(d_d_out),
-                                 at(d_x), at(d_weight)};
-      }));
   m.def("norm_act_pool", [](const NormActPool& job, uintptr_t out, uintptr_t mean, uintptr_t rstd, int threads) {
     SPEEDK_CALL(norm_act_pool, job, at(out), at(mean), at(rstd), threads);
   }, released);
@@ -135,9 +129,32 @@ PYBIND11_MODULE(_native, m) {
                                      uintptr_t d_x, uintptr_t d_weight, uintptr_t d_bias, int threads) {
     SPEEDK_CALL(norm_act_pool_backward, job, at(d_out), at(mean), at(rstd), at(d_x), at(d_weight), at(d_bias), threads);
   }, released);
-  m.def("norm_act_pool_double_backward", [](const NormActPool& job, const NormActPoolSecond& second, int threads) {
+  m.def("norm_act_pool_double_backward", [](const NormActPool& job, uintptr_t d_out, uintptr_t mean, uintptr_t rstd,
+                                            uintptr_t dd_x, uintptr_t dd_weight, uintptr_t dd_bias, uintptr_t d_d_out,
+                                            uintptr_t d_x, uintptr_t d_weight, int threads) {
+    const NormActPoolSecond second{at(d_out), at(mean), at(rstd), at(dd_x), at(dd_weight), at(dd_bias), at(d_d_out),
+                                   at(d_x), at(d_weight)};
     SPEEDK_CALL(norm_act_pool_double_backward, job, second, threads);
   }, released);
+#ifdef SPEEDK_CUDA
+  m.def("norm_act_pool_cuda", [](const NormActPool& job, uintptr_t out, uintptr_t mean, uintptr_t rstd,
+                                 uintptr_t stream) {
+    return norm_act_pool_cuda(job, at(out), at(mean), at(rstd), at(stream));
+  }, released);
+  m.def("norm_act_pool_backward_cuda", [](const NormActPool& job, uintptr_t d_out, uintptr_t mean, uintptr_t rstd,
+                                          uintptr_t d_x, uintptr_t d_weight, uintptr_t d_bias, uintptr_t stream) {
+    return norm_act_pool_backward_cuda(job, at(d_out), at(mean), at(rstd), at(d_x), at(d_weight), at(d_bias),
+                                       at(stream));
+  }, released);
+  m.def("norm_act_pool_double_backward_cuda", [](const NormActPool& job, uintptr_t d_out, uintptr_t mean,
+                                                 uintptr_t rstd, uintptr_t dd_x, uintptr_t dd_weight,
+                                                 uintptr_t dd_bias, uintptr_t d_d_out, uintptr_t d_x,
+                                                 uintptr_t d_weight, uintptr_t stream) {
+    const NormActPoolSecond second{at(d_out), at(mean), at(rstd), at(dd_x), at(dd_weight), at(dd_bias), at(d_d_out),
+                                   at(d_x), at(d_weight)};
+    return norm_act_pool_double_backward_cuda(job, second, at(stream));
+  }, released);
+#endif
 
   py::class_<UnrollStep>(m, "UnrollStep").def(py::init([](int dtype, int64_t P, uintptr_t lr, double momentum) {
     return UnrollStep{static_cast<Dtype>(dtype), P, at(lr), momentum};

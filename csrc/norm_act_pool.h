@@ -7,7 +7,7 @@
 
 namespace speedk {
 
-// B C planes of H x W values. An odd last row or column takes part in the norm, not in the pooling.
+// B C planes of H x W values; on the CPU float32 or float64. An odd last row or column takes part in the norm, not in the pooling.
 struct NormActPool {
   Dtype dtype;
   bool channels_last;  // of x and everything of its size or the pooled one: [B, H, W, C] in memory, else [B, C, H, W]
@@ -40,6 +40,14 @@ SPEEDK_DECLARE(void norm_act_pool_backward(const NormActPool& job, const void* d
                                            const void* rstd, void* d_x, void* d_weight, void* d_bias, int threads))
 
 SPEEDK_DECLARE(void norm_act_pool_double_backward(const NormActPool& job, const NormActPoolSecond& second, int threads))
+
+#if defined(SPEEDK_CUDA)
+// The same on a GPU's stream, for every Dtype; they return a cudaError_t.
+int norm_act_pool_cuda(const NormActPool& job, void* out, void* mean, void* rstd, void* stream);
+int norm_act_pool_backward_cuda(const NormActPool& job, const void* d_out, const void* mean, const void* rstd,
+                                void* d_x, void* d_weight, void* d_bias, void* stream);
+int norm_act_pool_double_backward_cuda(const NormActPool& job, const NormActPoolSecond& second, void* stream);
+#endif
 
 namespace {  // compiled once per instruction set
 

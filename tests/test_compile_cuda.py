@@ -15,6 +15,9 @@ from speedk.ops import dispatch
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = sorted((ROOT / "csrc").glob("*.cu"))
 
+# At most 64, so that two blocks of 512 threads fit a multiprocessor; at blocks of 256, three fit with 80.
+REGISTERS = {"norm_act_pool.cu": 80}
+
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not here")
 @pytest.mark.parametrize("arch", [80, 90])
@@ -24,14 +27,19 @@ def test_compiles_without_spills(source, arch, tmp_path):
                "-o", str(tmp_path / "out.cubin"), str(source)]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    kernels = re.findall(r"Compiling entry function '(\w+)'.*?(\d+) bytes spill stores, (\d+) bytes spill loads.*?"
-                         r"Used (\d+) registers.*?(\d+) bytes smem", done.stderr, re.DOTALL)  # fmt: skip
-    assert kernels, done.stderr
-    for name, stores, loads, registers, shared in kernels:
-        print(f"sm_{arch} {name}: {registers} registers, {shared} bytes shared, {stores} + {loads} bytes spilled")
-        assert int(stores) + int(loads) == 0, name
-        assert int(registers) <= 64, f"{name}: fewer than two blocks of 512 threads fit a multiprocessor"
-        assert int(shared) <= 48 * 1024, name
+    parts = done.stderr.split("Compiling entry function '")[1:]
+    assert parts, done.stderr
+    for part in parts:
+        name = part.partition("'")[0]
+        spilled = sum(map(int, re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", part).groups()))
+        registers = int(re.search(r"Used (\d+) registers", part)[1])
+        shared = re.search(r"(\d+) bytes smem", part)
+        shared = int(shared[1]) if shared else 0
+        print(f"sm_{arch} {name}: {registers} registers, {shared} bytes shared, {spilled} bytes spilled")
+        assert spilled == 0, name
+        limit = REGISTERS.get(source.name, 64)
+        assert registers <= limit, f"{name}: more than {limit} registers"
+        assert shared <= 48 * 1024, name
 
 
 @pytest.mark.skipif(dispatch.native() is None, reason="the extension is not built")

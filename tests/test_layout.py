@@ -27,7 +27,7 @@ WITHOUT = {
     "kernels": {
         "topk": "on a GPU it runs in CUDA: a selection needs no matrix unit, and its results have no fixed place",
         "unroll_step": "on a GPU it runs in CUDA, whose blocks give d_lr a fixed order of summation",
-        "norm_act_pool": "it serves the CPU, where PyTorch runs it as many small passes; GPUs have cuDNN",
+        "norm_act_pool": "on a GPU it runs in CUDA, which shares its arithmetic with the CPU's kernels",
     },
     "csrc": {
         "add_layer_norm": "on the CPU it is one pass of PyTorch, or part of freenet's",

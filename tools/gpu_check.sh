@@ -33,7 +33,7 @@ run() { "$python" -P -c 'import sys, pytest; sys.exit(pytest.main(sys.argv[1:]))
 part tests run tests/ops tests/test_compile_offline.py tests/test_compile_cuda.py
 if command -v compute-sanitizer >/dev/null; then
     for tool in memcheck racecheck; do
-        part "$tool" compute-sanitizer --tool "$tool" --error-exitcode 9 "$python" -P tools/sanitize_topk.py
+        part "$tool" compute-sanitizer --tool "$tool" --error-exitcode 9 "$python" -P tools/sanitize_cuda.py
     done
 else
     echo "compute-sanitizer is not here: wrong memory accesses were not looked for"

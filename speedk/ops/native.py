@@ -199,9 +199,8 @@ def norm_act_pool_fwd(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tu
     x, weight, bias = x.contiguous(memory_format=like), weight.contiguous(), bias.contiguous()
     b, c, h, w = x.shape
     out = torch.empty(b, c, h // 2, w // 2, dtype=x.dtype, device=x.device, memory_format=like)
-    mean, rstd = x.new_empty(b, c), x.new_empty(b, c)
-    native().norm_act_pool(_norm_act_pool(x, weight, bias, eps, like), out.data_ptr(), mean.data_ptr(),
-                           rstd.data_ptr(), torch.get_num_threads())  # fmt: skip
+    mean, rstd = (x.new_empty(b, c, dtype=computed_in(x.dtype)) for _ in range(2))
+    _launch("norm_act_pool", _norm_act_pool(x, weight, bias, eps, like), out, mean, rstd)
     return out, mean, rstd
 
 
@@ -212,11 +211,9 @@ def norm_act_pool_bwd(d_out: Tensor, x: Tensor, weight: Tensor, bias: Tensor, me
     d_out, x = d_out.contiguous(memory_format=like), x.contiguous(memory_format=like)
     weight, bias = weight.contiguous(), bias.contiguous()
     d_x, d_weight, d_bias = torch.empty_like(x), torch.empty_like(mean), torch.empty_like(mean)
-    native().norm_act_pool_backward(
-        _norm_act_pool(x, weight, bias, eps, like), d_out.data_ptr(), mean.data_ptr(), rstd.data_ptr(), d_x.data_ptr(),
-        d_weight.data_ptr(), d_bias.data_ptr(), torch.get_num_threads(),
-    )  # fmt: skip
-    return d_x, d_weight.sum(0), d_bias.sum(0)
+    _launch("norm_act_pool_backward", _norm_act_pool(x, weight, bias, eps, like), d_out, mean, rstd, d_x, d_weight,
+            d_bias)
+    return d_x, d_weight.sum(0).to(weight.dtype), d_bias.sum(0).to(bias.dtype)
 
 
 def norm_act_pool_bwd_bwd(dd_x: Tensor, dd_weight: Tensor, dd_bias: Tensor, d_out: Tensor, x: Tensor, weight: Tensor,
@@ -227,10 +224,14 @@ def norm_act_pool_bwd_bwd(dd_x: Tensor, dd_weight: Tensor, dd_bias: Tensor, d_ou
     dd_x, d_out, x = (t.contiguous(memory_format=like) for t in (dd_x, d_out, x))
     dd_weight, dd_bias, weight, bias = (t.contiguous() for t in (dd_weight, dd_bias, weight, bias))
     d_d_out, d_x, d_weight = torch.empty_like(d_out), torch.empty_like(x), torch.empty_like(mean)
-    second = native().NormActPoolSecond(*(t.data_ptr() for t in (d_out, mean, rstd, dd_x, dd_weight, dd_bias, d_d_out,
-                                                                 d_x, d_weight)))  # fmt: skip
-    native().norm_act_pool_double_backward(_norm_act_pool(x, weight, bias, eps, like), second, torch.get_num_threads())
-    return d_d_out, d_x, d_weight.sum(0)
+    _launch("norm_act_pool_double_backward", _norm_act_pool(x, weight, bias, eps, like), d_out, mean, rstd, dd_x,
+            dd_weight, dd_bias, d_d_out, d_x, d_weight)
+    return d_d_out, d_x, d_weight.sum(0).to(weight.dtype)
+
+
+def computed_in(dtype: torch.dtype) -> torch.dtype:
+    """The type that a kernel computes in, given numbers of `dtype`."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def memory_format(x: Tensor) -> torch.memory_format:

@@ -20,7 +20,7 @@ def norm_act_pool(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) ->
     x: [B, C, H, W] floating, any strides, H and W at least 2; weight, bias: [C], of x's dtype; eps: added to the
     variance. Returns [B, C, H // 2, W // 2].
     Raises ValueError where the shapes or dtypes do not fit.
-    Backends: native (CPU; float32 and float64), torch.
+    Backends: native (CPU: float32 and float64; CUDA), torch.
     """
     if x.ndim != 4 or min(x.shape[2:]) < 2:
         raise ValueError(f"x must be [B, C, H, W] with H and W at least 2, got {tuple(x.shape)}")
@@ -40,8 +40,10 @@ def norm_act_pool_reference(x: Tensor, weight: Tensor, bias: Tensor, eps: float)
 
 
 def _why_not_native(x: Tensor, weight: Tensor, bias: Tensor) -> str | None:
-    if x.dtype not in (torch.float32, torch.float64):
+    if x.dtype not in (native.DTYPES if x.is_cuda else (torch.float32, torch.float64)):
         return f"{x.dtype} is computed in PyTorch"
+    if x.is_cuda:
+        return dispatch.why_not_native_cuda(x, weight, bias)
     return dispatch.why_not_native_cpu(x, weight, bias)
 
 
@@ -56,7 +58,8 @@ def _norm_act_pool(x: Tensor, weight: Tensor, bias: Tensor, eps: float, backend:
 @_norm_act_pool.register_fake
 def _(x: Tensor, weight: Tensor, bias: Tensor, eps: float, backend: str) -> tuple[Tensor, Tensor, Tensor]:
     b, c, h, w = x.shape
-    return _empty(x, (b, c, h // 2, w // 2)), x.new_empty(b, c), x.new_empty(b, c)
+    mean, rstd = (x.new_empty(b, c, dtype=native.computed_in(x.dtype)) for _ in range(2))
+    return _empty(x, (b, c, h // 2, w // 2)), mean, rstd
 
 
 @torch.library.custom_op("speedk::norm_act_pool_bwd", mutates_args=())
