@@ -19,6 +19,8 @@ _MARGIN = 8
 _FONT = 15
 _PAPER, _INK = (255, 255, 255), (32, 32, 32)
 _MAX_NAME = 28
+_NONE = (0.62, 0.62, 0.62)  # where there is nothing to count, which is more than "few"
+_HEAT = ((0.16, 0.09, 0.38), (0.72, 0.18, 0.37), (0.98, 0.65, 0.23), (1.0, 0.98, 0.80))  # from little to much
 
 
 def to_bytes(images: Tensor) -> np.ndarray:
@@ -63,6 +65,19 @@ def grid(rows: Sequence[Tensor], names: Sequence[str]) -> bytes:
             tile = to_image(pixels).resize((cell, cell), Image.Resampling.NEAREST)
             sheet.paste(tile, (left + j * (cell + _GAP), top))
     return png(sheet)
+
+
+def heat(values: Tensor, top: float, side: int) -> Tensor:
+    """Brightness [n, 3, side, side] of maps [n, rows, columns] of numbers from 0 to `top`: dark where they are small,
+    pale at `top`, and grey where they are zero. rows and columns must divide side."""
+    place = (values.double() / max(top, 1e-12)).clamp(0, 1) * (len(_HEAT) - 1)
+    left = place.floor().clamp(max=len(_HEAT) - 2)
+    stops = values.new_tensor(_HEAT, dtype=place.dtype)
+    below, above = stops[left.long()], stops[left.long() + 1]
+    colours = below + (place - left).unsqueeze(-1) * (above - below)
+    colours[values == 0] = values.new_tensor(_NONE, dtype=place.dtype)
+    rows, columns = values.shape[1:]
+    return colours.repeat_interleave(side // rows, 1).repeat_interleave(side // columns, 2).movedim(-1, 1).float()
 
 
 def _short(name: str) -> str:

@@ -82,6 +82,104 @@ def test_names_that_the_font_lacks():
     assert pictures.grid(rows, ["x" * 100]) == pictures.grid(rows, ["x" * 25 + "..."])
 
 
+def test_density_counts_the_entries_of_each_patch(file, capsys):
+    from speedk.distillation import artifact
+
+    loaded = artifact.load(file)
+    counts = loaded.synthetic.density(torch.arange(6))
+    rows, values = loaded.synthetic.stored[1].long(), loaded.synthetic.stored[0]
+    by_hand = [[int(((rows[n] == j) & (values[n] != 0)).sum()) for j in range(4)] for n in range(6)]
+    assert counts.shape == (6, 2, 2) and counts.flatten(1).tolist() == by_hand and int(counts.sum()) == 6 * 2 * 4
+    assert main(["show", str(file), "--density"]) == 0
+    said = capsys.readouterr().out
+    empty = sum(not count for image in by_hand for count in image)
+    assert "two rows each" in said and f"2.00 entries on average, {min(map(min, by_hand))} to {max(map(max, by_hand))}" in said
+    assert f"{empty / 24:.1%} of the patches of all images have none" in said
+    drawn = picture(file.with_name("distilled-density.png").read_bytes())
+    left = drawn.shape[1] - 8 - 2 * 64 - 2
+    grey = [bool((drawn[8 + 3 * 66 + 32 * (j // 2) + 5, left + 32 * (j % 2) + 5] == 158).all()) for j in range(4)]
+    assert grey == [count == 0 for count in by_hand[0]]
+
+
+def test_a_patch_of_the_density_is_where_its_entries_are_seen():
+    """An entry that is taken away changes the pixels of its own patch alone."""
+    from speedk.distillation.parameterizations import speed
+    from speedk.geometry import Geometry
+
+    made = speed.Speed(speed.Spec(images_per_class=1, D=8, K=8, H=1, R=1, k=1, patch=4), Geometry(1, 1, 12), 1)
+    made.freenet.reset(torch.Generator().manual_seed(0))
+    made.saet.data.normal_(generator=torch.Generator().manual_seed(1))
+    made.scm.data[0, 0, 5, 3] = 1.0  # patch 5 of 3 x 3: second row, third column
+    made.finalize()
+    only = torch.zeros(1)
+    assert made.density(torch.tensor([0]))[0].tolist() == [[0, 0, 0], [0, 0, 1], [0, 0, 0]]
+    full = made.decode(torch.tensor([0]))[0]
+    made.stored = made.stored[0] * only, *made.stored[1:]
+    assert int(made.density(torch.tensor([0])).sum()) == 0
+    changed = (made.decode(torch.tensor([0]))[0] != full).detach()[0, 0]
+    assert bool(changed[4:8, 8:].any()) and int(changed.sum()) == int(changed[4:8, 8:].sum())
+
+
+def test_heat_is_grey_at_zero_and_ends_at_both_ends_of_its_scale():
+    drawn = pictures.heat(torch.tensor([[[0, 1], [3, 6]]]), 6, 4)
+    assert drawn.shape == (1, 3, 4, 4)
+    colours = [tuple(round(float(v), 2) for v in drawn[0, :, y, x]) for y in (0, 2) for x in (0, 2)]
+    assert colours[0] == (0.62, 0.62, 0.62) and colours[3] == (1.0, 0.98, 0.8)
+    assert colours[1] == (0.44, 0.14, 0.37)  # half of the way from the first stop to the second: 1 of 6, three stretches
+    assert torch.equal(drawn[0, :, 0, 2], drawn[0, :, 1, 3]) and drawn[0, :, 2, 0].sum() > drawn[0, :, 0, 2].sum()
+
+
+@pytest.fixture
+def trained(folder, recipe, tmp_path, capsys):
+    """A finished run of two steps, with `sparse` as asked for."""
+
+    def distil(*fields):
+        assert main(["distill", "--data", str(folder), "--recipe", str(recipe), "--ipc", "2", "--objective", "dm",
+                     "--out", str(tmp_path / "run"), *fields]) == 0
+        capsys.readouterr()
+        return tmp_path / "run"
+
+    return distil
+
+
+@pytest.mark.parametrize("sparse", ["end", "always"])
+def test_before_and_after_sparsification(trained, capsys, sparse):
+    from speedk.distillation import artifact
+    from speedk.distillation import trained as before
+
+    out = trained(f"sparse={sparse}")
+    assert main(["show", str(out), "--sparsification", "--columns", "2"]) == 0
+    said = capsys.readouterr().out
+    assert "two rows each" in said and "kept: 6 of 128 entries" in said and ("sparse=always" in said) == (sparse == "always")
+    drawn = picture((out / "distilled-sparsification.png").read_bytes())
+    assert drawn.shape[0] == 6 * 66 - 2 + 16
+    stored = artifact.load(out / "distilled.safetensors")
+    whole = before.dense(stored)
+    index = torch.arange(9)
+    exact = whole.synthetic.freenet(whole.synthetic.scm, whole.synthetic.saet)  # no top-k anywhere
+    assert torch.equal(whole.images(index=index), exact) and not torch.equal(exact, stored.images())
+    kept = whole.synthetic.scm.flatten(2).abs().sort(-1).values[..., -6:].sum() / whole.synthetic.scm.abs().sum()
+    assert f"{float(kept):.1%} of the sum" in said
+    assert stored.synthetic.stored is not None and whole.synthetic.stored is None
+
+
+def test_codes_of_another_set_are_not_drawn(trained, save_pixels, capsys):
+    out = trained("sparse=end")
+    newest = sorted((out / "checkpoints").iterdir())[-1]
+    newest.rename(out / "moved")
+    assert main(["show", str(out), "--sparsification"]) == 1
+    assert "step 0, is not the one that" in capsys.readouterr().err
+    for path in (out / "checkpoints").iterdir():
+        path.unlink()
+    assert main(["show", str(out), "--sparsification"]) == 1
+    assert "there are no checkpoints in" in capsys.readouterr().err
+    plain = str(save_pixels(["a", "b"]))
+    for flag, reason in (("--density", "whose images have no codes"), ("--sparsification", "nothing was made sparse")):
+        assert main(["show", plain, flag]) == 1
+        said = capsys.readouterr().err
+        assert reason in said and said.count("\n") == 1
+
+
 def test_values_outside_are_clipped():
     values = torch.tensor([-3.0, 0.0, 0.5, 1.0, 7.0]).reshape(1, 1, 1, 5)
     assert pictures.to_bytes(values).ravel().tolist() == [0, 0, 128, 255, 255]

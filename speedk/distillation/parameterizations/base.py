@@ -75,6 +75,11 @@ class Parameterization(nn.Module):
         """The tensors that are counted and saved, contiguous, on the CPU; valid after `finalize`."""
         raise NotImplementedError
 
+    def density(self, index: Tensor) -> Tensor | None:
+        """How many stored numbers, not zero, each patch of the images `index` has for itself: int64 [B, rows, columns],
+        valid after `finalize`; None where images have no patches."""
+        return None
+
     @classmethod
     def from_storage(cls, spec: Any, geometry: Geometry, ipc: int, labels: list[int],
                      tensors: Mapping[str, Tensor]) -> Parameterization:

@@ -216,6 +216,13 @@ class Speed(Parameterization):
         tensors |= {f"freenet.{name}": tensor for name, tensor in self.freenet.named_parameters()}
         return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
 
+    def density(self, index: Tensor) -> Tensor:
+        """Entries of all heads in each patch (the paper's Figure III)."""
+        values, rows, _ = (part[index.to(part.device)].flatten(1) for part in self.stored)
+        counts = torch.zeros(len(index), self.patches, dtype=torch.int64, device=values.device)
+        side = math.isqrt(self.patches)
+        return counts.scatter_add_(1, rows.long(), (values != 0).long()).view(-1, side, side)
+
     @classmethod
     def from_storage(cls, spec: Spec, geometry: Geometry, ipc: int, labels: list[int],
                      tensors: Mapping[str, Tensor]) -> Speed:
