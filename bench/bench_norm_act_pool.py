@@ -19,7 +19,7 @@ def grouped(x, weight, bias):
     return norm_act_pool_reference(x, weight, bias, 1e-5)
 
 
-@pytest.mark.parametrize("direction", ["fwd", "fwd+bwd", "fwd+bwd+bwd of bwd"])
+@pytest.mark.parametrize("direction", ["fwd", "fwd+bwd", "fwd+2bwd"])
 @pytest.mark.parametrize(("batch", "side"), [(64, 32), (64, 16), (64, 8), (8, 128)])
 def bench_norm_act_pool(contest, batch, side, direction):
     shape = (batch, 128, side, side)
@@ -43,7 +43,7 @@ def bench_norm_act_pool(contest, batch, side, direction):
 
         return call
 
-    planes = {"fwd": 1.25, "fwd+bwd": 3.5, "fwd+bwd+bwd of bwd": 7}[direction]
+    planes = {"fwd": 1.25, "fwd+bwd": 3.5, "fwd+2bwd": 7}[direction]
     contest(f"norm_act_pool {direction}", "x".join(map(str, shape)),
             {f"speedk{name}": run(norm_act_pool, layout) for name, layout in FORMATS.items()},
             {"instance_norm, relu, pool": run(three, torch.contiguous_format),

@@ -41,16 +41,26 @@ class _How(NamedTuple):
         return [self.x[0], self.weight[0], *sides]
 
 
+def _layout(device: torch.device, channels: int) -> torch.memory_format:
+    """On the CPU channels last, which oneDNN convolves as it lies, where it copies any other; a single
+    plane, whose layouts are one, is faster as the other."""
+    return torch.channels_last if device.type == "cpu" and channels > 1 else torch.contiguous_format
+
+
 def _convolved(x: Tensor, weight: Tensor, bias: Tensor | None, how: _How) -> Tensor:
-    if x.device.type == "cpu" and x.shape[1] == 3:
-        # oneDNN convolves three planes twice as fast from this layout, the copies counted in.
-        x = x.contiguous(memory_format=torch.channels_last)
-    return F.conv2d(x, weight, bias, how.stride, how.padding).contiguous()
+    layout = _layout(x.device, how.weight[1])
+    x, weight = x.contiguous(memory_format=layout), weight.contiguous(memory_format=layout)
+    return F.conv2d(x, weight, bias, how.stride, how.padding).contiguous(memory_format=layout)
 
 
-def _backward(d_out: Tensor, x: Tensor, weight: Tensor, how: _How, mask: list[bool]) -> tuple[Tensor, ...]:
-    return torch.ops.aten.convolution_backward(d_out.contiguous(), x.contiguous(), weight.contiguous(), None,
-                                               how.stride, how.padding, [1, 1], False, [0, 0], 1, mask)
+def _backward(d_out: Tensor, x: Tensor | None, weight: Tensor | None, how: _How,
+              mask: list[bool]) -> tuple[Tensor, ...]:
+    layout = _layout(d_out.device, how.weight[1])
+    x, weight = (
+        torch.empty(shape, dtype=d_out.dtype, device=d_out.device, memory_format=layout) if tensor is None
+        else tensor.contiguous(memory_format=layout) for tensor, shape in ((x, how.x), (weight, how.weight)))
+    return torch.ops.aten.convolution_backward(d_out.contiguous(memory_format=layout), x, weight, None, how.stride,
+                                               how.padding, [1, 1], False, [0, 0], 1, mask)
 
 
 def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, how: _How) -> Tensor:
@@ -93,7 +103,7 @@ class _InputGradient(torch.autograd.Function):
     def forward(ctx, d_out: Tensor, weight: Tensor, how: _How) -> Tensor:
         ctx.save_for_backward(d_out, weight)
         ctx.how = how
-        return _backward(d_out, d_out.new_empty(how.x), weight, how, [True, False, False])[0]
+        return _backward(d_out, None, weight, how, [True, False, False])[0]
 
     @staticmethod
     def backward(ctx, along: Tensor):
@@ -108,7 +118,7 @@ class _WeightGradient(torch.autograd.Function):
     def forward(ctx, d_out: Tensor, x: Tensor, how: _How) -> Tensor:
         ctx.save_for_backward(d_out, x)
         ctx.how = how
-        return _backward(d_out, x, x.new_empty(how.weight), how, [False, True, False])[1]
+        return _backward(d_out, x, None, how, [False, True, False])[1]
 
     @staticmethod
     def backward(ctx, along: Tensor):
