@@ -9,7 +9,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from speedk.errors import ConfigError
+from speedk.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from speedk.distillation.plan import Plan
@@ -19,12 +19,15 @@ HELP = "Distil and evaluate a grid over recipe fields, and draw accuracy against
 EPILOG = """\
 Each cell is a run directory in DIR; a cell that is finished is not run again, and one that was stopped goes on.
 DIR then holds sweep.jsonl (a line a cell) and sweep.png. A cell over the storage budget needs budget=off.
+Where steps vary, time.png draws accuracy against the seconds that distilling took, beside other sweeps' if asked.
 
 examples:
   speedk sweep --recipe cifar10-ipc10-speed --data DIR k=12,24,48
   speedk sweep --recipe cifar10-ipc10-speed --data DIR k=24,48,96 budget=off --networks convnet,mlp
   speedk sweep --dataset digits k=6,12,24 sparsify=global,local --steps 60
   speedk sweep --recipe cifar100-ipc1-speed --data DIR H=1 images_per_class=33 --dry-run
+  speedk sweep --recipe digits-ipc1-pixels steps=15,60,240 --out runs/pixels
+  speedk sweep --recipe digits-ipc1-speed steps=15,60,240 --out runs/speed --compare runs/pixels/sweep.jsonl
 """
 LOWER = "lower batch (as in batch=64), images_per_class or --runs"
 
@@ -49,6 +52,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", metavar="S", type=int, help="of everything random in distilling (default: 0)")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: auto")
     parser.add_argument("--out", metavar="DIR", type=Path, help="default: under runs/")
+    parser.add_argument("--compare", metavar="SWEEP", type=Path, nargs="+", default=[],
+                        help="sweep.jsonl of earlier sweeps, whose cells are drawn in time.png as well")
     parser.add_argument("--dry-run", action="store_true", help="print the grid and its storage, and stop")
 
 
@@ -60,6 +65,7 @@ def run(args: argparse.Namespace) -> int:
 
     grid = _grid(args.fields)
     how = _evaluation(args)
+    earlier = [_earlier(path) for path in args.compare]
     plans = _plans(args, grid)
     out = plans[0].out.parent
     print(_listing(plans, grid, how), flush=True)
@@ -78,6 +84,10 @@ def run(args: argparse.Namespace) -> int:
         write_atomic(out / "sweep.jsonl", "".join(json.dumps(entry) + "\n" for entry in lines).encode())
     print(f"\n{_table(lines)}\n\n{out / 'sweep.jsonl'}")
     _curves.draw(out / "sweep.png", lambda: _picture(lines, plans[0]))
+    if earlier or _steps(_varied(grid)):
+        names = _curves.titles([path.resolve().parent.name for path in (out / "sweep.jsonl", *args.compare)])
+        cells = dict(zip(names, (lines, *earlier), strict=True)) if earlier else {"": lines}
+        _curves.draw(out / "time.png", lambda: _time(cells, plans[0]))
     return 0
 
 
@@ -133,6 +143,29 @@ def _plans(args: argparse.Namespace, grid: list[dict[str, Any]]) -> list[Plan]:
             real = planned.real
         made.append(planned)
     return made
+
+
+def _earlier(path: Path) -> list[dict[str, Any]]:
+    """The cells of a sweep.jsonl, with all that `_time` reads of them. Raises DataError, one line."""
+    try:
+        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        first = lines[0]["fields"]
+        for line in lines:
+            line["fields"].items(), line["device"] + "", line["steps"] + 0, line["distil_seconds"] + 0.0
+            for result in line["results"]:
+                result["network"] + "", (result["mean"] or 0.0) + (result["std"] or 0.0)
+            if line["fields"].keys() != first.keys():
+                raise ValueError
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror}") from None
+    except (ValueError, RecursionError, LookupError, TypeError, AttributeError):
+        raise DataError(f"{path} is not the sweep.jsonl of a sweep") from None
+    return lines
+
+
+def _steps(names: list[str]) -> list[str]:
+    """Those of the fields `names` that are the number of outer iterations."""
+    return [name for name in names if name.rpartition(".")[2] == "steps"]
 
 
 def _varied(grid: list[dict[str, Any]]) -> list[str]:
@@ -196,3 +229,26 @@ def _picture(lines: list[dict[str, Any]], first: Plan) -> bytes:
         raise ConfigError("every run failed: there is nothing to draw")
     title = f"{first.recipe.about.name}, {first.recipe.objective_name}"
     return plots.against(points, figures[0] if by_value else "counted float32 numbers", title)
+
+
+def _time(sweeps: dict[str, list[dict[str, Any]]], first: Plan) -> bytes:
+    """Accuracy against the seconds of distilling (the paper's Figure II, right): a curve for each sweep, network and
+    choice of the other fields, a point for each number of steps."""
+    from speedk.evaluation import plots
+
+    points: dict[str, list[tuple[float, float, float, str]]] = {}
+    for sweep, lines in sweeps.items():
+        varied = _varied([line["fields"] for line in lines])
+        others = [name for name in varied if name not in _steps(varied)]
+        for line in lines:
+            curve = _short({name: line["fields"][name] for name in others})
+            for result in line["results"]:
+                if result["mean"] is not None:
+                    name = ", ".join(part for part in (sweep, result["network"], curve) if part)
+                    points.setdefault(name, []).append(
+                        (line["distil_seconds"], result["mean"], result["std"], f"{line['steps']:,}"))
+    if not points:
+        raise ConfigError("every run failed: there is nothing to draw")
+    devices = " and ".join(sorted({line["device"] for lines in sweeps.values() for line in lines}))
+    title = f"{first.real.name}, IPC {first.recipe.data.ipc}, {first.recipe.objective_name}"
+    return plots.against(points, f"seconds of distilling on {devices}; points: steps", title)

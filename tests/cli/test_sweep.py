@@ -131,3 +131,41 @@ def test_words_are_curves_and_numbers_are_points(monkeypatch):
 def test_a_field_that_costs_no_storage_is_the_axis(monkeypatch):
     points, axis, _ = drawn(monkeypatch, [{"penalty": 1e-7}, {"penalty": 1e-6}], [100, 100])
     assert axis == "penalty" and points == {"mlp": [(1e-7, 10.0, 1.0, ""), (1e-6, 11.0, 1.0, "")]}
+
+
+def test_accuracy_against_time(run, tmp_path, capsys, monkeypatch):
+    from speedk.evaluation import plots
+
+    against, seen = plots.against, []
+    monkeypatch.setattr(plots, "against", lambda *given: seen.append(given) or against(*given))
+    assert run("steps=1,2") == 0
+    assert "time.png" in capsys.readouterr().out and (tmp_path / "grid/time.png").read_bytes().startswith(b"\x89PNG")
+    found = lines(tmp_path)
+    assert seen[1][0] == {"mlp": [(line["distil_seconds"], line["results"][0]["mean"], line["results"][0]["std"], steps)
+                                  for line, steps in zip(found, "12", strict=True)]}
+    assert "seconds of distilling on CPU" in seen[1][1] and "IPC 2, dm" in seen[1][2]
+    seen.clear()
+    (tmp_path / "other").mkdir()
+    for line in found:
+        line["distil_seconds"] += 100
+    other = tmp_path / "other/sweep.jsonl"
+    other.write_text("".join(json.dumps(line) + "\n" for line in found))
+    assert run("k=2,6", "--compare", other) == 0
+    assert set(seen[1][0]) == {"grid, mlp, k=2", "grid, mlp, k=6", "other, mlp"}
+    assert [point[0] for point in seen[1][0]["other, mlp"]] == [line["distil_seconds"] for line in found]
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"fields": {}}', '{"fields": 3, "device": "CPU", "steps": 1}'])
+def test_what_is_no_sweep_is_not_compared(run, tmp_path, capsys, content):
+    path = tmp_path / "sweep.jsonl"
+    path.write_text(content)
+    assert run("k=2,6", "--compare", path) == 1
+    assert "is not the sweep.jsonl of a sweep" in capsys.readouterr().err and not (tmp_path / "grid").exists()
+    path.unlink()
+    assert run("k=2,6", "--compare", path) == 1
+    assert "cannot read" in capsys.readouterr().err
+
+
+def test_without_steps_there_is_no_picture_of_time(run, tmp_path):
+    assert run("k=2,6") == 0
+    assert (tmp_path / "grid/sweep.png").exists() and not (tmp_path / "grid/time.png").exists()
