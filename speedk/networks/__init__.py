@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import sys
+import threading
 from collections.abc import Iterator
 
 import torch
@@ -23,6 +24,10 @@ from speedk.networks import _own
 
 __all__ = ["build", "fresh", "given", "names", "parameter_count", "require_features", "student",
            "twice_differentiable"]
+
+
+_SEEDED = threading.RLock()
+"""Held while the global random state is on loan: networks that are trained side by side are also made side by side."""
 
 
 def names() -> list[str]:
@@ -65,7 +70,7 @@ def fresh(name: str, geometry: Geometry, seed: int, device: torch.device | str =
 
     They are drawn on the CPU, so they do not depend on the device; the global random state is left as it was.
     """
-    with torch.random.fork_rng(devices=[]):
+    with _SEEDED, torch.random.fork_rng(devices=[]):
         torch.random.default_generator.manual_seed(seed)
         network = build(name, geometry, **overrides)
     return network.to(device)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 
@@ -76,3 +78,12 @@ def test_fresh_is_a_function_of_its_seed_alone():
     other = networks.fresh("convnet", DIGITS, seed=4, width=8).state_dict()
     assert all(torch.equal(first[k], again[k]) for k in first)
     assert not torch.equal(first["classifier.weight"], other["classifier.weight"])
+
+
+def test_networks_made_in_threads_have_the_values_of_their_seeds():
+    geometry = Geometry(3, 3, 16)
+    alone = [networks.fresh("convnet", geometry, seed) for seed in range(16)]
+    with ThreadPoolExecutor(8) as pool:
+        beside = list(pool.map(lambda seed: networks.fresh("convnet", geometry, seed), range(16)))
+    for a, b in zip(alone, beside, strict=True):
+        assert all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters(), strict=True))
