@@ -164,4 +164,4 @@ def _robustness(trained: list[train.Run], corrupted: dict[str, list[list[float]]
 
 def device_name(device: torch.device) -> str:
     """The device as a report names it."""
-    return torch.cuda.getdevice_name(device) if device.type == "cuda" else "CPU"
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"

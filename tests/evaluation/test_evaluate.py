@@ -22,6 +22,7 @@ from speedk import data
 from speedk.data.normaliser import ChannelNormaliser
 from speedk.errors import ArtifactError, ConfigError, DataError
 from speedk.evaluation import real_images, sources, whole
+from speedk.evaluation.evaluate import device_name
 
 QUICK = {"networks": ("mlp",), "runs": 2, "protocol": "quick", "epochs": 4, "progress": False}
 
@@ -241,3 +242,8 @@ def test_options_that_do_not_exist(real):
                            ({"protocol": "long"}, "'long'"), ({"rate": math.inf}, "rate of inf")):
         with pytest.raises(ConfigError, match=message):
             evaluate(real_images(real), real, **wrong)
+
+
+def test_a_gpu_is_named_as_torch_names_it(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"card {device.index}")
+    assert device_name(torch.device("cuda", 1)) == "card 1" and device_name(torch.device("cpu")) == "CPU"
