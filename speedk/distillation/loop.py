@@ -21,7 +21,7 @@ from speedk.distillation.objectives.base import Objective, Skip
 from speedk.distillation.parameterizations.base import Parameterization
 from speedk.distillation.recipe import Recipe
 from speedk.distillation.rundir import RunDir
-from speedk.errors import ConfigError, TrainingError
+from speedk.errors import ConfigError, TrainingError, one_line
 
 CHECKPOINT_SECONDS = 30.0
 
@@ -132,7 +132,7 @@ def distill(recipe: Recipe, real: RealData, out: str | Path, *, resume: bool = F
     with RunDir(out, recipe, real, resume) as folder:
         found = checkpoint.load_newest(folder.checkpoints, run.device)
         if found is not None:
-            run.restore(*found)
+            _restore(run, folder, *found)
         _prepare(run, folder, _hurried(progress, until))
         if found is not None:
             progress.say(f"resuming at step {run.done:,} of {recipe.objective.steps:,}")
@@ -142,6 +142,18 @@ def distill(recipe: Recipe, real: RealData, out: str | Path, *, resume: bool = F
         with folder.log(run.done) as log, _stop_signals() as stopped:
             _iterate(run, folder, log, stopped, progress, until)
         return _finish(run, folder, chosen)
+
+
+def _restore(run: Run, folder: RunDir, done: int, state: dict[str, Any]) -> None:
+    steps = run.recipe.objective.steps
+    if done > steps:
+        raise ConfigError(f"{folder.path} is at step {done:,} already: steps={steps} cannot be had from it; say {done} "
+                          "or more, or choose another --out")
+    try:
+        run.restore(done, state)
+    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise TrainingError(f"the checkpoint of step {done:,} in {folder.checkpoints} is not of this recipe "
+                            f"({one_line(error)}); start anew in another --out") from None
 
 
 def _hurried(progress: Progress, until: float) -> Progress:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import math
 import os
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -66,21 +67,34 @@ class RunDir:
             raise ConfigError(f"{self.path} already holds a run; say --resume to go on with it, or choose another "
                               "--out")
         data = {"fingerprint": self.real.fingerprint, "split": self.real.split, "threads": torch.get_num_threads()}
-        if (self.path / "recipe.toml").exists():
-            self._same_recipe()
-        if (self.path / "data.json").exists():
-            stored = json.loads((self.path / "data.json").read_text())
-            if (stored["fingerprint"], stored["split"]) != (data["fingerprint"], data["split"]):
-                raise ConfigError(f"{self.path} was begun on other data (fingerprint {stored['fingerprint'][:12]}, "
-                                  f"split {stored['split']}; now {data['fingerprint'][:12]}, {data['split']})")
+        for name, check in (("recipe.toml", self._same_recipe), ("data.json", lambda: self._same_data(data))):
+            if (self.path / name).exists():
+                check()
+            elif any(self.checkpoints.glob("step-*")):  # it was written before the first of them
+                raise ConfigError(f"{self.path} holds checkpoints but no {name}, so what they are of is not known; "
+                                  "choose another --out")
         write_atomic(self.path / "data.json", json.dumps(data, indent=1).encode() + b"\n")
         write_atomic(self.path / "recipe.toml", recipes.to_toml(self.recipe.to_dict()).encode())
+
+    def _same_data(self, now: dict[str, object]) -> None:
+        path = self.path / "data.json"
+        try:
+            stored = json.loads(path.read_bytes())
+            fingerprint, split = str(stored["fingerprint"]), stored["split"]
+        except (OSError, ValueError, TypeError, KeyError, RecursionError):
+            raise ConfigError(f"{path} is damaged: it does not say what the run was begun on; choose another "
+                              "--out") from None
+        if (fingerprint, split) != (now["fingerprint"], now["split"]):
+            raise ConfigError(f"{self.path} was begun on other data (fingerprint {fingerprint[:12]}, split {split}; "
+                              f"now {str(now['fingerprint'])[:12]}, {now['split']})")
 
     def _same_recipe(self) -> None:
         stored = _flat(recipes.read(self.path / "recipe.toml"))
         wanted = _flat(self.recipe.to_dict())
         local = [f"objective.{name}" for name in self.recipe.objective.LOCAL]
-        for name in ("objective.steps", "run.preview_every", *local):  # may change: the steps already made are the same
+        # These may change: the steps already made are the same. Where rates fall towards the last step, they are not.
+        steps = ["objective.steps"] if self.recipe.objective.schedule == "constant" else []
+        for name in (*steps, "run.preview_every", *local):
             stored.pop(name, None), wanted.pop(name, None)
         changed = [name for name in sorted(set(stored) | set(wanted)) if stored.get(name) != wanted.get(name)]
         if changed:
@@ -111,7 +125,7 @@ class Log(AbstractContextManager):
         from torch.utils.tensorboard import SummaryWriter
 
         path = folder / "log.jsonl"
-        kept = [line for line in _whole_lines(path) if json.loads(line)["step"] <= done] if path.exists() else []
+        kept = [line for line in _lines(path) if _step(line) <= done] if path.exists() else []
         write_atomic(path, "".join(kept).encode())
         self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (closed by __exit__)
         self._events = SummaryWriter(str(folder / "tensorboard"), purge_step=done + 1 if done else None)
@@ -139,10 +153,20 @@ class Log(AbstractContextManager):
             raise unwritable(self._file.name, error) from None
 
 
-def _whole_lines(path: Path) -> list[str]:
-    text = path.read_text(encoding="utf-8", errors="replace")
-    lines = text.splitlines(keepends=True)
-    return [line for line in lines if line.endswith("}\n")]
+def _lines(path: Path) -> list[str]:
+    try:
+        return path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+    except OSError as error:
+        raise unwritable(path, error) from None
+
+
+def _step(line: str) -> float:
+    """Of a line of the log; infinite for what a kill or a power cut left of one."""
+    try:
+        step = json.loads(line)["step"]
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return math.inf
+    return step if line.endswith("\n") and type(step) is int else math.inf
 
 
 def _flat(tables: dict, prefix: str = "") -> dict[str, object]:

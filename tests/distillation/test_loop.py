@@ -222,3 +222,48 @@ def test_the_start_is_fitted_to_images_from_all_over_a_class():
     assert chosen.shape[0] == count * real.geometry.classes and len(chosen.flatten(1).unique(dim=0)) == len(chosen)
     found = (chosen[:count, None] == changed.normalised("train", odd)[None]).flatten(2).all(-1)
     assert found.sum() == 1
+
+
+def test_a_run_cannot_go_back_nor_change_the_rates_it_had(real, tmp_path):
+    path = loop.distill(small(schedule="constant"), real, tmp_path / "run")
+    before = path.read_bytes()
+    with pytest.raises(ConfigError, match="is at step 6 already: steps=3"):
+        loop.distill(small(steps=3, schedule="constant"), real, tmp_path / "run", resume=True)
+    assert path.read_bytes() == before
+    loop.distill(small(schedule="cosine"), real, tmp_path / "falling")
+    with pytest.raises(ConfigError, match="holds a run with objective.steps=6, not 9"):
+        loop.distill(small(steps=9, schedule="cosine"), real, tmp_path / "falling", resume=True)
+
+
+@pytest.mark.parametrize("name, content, message", [
+    ("data.json", b"[]", "data.json is damaged"),
+    ("data.json", b"", "data.json is damaged"),
+    ("data.json", None, "holds checkpoints but no data.json"),
+    ("recipe.toml", None, "holds checkpoints but no recipe.toml"),
+    ("recipe.toml", b"run = 3", "run is no table"),
+])
+def test_a_damaged_run_directory_is_refused_in_a_line(real, tmp_path, name, content, message):
+    path = loop.distill(resolve(PIXELS, "dm"), real, tmp_path / "run").with_name(name)
+    path.unlink() if content is None else path.write_bytes(content)
+    with pytest.raises(ConfigError, match=message):
+        loop.distill(resolve(PIXELS, "dm"), real, tmp_path / "run", resume=True)
+
+
+def test_checkpoints_of_another_run_are_refused_in_a_line(real, tmp_path):
+    loop.distill(small(), real, tmp_path / "run")
+    loop.distill(resolve(PIXELS, "dm"), real, tmp_path / "other")
+    for path in (tmp_path / "other/checkpoints").iterdir():
+        path.unlink()
+    for path in (tmp_path / "run/checkpoints").iterdir():
+        path.rename(tmp_path / "other/checkpoints" / path.name)
+    with pytest.raises(TrainingError, match="step 6 in .* is not of this recipe"):
+        loop.distill(resolve(PIXELS, "dm"), real, tmp_path / "other", resume=True)
+
+
+def test_what_a_power_cut_left_of_the_log_is_dropped(real, tmp_path):
+    loop.distill(small(), real, tmp_path / "run")
+    log = tmp_path / "run/log.jsonl"
+    whole = log.read_text()
+    log.write_text(whole + "\0\0\0}\n{}\n[1]\nxx}\n{\"step\": 6")
+    loop.distill(small(), real, tmp_path / "run", resume=True)
+    assert log.read_text() == whole
