@@ -33,6 +33,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     reader of the output went away. Errors are one line on stderr; SPEEDK_DEBUG=1 adds the traceback.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
+    if hasattr(sys.stdout, "reconfigure"):  # a name that the terminal's encoding lacks is no reason to stop
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         code = _run(argv)
         sys.stdout.flush()

@@ -87,13 +87,15 @@ def run(args: argparse.Namespace) -> int:
 def _check(args: argparse.Namespace) -> None:
     """What can be refused before any data are read."""
     from speedk import networks, registry
-    from speedk.distillation import coresets
+    from speedk.distillation import coresets, recipe
 
     registry.find(coresets, args.method)
     networks.given(args.network)
     for option, value, least in (("--ipc", args.ipc, 1), ("--epochs", args.epochs, 1), ("--seed", args.seed, 0)):
         if value is not None and value < least:
             raise ConfigError(f"{option} {value} must be at least {least}")
+    if args.seed > recipe.MAX_SEED:
+        raise ConfigError(f"--seed {args.seed} must be at most {recipe.MAX_SEED:,}")
 
 
 def _says(method: str) -> str:

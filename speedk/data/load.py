@@ -13,9 +13,9 @@ from speedk.data.catalogue import ILSVRC_CLASSES, ILSVRC_DOWNLOAD, ILSVRC_HUB, I
 from speedk.data.decode import Decoded, decode, side_of
 from speedk.data.locate import locate
 from speedk.data.normaliser import ChannelNormaliser, Normaliser, channel_statistics
-from speedk.data.part import Part
+from speedk.data.part import Part, storable
 from speedk.data.real import RealData, Subset, fingerprint
-from speedk.errors import ConfigError, DataError
+from speedk.errors import ConfigError, DataError, one_line
 from speedk.geometry import Geometry
 
 NORMALISERS = ("channel", "zca")
@@ -78,7 +78,7 @@ def _own(path: Path, resolution: int | None, normaliser: str | None, progress: b
     if located.unused:
         notes.append(f"the part {located.unused!r} is not used")
     channels = 1 if training.grey and testing.grey else 3
-    return _assemble(path.resolve().name, train.names, "folder", notes, training, testing, channels,
+    return _assemble(one_line(path.resolve().name), train.names, "folder", notes, training, testing, channels,
                      normaliser or "channel", None, progress)
 
 
@@ -151,6 +151,10 @@ def _checked(train: Part, test: Part) -> tuple[Part, Part]:
     if len(train.names) < 2:
         raise DataError(f"there is one class only, {train.names[0]!r}: a classifier needs two or more"
                         if train.names else "there are no classes")
+    for name in train.names:
+        if not storable(name):  # found out at the end of a run it would cost the run
+            raise DataError(f"the class name {ascii(name)[:80]} cannot be stored: it must be 1 to 200 printable "
+                            "characters")
     for part in (train, test):
         _no_empty_class(part.title, part.names, part.labels)
     return train, test
@@ -168,7 +172,7 @@ def _notes(side: int, parts: dict[str, Decoded]) -> list[str]:
     notes = []
     for title, part in parts.items():
         if part.unreadable:
-            some = "; ".join(part.unreadable[:3]) + ("; ..." if len(part.unreadable) > 3 else "")
+            some = one_line("; ".join(part.unreadable[:3]), 1000) + ("; ..." if len(part.unreadable) > 3 else "")
             total = len(part.labels) + len(part.unreadable)
             notes.append(f"{len(part.unreadable)} of {total} {title} images left out as unreadable: {some}")
     smallest = min(part.smallest for part in parts.values())

@@ -13,6 +13,11 @@ Encoded = tuple[str, "bytes | Path | None"]
 """Where an image lies, in words for a message, and its bytes or its file; None where the row holds none."""
 
 
+def storable(name: str) -> bool:
+    """Whether `name` may be a class's: a distilled file says it, and a terminal shows it."""
+    return 0 < len(name) <= 200 and name.isprintable()
+
+
 class Part:
     """The interface of a reader: `names`, `labels`, `cut` and `blocks`, all in the same order of images."""
 

@@ -71,7 +71,7 @@ def rebuild(header: dict[str, Any], tensors: dict[str, Tensor]) -> Parameterizat
     labels = _images_per_class(header["images_per_class"], geometry, size)
     _check_names(header["class_names"], geometry)
     ipc = _between("ipc", header["ipc"], 1, 1 << 24)
-    _between("seed", header["seed"], 0, 1 << 64)
+    _between("seed", header["seed"], 0, recipe.MAX_SEED)
     _check_counts(header, tensors, geometry.budget(ipc))
     if any(t.dtype.is_floating_point and not bool(torch.isfinite(t).all()) for t in tensors.values()):
         raise ArtifactError("holds a value that is not finite")
@@ -149,7 +149,7 @@ def _images_per_class(counts: list[Any], geometry: Geometry, size: int) -> list[
 def _check_names(names: list[Any], geometry: Geometry) -> None:
     if len(names) != geometry.classes:
         raise ArtifactError(f"has {len(names)} class names for {geometry.classes} classes")
-    if not all(isinstance(name, str) and 0 < len(name) <= 200 and name.isprintable() for name in names):
+    if not all(isinstance(name, str) and data.storable(name) for name in names):
         raise ArtifactError("has a class name that is empty, over 200 characters, or not printable text")
     if len(set(names)) < len(names):
         raise ArtifactError("has one name for two classes")

@@ -81,6 +81,8 @@ def plan(dataset: str | None = None, *, data: str | Path | None = None, ipc: int
     the data, where they are in memory already, as the recipe wants them."""
     where = _device(device)
     changes = {**(overrides or {})}
+    for key in {"name", "data.name"} & set(changes):
+        raise ConfigError(f"{key}={changes[key]} is said as --dataset {changes[key]} (in Python as the first argument)")
     for key, value in (("data.ipc", ipc), ("run.seed", seed), ("objective.steps", steps)):
         if value is not None:
             changes[key] = value
@@ -132,6 +134,9 @@ def _tables(dataset: str | None, folder: str | Path | None, ipc: int | None, met
     """The recipe that was asked for, or of the row that was asked for; without a parameterization where none is."""
     if recipe is not None:
         tables = recipes.read(recipe)
+        fields = dict(tables.get("objective", {}))
+        if isinstance(name := fields.pop("name", None), str):  # a run's recipe.toml, which knows one objective only
+            tables["objective"] = {name: fields}
         stated = tables.get("parameterization", {}).get("method")
         if method is not None and method != stated:
             raise ConfigError(f"the recipe {recipe} is for the method {stated!r}, not {method!r}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import sys
 import types
@@ -26,6 +27,8 @@ else:
     import tomli as tomllib
 
 PROTOCOLS = ("mtt", "speed")
+MAX_SEED = (1 << 64) - 1
+"""What a file can say: a run with a larger one would end with nothing written."""
 
 
 @dataclass(frozen=True)
@@ -156,9 +159,13 @@ def read(source: str | Path) -> dict[str, Any]:
                               f"{registry.nearest(str(source), list(shipped()))}")
         text = path.read_text(encoding="utf-8", errors="replace")
     try:
-        return tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+        tables = tomllib.loads(text)
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
         raise ConfigError(f"{source}: not TOML: {error}") from None
+    for name, table in tables.items():
+        if not isinstance(table, dict):
+            raise ConfigError(f"{source}: {name} is no table, and a recipe holds only tables, as [{name}]")
+    return tables
 
 
 @cache
@@ -193,9 +200,11 @@ def resolve(tables: dict[str, Any], objective: str, overrides: dict[str, Any] | 
     ("k") where only one table has it, else "table.field" ("objective.batch").
     """
     known = ("recipe", "data", "parameterization", "objective", "run")
-    for name in tables:
+    for name, table in tables.items():
         if name not in known:
             raise ConfigError(f"a recipe has no table [{name}]{registry.nearest(name, list(known))}")
+        if name == "objective" and not all(isinstance(inner, dict) for inner in table.values()):
+            raise ConfigError("[objective] holds fields: they belong to a table for each, [objective.dm]")
     parameters = dict(tables.get("parameterization", {}))
     method = parameters.pop("method", None)
     if not isinstance(method, str):
@@ -233,7 +242,10 @@ def _override(chosen: dict[str, dict], classes: dict[str, type], key: str, value
         table = owners[0]
     target, parts = chosen[table], rest.split(".")
     for part in parts[:-1]:
-        target[part] = dict(target.get(part, {}))
+        inner = target.get(part, {})
+        if not isinstance(inner, dict):
+            raise ConfigError(f"{table}.{part}={inner!r} is no table: there is no {key!r}")
+        target[part] = dict(inner)
         target = target[part]
     target[parts[-1]] = value
 
@@ -242,6 +254,8 @@ def _check(recipe: Recipe) -> None:
     recipe.objective.check()
     if recipe.data.ipc < 1:
         raise ConfigError(f"ipc={recipe.data.ipc} must be at least 1")
+    if not 0 <= recipe.run.seed <= MAX_SEED:
+        raise ConfigError(f"seed={recipe.run.seed} is not from 0 to {MAX_SEED:,}")
     if recipe.data.budget not in ("on", "off"):
         raise ConfigError(f"budget={recipe.data.budget!r} must be on or off")
     if recipe.run.protocol not in PROTOCOLS:
@@ -266,8 +280,8 @@ def _toml(value: Any) -> str:
     if isinstance(value, dict):
         return "{" + ", ".join(f"{key} = {_toml(item)}" for key, item in value.items()) + "}"
     if isinstance(value, str):
-        escaped = value.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
-        return f'"{escaped}"'
+        # JSON's escapes are TOML's, which wants this one besides.
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
     return repr(value)
 
 

@@ -38,6 +38,19 @@ def test_a_folder_becomes_a_file(folder, recipe, tmp_path, capsys):
     assert "method='speed', not 'pixels'" in capsys.readouterr().err
 
 
+def test_a_run_s_recipe_is_a_recipe(folder, recipe, tmp_path):
+    words = ("--data", folder, "--steps", 1, "batch=5", "lr=0.02")
+    assert distill("--recipe", recipe, "--ipc", 2, "--out", tmp_path / "first", *words) == 0
+    assert distill("--recipe", tmp_path / "first/recipe.toml", "--data", folder, "--out", tmp_path / "again") == 0
+    first, again = ((tmp_path / run / "distilled.safetensors").read_bytes() for run in ("first", "again"))
+    assert first == again
+
+
+def test_the_data_set_is_no_field(capsys):
+    assert distill("data.name=cifar10") == 1
+    assert "is said as --dataset cifar10" in capsys.readouterr().err
+
+
 def test_fields_may_stand_between_options(folder, recipe, tmp_path):
     out = tmp_path / "run"
     assert distill("k=5", "--data", folder, "H=1", "--recipe", recipe, "--ipc", 2, "--out", out, "--steps", 1,

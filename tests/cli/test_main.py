@@ -46,6 +46,19 @@ def line(capsys):
     return err.strip()
 
 
+def test_a_name_that_the_terminal_cannot_show_is_escaped():
+    code = """if True:
+        import types
+        from speedk import cli
+        probe = types.SimpleNamespace(HELP="", add_arguments=lambda p: None, run=lambda a: print("caf\\u00e9 \\udcff"))
+        cli.commands, cli._module = lambda: {"probe": "probe"}, lambda name: probe
+        raise SystemExit(cli.main(["probe"]))
+    """
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
+                          env={**os.environ, "PYTHONIOENCODING": "ascii"})
+    assert (done.returncode, done.stdout, done.stderr) == (0, "caf\\xe9 \\udcff\n", "")
+
+
 def test_help_lists_every_command(capsys):
     assert cli.main(["--help"]) == 0
     page = capsys.readouterr().out

@@ -143,6 +143,16 @@ def test_classes_must_be_two_or_more_agree_and_have_images(tmp_path):
         refused(f"1 of 3 classes have no readable {title} image: 'cow'", path=root)
 
 
+@pytest.mark.parametrize("name", ["a\nb", "\x1b[31mred", "a" * 201, "\udcff"])
+def test_a_class_name_that_no_file_can_hold_is_refused_before_anything_runs(tmp_path, name):
+    refused(f"the class name {ascii(name)[:40]}", path=write_tree(tmp_path / "set", names=(name, "cow")))
+
+
+def test_a_folder_name_of_any_bytes_is_no_reason_to_fail(tmp_path):
+    real = data.load(path=write_tree(tmp_path / "set\udcff\n1", names=("ant", "cow")))
+    assert real.name == "set\\udcff 1"
+
+
 def test_unreadable_files_are_counted_named_and_bounded(tmp_path):
     write_tree(tmp_path, names=("ant", "bee"), train=100, test=2)
     whole = data.load(path=tmp_path, progress=False)

@@ -6,7 +6,7 @@ import json
 import pytest
 
 from speedk.distillation import recipe as recipes
-from speedk.distillation.recipe import parse_overrides, read, resolve, shipped
+from speedk.distillation.recipe import from_resolved, parse_overrides, read, resolve, shipped, to_toml
 from speedk.errors import ConfigError
 
 ROW = "cifar10-ipc1-speed"
@@ -46,6 +46,9 @@ def test_overrides():
     (["protocol=mine"], "protocol='mine' is not one of mtt, speed"),
     (["ipc=0"], "ipc=0 must be at least 1"),
     (["k"], "'k' is not key=value"),
+    (["k.x=1"], "parameterization.k=.* is no table"),
+    (["seed=-1"], "seed=-1 is not from 0 to"),
+    (["seed=18446744073709551616"], "seed=18446744073709551616 is not from 0 to"),
     (["budget=maybe"], "budget='maybe' must be on or off"),
 ])
 def test_what_is_refused(pairs, message):
@@ -69,6 +72,17 @@ def test_unknown_names(tmp_path):
     (tmp_path / "bad.toml").write_text("k = [")
     with pytest.raises(ConfigError, match="not TOML"):
         read(tmp_path / "bad.toml")
+    (tmp_path / "bad.toml").write_text("run = 3")
+    with pytest.raises(ConfigError, match="run is no table"):
+        read(tmp_path / "bad.toml")
+    with pytest.raises(ConfigError, match=r"a table for each, \[objective.dm\]"):
+        resolve({"parameterization": {"method": "pixels"}, "objective": {"steps": 3}}, "dm")
+
+
+def test_any_text_survives_the_file(tmp_path):
+    made = resolve(read(ROW), "tm", {"experts": "a\t\"b\"\\c\x1b\x7f\u20ac\U0001f600"})
+    (tmp_path / "recipe.toml").write_text(to_toml(made.to_dict()), encoding="utf-8")
+    assert from_resolved(read(tmp_path / "recipe.toml")) == made
 
 
 def test_a_recipe_is_frozen():
