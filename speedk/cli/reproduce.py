@@ -21,7 +21,7 @@ examples:
   speedk reproduce
   speedk reproduce 3 --row "DM with SPEED" --column "ConvNet, 1" --data DIR
   speedk reproduce 3 --row DM --row "DM with SPEED" --data DIR --budget 60 --protocol quick
-  speedk reproduce 1 --row Herding --data DIR --results docs/tables.jsonl
+  speedk reproduce 1 --row Herding --data DIR --results docs/results.jsonl
 """
 LOWER = "lower batch (as in batch=64), or test fewer networks at a time (--column)"
 
@@ -42,8 +42,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: auto")
     parser.add_argument("--out", metavar="DIR", type=Path, default=Path("runs/tables"),
                         help="where the runs go (default: runs/tables)")
-    parser.add_argument("--results", metavar="FILE", type=Path, default=Path("tables.jsonl"),
-                        help="the lines, and beside it the page (default: tables.jsonl)")
+    parser.add_argument("--results", metavar="FILE", type=Path, default=Path("results.jsonl"),
+                        help="the lines, and beside it the page (default: results.jsonl)")
     parser.add_argument("--dry-run", action="store_true", help="print the commands of the runs, and stop")
 
 

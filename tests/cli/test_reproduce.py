@@ -26,7 +26,7 @@ def run(tmp_path, monkeypatch):
 
 
 def lines(tmp_path):
-    return [json.loads(text) for text in (tmp_path / "tables.jsonl").read_text().splitlines()]
+    return [json.loads(text) for text in (tmp_path / "results.jsonl").read_text().splitlines()]
 
 
 def test_rows_are_run_once_and_written_down(run, tmp_path, capsys, monkeypatch):
@@ -43,7 +43,7 @@ def test_rows_are_run_once_and_written_down(run, tmp_path, capsys, monkeypatch):
     assert random["numbers"] == matched["numbers"] == 10 * 1024 and whole["numbers"] == 1438 * 1024
     assert matched["changed"] == {"steps": 2, "batch": 4} and (matched["steps"], matched["steps_of"]) == (2, 2)
     assert whole["mean"] > 80 > random["mean"] and len(matched["accuracies"]) == 2
-    assert "**" in (tmp_path / "tables.md").read_text() and "70.0±1.0 / n/a" in (tmp_path / "tables.md").read_text()
+    assert "**" in (tmp_path / "results.md").read_text() and "70.0±1.0 / n/a" in (tmp_path / "results.md").read_text()
 
     monkeypatch.setattr(loop, "distill", None)  # nothing is distilled again
     assert run("T", "--row", "DM", "batch=4", "steps=2", *small) == 0
@@ -56,7 +56,7 @@ def test_what_the_minutes_did_not_reach_goes_on(run, tmp_path, capsys):
     words = ["T", "--row", "DM", "steps=3", "batch=4", "--protocol", "quick", "--runs", "1"]
     assert run(*words, "--budget", "1e-6") == 0
     assert "after 1 of 3 steps" in capsys.readouterr().out
-    assert "1 of 3 steps" in (tmp_path / "tables.md").read_text()
+    assert "1 of 3 steps" in (tmp_path / "results.md").read_text()
     assert run(*words) == 0
     assert [line["steps"] for line in lines(tmp_path)] == [1, 3]
     assert lines(tmp_path)[1]["distil_seconds"] > lines(tmp_path)[0]["distil_seconds"]
@@ -68,7 +68,7 @@ def test_experts_count_as_distilling(run, tmp_path, capsys, monkeypatch):
              "expert_batch=512"]
     assert run("T", "--row", "TM", *small, "--budget", "1e-6") == 0
     assert "1 of 2 epochs of experts, which are kept; nothing is measured yet" in capsys.readouterr().out
-    assert not (tmp_path / "tables.jsonl").exists()
+    assert not (tmp_path / "results.jsonl").exists()
     assert run("T", "--row", "TM", *small, "--protocol", "quick", "--runs", "1") == 0
     assert lines(tmp_path)[0]["objective"] == "tm"
 

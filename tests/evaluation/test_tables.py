@@ -102,4 +102,4 @@ def test_a_file_of_something_else_is_refused(tmp_path):
 
 
 def test_the_page_of_the_project_is_made_of_its_lines():
-    assert (DOCS / "tables.md").read_text() == tables.page(tables.read(DOCS / "tables.jsonl"))
+    assert (DOCS / "results.md").read_text() == tables.page(tables.read(DOCS / "results.jsonl"))
