@@ -27,16 +27,21 @@ float* floats(int64_t count) {
 // not all fall into the same cache sets. Values beyond D are zero throughout.
 int64_t padded(int64_t width) { return (width + 15) / 16 * 16 + 16; }
 
-// The weights as products read them: transposed for the way forward, as they are for the way back.
+// The weights as products read them: transposed for the way forward, as they are for the way back, which goes through
+// the first layer of each MLP once more.
 struct Packed {
   explicit Packed(const Decoder& net, bool backward) : net(net), ld(padded(net.D)), ld_out(padded(net.L)) {
     const int64_t square = net.D * ld, last = net.D * ld_out + ld_out + net.L * ld;
-    memory = floats(net.R * (3 * square + 7 * ld) + last);
+    memory = floats(net.R * (4 * square + 7 * ld) + last);
     float* next = memory;
     for (int64_t r = 0; r < net.R; ++r) {
       for (int w : {proj_w, fc1_w, fc2_w}) {
         if (backward) plain[r][w] = copy(next, weight(r, w), net.D, net.D, ld);
         else turned[r][w] = turn(next, weight(r, w), net.D, net.D, ld);
+        next += square;
+      }
+      if (backward) {
+        turned[r][fc1_w] = turn(next, weight(r, fc1_w), net.D, net.D, ld);
         next += square;
       }
       for (int w : {proj_b, norm1_w, norm1_b, fc1_b, fc2_b, norm2_w, norm2_b}) {
@@ -155,6 +160,15 @@ struct Trace {
 };
 constexpr int64_t kTraceArrays = 6;
 
+// The first layer of the MLP: fills `before` and `active` from `hidden`.
+void first_layer(const Packed& p, int64_t r, int64_t rows, const Trace& t) {
+  const int64_t D = p.net.D, ld = p.ld, wide = (D + W - 1) / W * W;
+  affine(rows, D, D, t.hidden, ld, p.turned[r][fc1_w], ld, p.plain[r][fc1_b], t.before, ld);
+  for (int64_t i = 0; i < rows; ++i) {
+    for (int64_t c = 0; c < wide; c += W) store(t.active + i * ld + c, gelu(load(t.before + i * ld + c)));
+  }
+}
+
 // One recurrent block on `rows` tokens: reads features x and `state` (null for the first), fills the trace.
 void forward_block(const Packed& p, int64_t r, int64_t rows, const float* x, int64_t ldx, const float* state,
                    const Trace& t) {
@@ -172,10 +186,7 @@ void forward_block(const Packed& p, int64_t r, int64_t rows, const float* x, int
       for (int64_t c = 0; c < wide; c += W) store(hidden + c, load(hidden + c) + load(state + i * ld + c));
     }
   }
-  affine(rows, D, D, t.hidden, ld, turned[fc1_w], ld, plain[fc1_b], t.before, ld);
-  for (int64_t i = 0; i < rows; ++i) {
-    for (int64_t c = 0; c < wide; c += W) store(t.active + i * ld + c, gelu(load(t.before + i * ld + c)));
-  }
+  first_layer(p, r, rows, t);
   affine(rows, D, D, t.active, ld, turned[fc2_w], ld, plain[fc2_b], t.state, ld);
   for (int64_t i = 0; i < rows; ++i) {
     float* out = t.state + i * ld;
@@ -187,7 +198,7 @@ void forward_block(const Packed& p, int64_t r, int64_t rows, const float* x, int
 // The part of a trace that is kept, D values a token and not padded: written to `kept`, or read from it.
 float* keep(const Packed& p, int64_t rows, const Trace& t, float* kept, bool stream) {
   const int64_t D = p.net.D;
-  for (const float* array : {t.normalised1, t.before, t.normalised2}) {
+  for (const float* array : {t.normalised1, t.normalised2}) {
     for (int64_t i = 0; i < rows; ++i, kept += D) {
       write_out(kept, array + i * p.ld, D * static_cast<int64_t>(sizeof(float)), stream);
     }
@@ -199,7 +210,7 @@ float* keep(const Packed& p, int64_t rows, const Trace& t, float* kept, bool str
 }
 const float* recall(const Packed& p, int64_t rows, const Trace& t, const float* kept) {
   const int64_t D = p.net.D;
-  for (float* array : {t.normalised1, t.before, t.normalised2}) {
+  for (float* array : {t.normalised1, t.normalised2}) {
     for (int64_t i = 0; i < rows; ++i, kept += D) std::memcpy(array + i * p.ld, kept, static_cast<size_t>(D) * sizeof(float));
   }
   for (float* scale : {t.scale1, t.scale2}) {
@@ -222,10 +233,10 @@ const float* retrace(const Packed& p, int64_t rows, const float* kept, const Tra
         Floats hidden = load(t.normalised1 + at) * load(plain[norm1_w] + c) + load(plain[norm1_b] + c);
         if (state && !p.net.sum) hidden += load(state + at);
         store(t.hidden + at, hidden);
-        store(t.active + at, gelu(load(t.before + at)));
         store(t.state + at, load(t.normalised2 + at) * load(plain[norm2_w] + c) + load(plain[norm2_b] + c));
       }
     }
+    first_layer(p, r, rows, t);
     state = t.state;
   }
   return state;
@@ -334,7 +345,7 @@ void decode(const Decoder& net, float* images, float* kept) {
       const int64_t first = block * kTokens, rows = first + kTokens < tokens ? kTokens : tokens - first;
       const float* x = net.features + first * net.D;
       const float* state = nullptr;
-      float* next = kept ? kept + first * net.R * (3 * net.D + 2) : nullptr;
+      float* next = kept ? kept + first * net.R * (2 * net.D + 2) : nullptr;
       for (int64_t r = 0; r < net.R; ++r) {
         const Trace& trace = w.trace[r % 2];
         forward_block(p, r, rows, x, net.D, state, trace);
@@ -363,7 +374,7 @@ void decode_backward(const Decoder& net, const float* d_images, const float* kep
       for (int64_t block = blocks * part / parts; block < blocks * (part + 1) / parts; ++block) {
         const int64_t first = block * kTokens, rows = first + kTokens < tokens ? kTokens : tokens - first;
         const float* x = net.features + first * D;
-        const float* state = retrace(p, rows, kept + first * net.R * (3 * D + 2), w.trace);
+        const float* state = retrace(p, rows, kept + first * net.R * (2 * D + 2), w.trace);
         for (int64_t i = 0; i < rows; ++i) {
           move_token<false>(net, first + i, w.tokens + i * p.ld_out, const_cast<float*>(d_images));
         }

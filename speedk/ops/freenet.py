@@ -99,7 +99,7 @@ def _(features: Tensor, weights: list[Tensor], channels: int, patch: int, sum_no
       keep: bool) -> tuple[Tensor, Tensor]:
     n, j, d = features.shape
     side = int(j**0.5 + 0.5) * patch
-    kept = len(weights) // 10 * n * j * (3 * d + 2) if keep else 0
+    kept = len(weights) // 10 * n * j * (2 * d + 2) if keep else 0
     return features.new_empty(n, channels, side, side), features.new_empty(kept)
 
 
