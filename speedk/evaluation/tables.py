@@ -21,6 +21,10 @@ else:
 
 RUNS = 5
 """Networks that each published number is the mean of."""
+UNPUBLISHED = "unpublished"
+"""Stands for the number of a row that is ours: its runs belong beside the paper's."""
+WITH_SPEED = " with SPEED"
+"""Ends the name of a row whose gain over the row of the rest of its name is shown."""
 
 
 @dataclass(frozen=True)
@@ -51,8 +55,8 @@ class Target:
 
 @dataclass(frozen=True)
 class Cell:
-    """One number of a table. published: "45.0±0.4", or "" where the paper has none; target: None where it is not part
-    of speedk."""
+    """One number of a table. published: "45.0±0.4", "" where the paper has none, or UNPUBLISHED; target: None where it
+    is not part of speedk."""
 
     table: str
     row: str
@@ -108,7 +112,8 @@ def table(name: str) -> Table:
 def _table(name: str, found: Mapping[str, Any]) -> Table:
     cells = []
     for row in found["rows"]:
-        for column, published in zip(found["columns"], row["published"].split(), strict=True):
+        numbers = row["published"].split() if "published" in row else [UNPUBLISHED] * len(found["columns"])
+        for column, published in zip(found["columns"], numbers, strict=True):
             facts = {**found.get("common", {}), **column, **row,
                      "fields": {**column.get("fields", {}), **row.get("fields", {})}}
             cells.append(Cell(name, row["name"], column["name"], facts["network"], published.replace("-", ""),
@@ -177,6 +182,9 @@ def page(lines: Sequence[Mapping[str, Any]]) -> str:
             parts.append(f"{found.note}\n")
         mine = [last[c.table, c.row, c.column] for c in found.cells if (c.table, c.row, c.column) in last]
         parts.append(_details(mine) if mine else "Nothing of this table has been run yet.\n")
+        gains = _gains(found, last)
+        if gains:
+            parts.append(gains)
     return "\n".join(parts)
 
 
@@ -195,6 +203,31 @@ def _grid(found: Table, last: Mapping[tuple[str, str, str], Mapping[str, Any]]) 
     for row in found.rows:
         cells = [c for c in found.cells if c.row == row]
         rows.append([row, *(_shown(c, last.get((c.table, c.row, c.column))) for c in cells)])
+    return _markdown(rows)
+
+
+def _gains(found: Table, last: Mapping[tuple[str, str, str], Mapping[str, Any]]) -> str:
+    """What SPEED adds to each cell that was measured with and without it, or "" where none was."""
+    rows = []
+    published = {(c.row, c.column): c.published for c in found.cells}
+    for cell in found.cells:
+        plain = cell.row.removesuffix(WITH_SPEED)
+        pair = [last.get((found.name, row, cell.column)) for row in (plain, cell.row)]
+        if plain == cell.row or any(line is None or line["mean"] is None for line in pair):
+            continue
+        means = [published[row, cell.column].split("±")[0] for row in (plain, cell.row)]
+        theirs = UNPUBLISHED if UNPUBLISHED in means else f"{float(means[1]) - float(means[0]):+.1f}"
+        gain = pair[1]["mean"] - pair[0]["mean"]
+        spread = pair[0]["std"] + pair[1]["std"]
+        rows.append([plain, cell.column, theirs, f"{gain:+.1f}", "no gain" if gain <= 0 else
+                     "within the deviations" if gain <= spread else ""])  # fmt: skip
+    if not rows:
+        return ""
+    head = ["row", "column", "SPEED's gain, published", "measured", ""]
+    return _markdown([head, ["---"] * len(head), *rows])
+
+
+def _markdown(rows: Sequence[Sequence[str]]) -> str:
     return "".join("| " + " | ".join(row) + " |\n" for row in rows)
 
 
@@ -233,4 +266,4 @@ def _details(lines: Sequence[Mapping[str, Any]]) -> str:
         rows.append([line["row"], line["column"], _accuracy(line), str(line["runs"]), f"{line['numbers']:,}", budget,
                      f"{line['steps']:,}", f"{line['distil_seconds'] / 60:,.1f} min", line["device"], line["split"],
                      protocol, str(line["seed"]), version, line["date"], _short_of(line) or "-"])
-    return "".join("| " + " | ".join(row) + " |\n" for row in rows)
+    return _markdown(rows)
