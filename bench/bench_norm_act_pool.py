@@ -48,4 +48,4 @@ def bench_norm_act_pool(contest, batch, side, direction):
             {f"speedk{name}": run(norm_act_pool, layout) for name, layout in FORMATS.items()},
             {"instance_norm, relu, pool": run(three, torch.contiguous_format),
              "group_norm, relu, pool": run(grouped, torch.contiguous_format)},
-            moved=int(4 * planes * plain.numel()))
+            moved=int(4 * planes * plain.numel()), apart=0.01)

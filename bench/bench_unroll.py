@@ -125,4 +125,5 @@ def bench_unroll(contest, request, shape, steps):
             print(f"{name} is left out: {steps} steps of {sizes[name] / 1e6:.0f} MB do not fit {free / 1e9:.1f} GB")
     ours = {name: both(way) for name, way in ways.items() if fits.get(name, True)}
     contest("unroll", f"{shape.name} T={steps}", ours, {"eager": both(eager)} if fits["eager"] else {}, memory=True,
-            yardsticks={"convolutions alone": convolutions(shape, steps)}, close=5e-4, rounds=3 if steps == 5 else 1)
+            yardsticks={"convolutions alone": convolutions(shape, steps)}, close=5e-4, apart=0.1,
+            rounds=3 if steps == 5 else 1)

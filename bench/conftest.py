@@ -107,28 +107,32 @@ def roofs() -> dict[str, float]:
     return _roofs
 
 
-def agree(name: str, got, want, close: float = 1e-4) -> None:
-    """Tensors, or tuples of them, are equal or close to float32's rounding."""
+def agree(name: str, got, want, close: float = 1e-4, apart: float = 0.0) -> None:
+    """Tensors, or tuples of them, are equal or close to float32's rounding, but for the part `apart` of their values:
+    rounding may put an activation on the other side of ReLU's kink, and then its image has another gradient."""
+    far = count = 0
     for a, b in zip(*((x if isinstance(x, tuple | list) else [x]) for x in (got, want)), strict=True):
         if a.is_floating_point():
             scale = b.abs().max().clamp(min=1e-30)
-            assert ((a - b).abs().max() / scale).item() < close, f"{name} computes something else"
+            far += (~((a - b).abs() < close * scale)).sum().item()
         else:
             assert torch.equal(a.long(), b.long()), f"{name} computes something else"
+        count += a.numel()
+    assert far <= apart * count, f"{name} computes something else"
 
 
 @pytest.fixture
 def contest(request):
     def run(op: str, case: str, ours: dict[str, Callable[[], object]], peers: dict[str, Callable[[], object]],
             moved: int = 0, flops: int = 0, memory: bool = False, yardsticks: dict | None = None,
-            close: float = 1e-4, rounds: int = 3) -> None:
+            close: float = 1e-4, apart: float = 0.0, rounds: int = 3) -> None:
         """Time `ours` (by backend) against `peers`; `moved` bytes and `flops` are the least the op has to do.
         Yardsticks are timed along and not compared for their results (a copy of the input, say). Results may differ by
-        `close`, a part of the largest value; at least `rounds` rounds."""
+        `close`, a part of the largest value, and the part `apart` of the values by more; at least `rounds` rounds."""
         calls = {**ours, **peers}
         first = next(iter({**peers, **ours}.values()))()
         for name, call in calls.items():
-            agree(f"{op}: {name}", call(), first, close)
+            agree(f"{op}: {name}", call(), first, close, apart)
         times = best({**calls, **(yardsticks or {})}, rounds)
         peaks = {name: peak_bytes(call) for name, call in calls.items()} if memory else {}
         roof = max(moved / roofs()["copy"], flops / roofs()["product"])
