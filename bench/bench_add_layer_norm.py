@@ -1,4 +1,7 @@
-"""The fused norm on its own, against PyTorch's addition and LayerNorm."""
+"""The fused norm on its own, against PyTorch's addition and LayerNorm, and on a GPU against Liger Kernel's LayerNorm
+where that package is installed (`pip install liger-kernel`)."""
+
+import importlib.util
 
 import pytest
 import torch
@@ -20,5 +23,9 @@ def bench_add_layer_norm(contest, case):
     def both(function):
         return lambda: torch.autograd.grad(function(*leaves), leaves, d_out)
 
-    contest("add_layer_norm fwd+bwd", case.name, {"speedk": both(add_layer_norm)}, {"add, layer_norm": both(library)},
-            moved=4 * 6 * x.numel())
+    peers = {"add, layer_norm": both(library)}
+    if DEVICE == "cuda" and importlib.util.find_spec("liger_kernel"):
+        from liger_kernel.ops.layer_norm import LigerLayerNormFunction
+
+        peers["add, liger"] = both(lambda x, residual, *w: LigerLayerNormFunction.apply(x + residual, *w, 1e-6))
+    contest("add_layer_norm fwd+bwd", case.name, {"speedk": both(add_layer_norm)}, peers, moved=4 * 6 * x.numel())

@@ -2,8 +2,8 @@
 
 A contest checks first that all contestants agree, then times them in turns, round after round, and keeps the best
 round of each: other work on the machine slows a round down, never up, and hits all contestants alike. Roofs are
-measured in the same session: a copy and a fill of 256 MiB, a product of two 2048 x 2048 matrices. JSON goes to
-bench/results/.
+measured in the same session: a copy and a fill of 256 MiB, a product of two 2048 x 2048 matrices. With --save the
+results go to bench/results/, as JSON and as a page.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ _roofs: dict[str, float] = {}
 
 def pytest_addoption(parser):
     parser.addoption("--long", action="store_true", help="run the cases that take minutes, too")
+    parser.addoption("--save", action="store_true", help="write the results to bench/results/")
 
 
 def pytest_configure(config):
@@ -150,26 +151,43 @@ def contest(request):
 def pytest_terminal_summary(terminalreporter, exitstatus, config):
     if not _rows:
         return
-    write = terminalreporter.write_line
     device = torch.cuda.get_device_name() if CUDA else f"{platform.machine()}, {torch.get_num_threads()} threads"
     roof = roofs()
-    write("")
-    write(f"{device}: copy {roof['copy'] / 1e9:.1f} GB/s, fill {roof['fill'] / 1e9:.1f} GB/s, "
-          f"float32 product {roof['product'] / 1e9:.0f} GFLOP/s")
-    titles = f"{'ms':>9}{'GB/s':>8}{'GFLOP/s':>9}{'% roof':>8}{'x best peer':>13}{'peak MB':>9}"
-    write(f"{'op':<24}{'case':<22}{'':<26}{titles}")
-    last = None
-    for row in _rows:
-        head = (row["op"], row["case"]) if (row["op"], row["case"]) != last else ("", "")
-        last = (row["op"], row["case"])
-        rival = "" if row["times_best_peer"] is None else f"{row['times_best_peer']:.2f}"
-        peak = "" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 1e6:.0f}"
-        mark = "*" if row["ours"] else " "
-        write(f"{head[0]:<24}{head[1]:<22}{mark + row['who']:<26}{row['milliseconds']:>9.2f}"
-              f"{row['gigabytes_per_second']:>8.1f}{row['gigaflops']:>9.0f}{100 * row['of_roof']:>8.0f}"
-              f"{rival:>13}{peak:>9}")
+    head = (f"{device}: copy {roof['copy'] / 1e9:.1f} GB/s, fill {roof['fill'] / 1e9:.1f} GB/s, "
+            f"float32 product {roof['product'] / 1e9:.0f} GFLOP/s")
+    table = _table()
+    widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
+    terminalreporter.write_line(f"\n{head}")
+    for row in table:
+        terminalreporter.write_line("  ".join(
+            cell.ljust(width) if i < 3 else cell.rjust(width) for i, (cell, width) in enumerate(zip(row, widths))))
+    if not config.getoption("--save"):
+        return
     RESULTS.mkdir(exist_ok=True)
     name = "".join(c if c.isalnum() else "-" for c in device.lower())
-    report = {"device": device, "torch": torch.__version__, "load_before": os.getloadavg()[1], "roofs": roof,
-              "rows": _rows}
+    today = time.strftime("%Y-%m-%d")
+    report = {"device": device, "torch": torch.__version__, "date": today, "load_before": os.getloadavg()[1],
+              "roofs": roof, "rows": _rows}
     (RESULTS / f"{name}.json").write_text(json.dumps(report, indent=1) + "\n")
+    lines = [table[0], ["---"] * 3 + ["--:"] * (len(table[0]) - 3), *table[1:]]
+    page = (f"# {device}\n\n`pytest bench/` on {today}, PyTorch {torch.__version__}. {head.partition(': ')[2]}.\n"
+            f"Ours are marked *; the ratio is the best peer's time over this one's; the roof is the greater of bytes to "
+            f"move at the rate of a copy and FLOP at the rate of a product.\n\n")
+    page += "".join("| " + " | ".join(cell.replace("*", "\\*") for cell in row) + " |\n" for row in lines)
+    (RESULTS / f"{name}.md").write_text(page)
+
+
+def _table() -> list[list[str]]:
+    """The results as text, a row each, under a row of titles; what repeats from the row above is left out."""
+    table = [["op", "case", "", "ms", "GB/s", "GFLOP/s", "% roof", "x best peer", "peak MB"]]
+    last = None
+    for row in _rows:
+        head = [row["op"], row["case"]] if [row["op"], row["case"]] != last else ["", ""]
+        last = [row["op"], row["case"]]
+        rates = [f"{row['gigabytes_per_second']:.1f}" if row["gigabytes_per_second"] else "",
+                 f"{row['gigaflops']:.0f}" if row["gigaflops"] else ""]
+        table.append([*head, ("*" if row["ours"] else " ") + row["who"], f"{row['milliseconds']:.2f}", *rates,
+                      f"{100 * row['of_roof']:.0f}" if row["of_roof"] else "",
+                      "" if row["times_best_peer"] is None else f"{row['times_best_peer']:.2f}",
+                      "" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 1e6:.0f}"])  # fmt: skip
+    return table

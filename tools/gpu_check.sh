@@ -39,7 +39,7 @@ else
     echo "compute-sanitizer is not here: wrong memory accesses were not looked for"
     failed+=(compute-sanitizer)
 fi
-part benches run bench/
+part benches run bench/ --save
 
 printf '{"seconds": %d, "failed": [%s]}\n' $((SECONDS - started)) \
     "$(printf '"%s",' ${failed[@]+"${failed[@]}"} | sed 's/^"",$//; s/,$//')" > "$report"
