@@ -171,8 +171,8 @@ def pytest_terminal_summary(terminalreporter, exitstatus, config):
     (RESULTS / f"{name}.json").write_text(json.dumps(report, indent=1) + "\n")
     lines = [table[0], ["---"] * 3 + ["--:"] * (len(table[0]) - 3), *table[1:]]
     page = (f"# {device}\n\n`pytest bench/` on {today}, PyTorch {torch.__version__}. {head.partition(': ')[2]}.\n"
-            f"Ours are marked *; the ratio is the best peer's time over this one's; the roof is the greater of bytes to "
-            f"move at the rate of a copy and FLOP at the rate of a product.\n\n")
+            f"Ours are marked *; the ratio is the best peer's time over this one's; the roof is the greater of bytes "
+            f"to move at the rate of a copy and FLOP at the rate of a product.\n\n")
     page += "".join("| " + " | ".join(cell.replace("*", "\\*") for cell in row) + " |\n" for row in lines)
     (RESULTS / f"{name}.md").write_text(page)
 

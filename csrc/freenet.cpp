@@ -5,6 +5,7 @@
 #include <initializer_list>
 
 #include "gemm.h"
+#include "layer_norm.h"
 #include "memory.h"
 #include "parallel.h"
 
@@ -13,7 +14,6 @@ namespace SPEEDK_ISA {
 namespace {
 
 constexpr int64_t kTokens = 32;  // of a block: 12 to 48 KiB for each array of it
-constexpr float kEps = 1e-6f;
 constexpr int W = kWidth<float>;
 
 enum Weight { proj_w, proj_b, norm1_w, norm1_b, fc1_w, fc1_b, fc2_w, fc2_b, norm2_w, norm2_b };
@@ -92,66 +92,6 @@ void affine(int64_t rows, int64_t in, int64_t out, const float* x, int64_t ldx, 
   for (int64_t t = 0; t < rows; ++t) {
     for (int64_t i = 0; i < wide; i += W) store(y + t * ldy + i, load(y + t * ldy + i) + load(b + i));
   }
-}
-
-// LayerNorm of one row of D values, in place: y becomes normalised w + b, `normalised` keeps what it is scaled from.
-// Returns 1 / standard deviation.
-float norm_row(float* y, float* normalised, const float* w, const float* b, int64_t D) {
-  Floats total{};
-  int64_t i = 0;
-  for (; i + W <= D; i += W) total += load(y + i);
-  float mean = sum_of<float>(total);
-  for (; i < D; ++i) mean += y[i];
-  mean /= static_cast<float>(D);
-  Floats squares{};
-  for (i = 0; i + W <= D; i += W) {
-    const Floats centred = load(y + i) - mean;
-    squares += centred * centred;
-  }
-  float variance = sum_of<float>(squares);
-  for (; i < D; ++i) variance += (y[i] - mean) * (y[i] - mean);
-  const float scale = 1.0f / __builtin_sqrtf(variance / static_cast<float>(D) + kEps);
-  for (i = 0; i + W <= D; i += W) {
-    const Floats n = (load(y + i) - mean) * scale;
-    if (normalised) store(normalised + i, n);
-    store(y + i, n * load(w + i) + load(b + i));
-  }
-  for (; i < D; ++i) {
-    const float n = (y[i] - mean) * scale;
-    if (normalised) normalised[i] = n;
-    y[i] = n * w[i] + b[i];
-  }
-  return scale;
-}
-
-// Turns the gradient of the result of norm_row into that of its input, in place, and adds to those of w and b.
-void norm_row_backward(float* d, const float* normalised, const float* w, float scale, float* d_w, float* d_b,
-                       int64_t D) {
-  float sum = 0, projection = 0;
-  Floats sums{}, projections{};
-  int64_t i = 0;
-  for (; i + W <= D; i += W) {
-    const Floats g = load(d + i), n = load(normalised + i);
-    store(d_w + i, load(d_w + i) + g * n);
-    store(d_b + i, load(d_b + i) + g);
-    const Floats scaled = g * load(w + i);
-    store(d + i, scaled);
-    sums += scaled;
-    projections += scaled * n;
-  }
-  for (; i < D; ++i) {
-    d_w[i] += d[i] * normalised[i];
-    d_b[i] += d[i];
-    d[i] *= w[i];
-    sum += d[i];
-    projection += d[i] * normalised[i];
-  }
-  sum = (sum + sum_of<float>(sums)) / static_cast<float>(D);
-  projection = (projection + sum_of<float>(projections)) / static_cast<float>(D);
-  for (i = 0; i + W <= D; i += W) {
-    store(d + i, (load(d + i) - sum - load(normalised + i) * projection) * scale);
-  }
-  for (; i < D; ++i) d[i] = (d[i] - sum - normalised[i] * projection) * scale;
 }
 
 // What a block of tokens leaves behind in one recurrent block; all [kTokens, ld] but the scales [kTokens].
