@@ -28,7 +28,8 @@ LOWER = "lower batch (as in batch=64), or test fewer networks at a time (--colum
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("fields", metavar="TABLE [key=value]", nargs="*",
-                        help="1 to 10, I, II, ... of the paper; recipe fields that shall differ, which the page says")
+                        help="1 to 10, I, II, ... of the paper; recipe fields that shall differ (for a coreset: "
+                        "epochs=N of its network), which the page says")
     parser.add_argument("--row", metavar="ROW", action="append", default=[], help="only this one; may be said again")
     parser.add_argument("--column", metavar="NAME", action="append", default=[],
                         help="only this one; may be said again")
@@ -64,8 +65,8 @@ def run(args: argparse.Namespace) -> int:
     runs: dict[Target, list[Cell]] = {}
     for cell in cells:
         runs.setdefault(cell.target, []).append(cell)
-    if changed and any(target.kind != "recipe" for target in runs):
-        raise ConfigError("key=value changes a recipe, and some of these rows have none: name the rows with --row")
+    for target in runs:
+        _check_changed(target, changed)
     if args.dry_run:
         for target, of_run in runs.items():
             print(_command(target, of_run, args))
@@ -104,6 +105,17 @@ def _check(args: argparse.Namespace, names: list[str]) -> None:
         raise ConfigError(f"--results {args.results}: {args.results.parent} is not a folder, create it first")
 
 
+def _check_changed(target: Target, changed: dict[str, Any]) -> None:
+    """Raises ConfigError where `changed` says what the run does not have."""
+    if target.kind == "coreset" and changed.keys() <= {"epochs"}:
+        epochs = changed.get("epochs", 1)
+        if not isinstance(epochs, int) or epochs < 1:
+            raise ConfigError(f"epochs={epochs} must be a whole number of at least 1")
+    elif target.kind != "recipe" and changed:
+        raise ConfigError("key=value changes a recipe (of a coreset: epochs=N), and some of these rows have none: name "
+                          "the rows with --row")
+
+
 def _listing(lines: list[dict[str, Any]]) -> str:
     from speedk.cli._text import table
     from speedk.evaluation import tables
@@ -126,7 +138,8 @@ def _command(target: Target, cells: list[Cell], args: argparse.Namespace) -> str
     networks = ",".join(dict.fromkeys(cell.network for cell in cells))
     data = f" --data {_folder(target, args)}" if args.data is not None else ""
     if target.kind == "coreset":
-        return f"speedk coreset --dataset {target.dataset} --ipc {target.ipc} --method {target.name}{data}"
+        epochs = "".join(f" --{word.replace('=', ' ')}" for word in args.fields if "=" in word)
+        return f"speedk coreset --dataset {target.dataset} --ipc {target.ipc} --method {target.name}{data}{epochs}"
     if target.kind == "whole":
         return f"speedk evaluate --whole --dataset {target.dataset} --networks {networks}{data}"
     fields = "".join(f" {name}={value}" for name, value in target.fields)
@@ -159,7 +172,7 @@ def _measure(target: Target, cells: list[Cell], args: argparse.Namespace, change
                                f"seed{args.seed}"])
     if target.kind == "coreset":
         return cell_of.measure_coreset(real, target.name, target.ipc, how, out, seed=args.seed,
-                                       device=_testing.device(args.device))
+                                       device=_testing.device(args.device), **changed)
     if target.kind == "whole":
         return cell_of.measure_whole(real, how, out, device=_testing.device(args.device))
     made = plans.plan(recipe=target.name, data=folder, objective=target.objective, out=out, seed=args.seed,

@@ -65,20 +65,23 @@ def measure(made: Plan, how: Evaluation, *, minutes: float | None = None, progre
 
 
 def measure_coreset(real: RealData, method: str, ipc: int, how: Evaluation, out: Path, *, seed: int = 0,
-                    device: torch.device | str = "cpu", bars: bool | None = None) -> dict[str, Any]:
-    """`measure` for real images chosen by `method` (see `speedk.distillation.coreset`)."""
+                    epochs: int = coreset.EPOCHS, device: torch.device | str = "cpu",
+                    bars: bool | None = None) -> dict[str, Any]:
+    """`measure` for real images chosen by `method`, in the features of a network that was trained for `epochs` (see
+    `speedk.distillation.coreset`)."""
     def choose() -> Path:
         path = out / "distilled.safetensors"
         if not path.exists():
             out.mkdir(parents=True, exist_ok=True)
-            coreset.save(path, real, coreset.choose(real, method, ipc, seed=seed, device=device), method, seed=seed)
+            rows = coreset.choose(real, method, ipc, seed=seed, epochs=epochs, device=device)
+            coreset.save(path, real, rows, method, seed=seed, epochs=epochs)
         return path
 
     def describe(path: Path) -> dict[str, Any]:
         return {"recipe": "", "ipc": ipc, "method": "coreset", "objective": method, "seed": seed, "steps": 0,
                 "steps_of": 0, **_stored(artifact.load(path))}
 
-    return _measure(out, real, device, _wanted({"coreset": method, "ipc": ipc, "seed": seed}, real, how), how, choose,
+    return _measure(out, real, device, _wanted({"coreset": method, "ipc": ipc, "seed": seed, "epochs": epochs}, real, how), how, choose,
                     describe, bars)
 
 

@@ -79,6 +79,8 @@ def test_experts_count_as_distilling(run, tmp_path, capsys, monkeypatch):
     (["T", "--row", "Other"], "another paper's method"),
     (["T", "T"], "one table at a time"),
     (["T", "k=3"], "key=value changes a recipe"),
+    (["T", "--row", "Random", "k=3"], "of a coreset: epochs=N"),
+    (["T", "--row", "Random", "epochs=0"], "epochs=0 must be a whole number"),
     (["T", "--budget", "0"], "--budget 0 must be above 0"),
     (["T", "--runs", "0"], "--runs 0 must be at least 1"),
     (["T", "--results", "a.md"], "the page is written beside it"),
@@ -97,4 +99,12 @@ def test_a_dry_run_prints_the_commands(run, tmp_path, capsys):
         "speedk distill --recipe digits-ipc1-pixels --objective dm",
         "speedk distill --recipe digits-ipc1-pixels --objective tm",
         "speedk evaluate --whole --dataset digits --networks mlp"]
+    assert run("T", "--row", "Random", "epochs=3", "--dry-run") == 0
+    assert capsys.readouterr().out == "speedk coreset --dataset digits --ipc 1 --method random --epochs 3\n"
     assert not list(tmp_path.iterdir())
+
+
+def test_a_coreset_by_other_epochs(run, tmp_path):
+    assert run("T", "--row", "Random", "epochs=3", "--protocol", "quick", "--runs", "1") == 0
+    assert lines(tmp_path)[0]["changed"] == {"epochs": 3}
+    assert "epochs=3" in (tmp_path / "results.md").read_text()
