@@ -27,6 +27,10 @@ class TrainingError(SpeedkError):
     """A run that cannot go on (a loss that is not finite, no memory, no space); what it had is saved."""
 
 
+class Interrupted(Exception):
+    """A run that was asked to stop and has saved what it had."""
+
+
 def one_line(value: object, limit: int = 200) -> str:
     """`value` as text that can do a terminal no harm: white space folded, unprintable characters escaped, cut."""
     text = " ".join(str(value).split())

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from types import ModuleType
 
 from speedk import __version__
-from speedk.errors import SpeedkError, one_line
+from speedk.errors import Interrupted, SpeedkError, one_line
 from speedk.registry import nearest
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells have it
@@ -119,7 +119,7 @@ def _report(error: BaseException, argv: list[str]) -> int:
     if isinstance(error, SpeedkError):
         _say(str(error))
         return error.exit_code
-    if isinstance(error, KeyboardInterrupt):
+    if isinstance(error, KeyboardInterrupt | Interrupted):
         _say(str(error) or "interrupted")
         return INTERRUPTED
     if _is_memory(error):

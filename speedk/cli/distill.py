@@ -6,6 +6,8 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from speedk.errors import Interrupted
+
 if TYPE_CHECKING:
     from speedk.distillation.plan import Plan
 
@@ -52,7 +54,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from speedk.cli._progress import Bars
     from speedk.distillation import plan as plans
-    from speedk.distillation.loop import Interrupted
     from speedk.distillation.recipe import parse_overrides
 
     changes = parse_overrides(args.fields) | ({"objective.network": args.network} if args.network else {})

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from speedk.errors import ConfigError
+from speedk.errors import ConfigError, Interrupted
 
 if TYPE_CHECKING:
     from speedk.data import RealData
@@ -79,6 +79,8 @@ def run(args: argparse.Namespace) -> int:
         except OutOfTime as stop:
             print(f"{stop}; nothing is measured yet, the same command goes on")
             continue
+        except Interrupted as stop:
+            raise Interrupted(f"{stop}; the same command goes on") from None
         found = [tables.cell_line(cell, measured | ({"changed": changed} if changed else {})) for cell in of_run]
         tables.append(args.results, found)
         for line in found:

@@ -9,7 +9,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from speedk.errors import ConfigError, DataError
+from speedk.errors import ConfigError, DataError, Interrupted
 
 if TYPE_CHECKING:
     from speedk.distillation.plan import Plan
@@ -78,6 +78,8 @@ def run(args: argparse.Namespace) -> int:
         bars = Bars()
         try:
             line = cell.measure(made, how, progress=bars.progress())
+        except Interrupted as stop:
+            raise Interrupted(f"{stop}; the same command goes on") from None
         finally:
             bars.close()
         lines.append({"fields": fields, **line})

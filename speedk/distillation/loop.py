@@ -21,13 +21,9 @@ from speedk.distillation.objectives.base import Objective, Skip
 from speedk.distillation.parameterizations.base import Parameterization
 from speedk.distillation.recipe import Recipe
 from speedk.distillation.rundir import RunDir
-from speedk.errors import ConfigError, TrainingError, one_line
+from speedk.errors import ConfigError, Interrupted, TrainingError, one_line
 
 CHECKPOINT_SECONDS = 30.0
-
-
-class Interrupted(Exception):
-    """The run was asked to stop and has saved what it had."""
 
 
 class OutOfTime(Interrupted):

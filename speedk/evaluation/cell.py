@@ -81,8 +81,8 @@ def measure_coreset(real: RealData, method: str, ipc: int, how: Evaluation, out:
         return {"recipe": "", "ipc": ipc, "method": "coreset", "objective": method, "seed": seed, "steps": 0,
                 "steps_of": 0, **_stored(artifact.load(path))}
 
-    return _measure(out, real, device, _wanted({"coreset": method, "ipc": ipc, "seed": seed, "epochs": epochs}, real, how), how, choose,
-                    describe, bars)
+    what = {"coreset": method, "ipc": ipc, "seed": seed, "epochs": epochs}
+    return _measure(out, real, device, _wanted(what, real, how), how, choose, describe, bars)
 
 
 def measure_whole(real: RealData, how: Evaluation, out: Path, *, device: torch.device | str = "cpu",

@@ -8,6 +8,7 @@ import pytest
 
 from speedk.cli import main
 from speedk.distillation import loop
+from speedk.errors import Interrupted
 from speedk.evaluation import tables
 
 
@@ -71,6 +72,20 @@ def test_experts_count_as_distilling(run, tmp_path, capsys, monkeypatch):
     assert not (tmp_path / "results.jsonl").exists()
     assert run("T", "--row", "TM", *small, "--protocol", "quick", "--runs", "1") == 0
     assert lines(tmp_path)[0]["objective"] == "tm"
+
+
+@pytest.mark.parametrize("command", [
+    ["reproduce", "T", "--row", "DM"],
+    ["sweep", "--recipe", "digits-ipc1-pixels", "--objective", "dm", "lr=0.01,0.1"],
+])
+def test_a_run_that_is_stopped_says_how_it_goes_on(run, capsys, monkeypatch, command):
+    def stopped(*_, **__):
+        raise Interrupted("stopped at step 1 of 2, all of it saved in there")
+
+    monkeypatch.setattr(loop, "distill", stopped)
+    assert main(command) == 130
+    said = capsys.readouterr().err
+    assert said == "speedk: stopped at step 1 of 2, all of it saved in there; the same command goes on\n"
 
 
 @pytest.mark.parametrize(("words", "message"), [

@@ -16,7 +16,7 @@ import speedk
 from speedk.distillation import checkpoint, loop
 from speedk.distillation.parameterizations import _fit
 from speedk.distillation.recipe import resolve
-from speedk.errors import ConfigError, TrainingError
+from speedk.errors import ConfigError, Interrupted, TrainingError
 from speedk.workers import Pool
 
 PIXELS = {"data": {"ipc": 2}, "parameterization": {"method": "pixels"},
@@ -77,7 +77,7 @@ def test_a_signal_finishes_the_step_and_resumes(real, tmp_path, stop):
             os.kill(os.getpid(), signal.SIGINT)
 
     before = signal.getsignal(signal.SIGINT)
-    with pytest.raises(loop.Interrupted, match=f"stopped at step {stop} of 6"):
+    with pytest.raises(Interrupted, match=f"stopped at step {stop} of 6"):
         loop.distill(small(), real, tmp_path / "run", progress=loop.Progress(step=interrupt))
     assert signal.getsignal(signal.SIGINT) is before
     said = []

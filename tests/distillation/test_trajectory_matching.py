@@ -20,7 +20,7 @@ from speedk.distillation.expertfolder import ExpertFolder, Identity
 from speedk.distillation.objectives import tm
 from speedk.distillation.objectives.base import Skip
 from speedk.distillation.recipe import resolve
-from speedk.errors import ConfigError, TrainingError
+from speedk.errors import ConfigError, Interrupted, TrainingError
 
 TM = {"steps": 4, "network": "mlp", "batch": 4, "inner_steps": 5, "max_start": 2, "expert_epochs": 2, "expert_count": 2,
       "expert_rate": 0.1, "expert_batch": 10, "synthetic_lr": 0.05, "rates": {"synthetic_lr": 1e-4}}
@@ -116,7 +116,7 @@ def test_a_stopped_run_resumes_to_the_same_bytes(real, tmp_path):
             os.kill(os.getpid(), signal.SIGINT)
 
     whole = loop.distill(recipe("speed"), real, tmp_path / "whole").read_bytes()
-    with pytest.raises(loop.Interrupted):
+    with pytest.raises(Interrupted):
         loop.distill(recipe("speed"), real, tmp_path / "run", progress=loop.Progress(step=interrupt))
     assert loop.distill(recipe("speed"), real, tmp_path / "run", resume=True).read_bytes() == whole
 
@@ -125,7 +125,7 @@ def test_stopped_while_experts_train_it_goes_on(real, tmp_path):
     def interrupt(done, *_):
         raise KeyboardInterrupt
 
-    with pytest.raises(loop.Interrupted, match="what was made for it is kept"):
+    with pytest.raises(Interrupted, match="what was made for it is kept"):
         loop.distill(recipe(), real, tmp_path / "run", progress=loop.Progress(experts=interrupt))
     seen = []
     path = loop.distill(recipe(), real, tmp_path / "run", resume=True,
