@@ -1,10 +1,12 @@
 """`speedk.unroll` against the straightforward full unroll: forward, and back to images and rate.
 
 The peer is what one would write: stock modules (the group norm is the faster of PyTorch's two instance norms here) and
-`create_graph=True`. The yardstick is the ConvNet's convolutions alone, forward, backward and double backward.
+`create_graph=True`. The yardsticks are the ConvNet's convolutions alone, forward, backward and double backward, and
+`constant` with its convolutions in bf16.
 `pytest bench/ --long` runs all shapes and numbers of steps, on 4 CPU cores for an hour; without it the shortest.
 """
 
+import copy
 import itertools
 from dataclasses import dataclass
 from pathlib import Path
@@ -124,6 +126,8 @@ def bench_unroll(contest, request, shape, steps):
         if not fit:
             print(f"{name} is left out: {steps} steps of {sizes[name] / 1e6:.0f} MB do not fit {free / 1e9:.1f} GB")
     ours = {name: both(way) for name, way in ways.items() if fits.get(name, True)}
+    rounded = networks.set_precision(copy.deepcopy(student), "convnet", "bf16")
+    half = lambda schedule: speedk.unroll(rounded, theta, images, labels, schedule, lr)  # noqa: E731
     contest("unroll", f"{shape.name} T={steps}", ours, {"eager": both(eager)} if fits["eager"] else {}, memory=True,
-            yardsticks={"convolutions alone": convolutions(shape, steps)}, close=5e-4, apart=0.1,
-            rounds=3 if steps == 5 else 1)
+            yardsticks={"constant, bf16": both(half), "convolutions alone": convolutions(shape, steps)}, close=5e-4,
+            apart=0.1, rounds=3 if steps == 5 else 1)

@@ -21,9 +21,10 @@ from speedk import registry
 from speedk.errors import ConfigError
 from speedk.geometry import Geometry
 from speedk.networks import _own
+from speedk.networks._convolution import Convolution
 
-__all__ = ["build", "fresh", "given", "names", "parameter_count", "require_features", "student",
-           "twice_differentiable"]
+__all__ = ["PRECISIONS", "build", "fresh", "given", "names", "parameter_count", "require_features", "set_precision",
+           "student", "twice_differentiable"]
 
 
 _SEEDED = threading.RLock()
@@ -76,11 +77,12 @@ def fresh(name: str, geometry: Geometry, seed: int, device: torch.device | str =
     return network.to(device)
 
 
-def student(name: str, geometry: Geometry, seed: int, device: torch.device | str = "cpu",
-            features: bool = False) -> nn.Module:
+def student(name: str, geometry: Geometry, seed: int, device: torch.device | str = "cpu", features: bool = False,
+            precision: str = "float32") -> nn.Module:
     """`fresh` for matching, where a batch is cut into pieces and a step must not depend on the global random state: no
-    dropout. Raises ConfigError for a network with BatchNorm, and, if `features` are wanted, for one without them."""
-    network = fresh(name, geometry, seed, device)
+    dropout. `precision` as for `set_precision`. Raises ConfigError for a network with BatchNorm, and, if `features` are
+    wanted, for one without them."""
+    network = set_precision(fresh(name, geometry, seed, device), name, precision)
     if features:
         require_features(name, network)
     for module in network.modules():
@@ -89,6 +91,22 @@ def student(name: str, geometry: Geometry, seed: int, device: torch.device | str
                               "which is matched in pieces; use InstanceNorm or GroupNorm")
         if isinstance(module, nn.modules.dropout._DropoutNd):
             module.p = 0.0
+    return network
+
+
+PRECISIONS = {"float32": None, "bf16": torch.bfloat16}
+"""What the convolutions of a student may be rounded to."""
+
+
+def set_precision(network: nn.Module, name: str, precision: str) -> nn.Module:
+    """`network`, called `name`, whose convolutions and their derivatives round their operands and results to
+    `precision`, one of PRECISIONS; all else stays float32. Raises ConfigError where there is none that can."""
+    convolutions = [module for module in network.modules() if isinstance(module, Convolution)]
+    if precision != "float32" and not convolutions:
+        raise ConfigError(f"precision={precision} is for networks of speedk's convolutions (convnet, resnet18), which "
+                          f"{name} is not")
+    for module in convolutions:
+        module.precision = PRECISIONS[precision]
     return network
 
 

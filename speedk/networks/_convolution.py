@@ -18,12 +18,17 @@ class Convolution(nn.Conv2d):
     are the other two. PyTorch's second derivatives run the weight's part as a convolution with a kernel as large as the
     image, which takes up to twice the time; and its first ones, on the CPU, follow the layout of the input, of
     which none is best for all three.
+
+    precision: the type that the operands of all of these products are rounded to, and their results, while parameters,
+    activations and gradients stay as they are; None: they are not rounded.
     """
+
+    precision: torch.dtype | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         if transformed() or torch.compiler.is_compiling() or torch.is_autocast_enabled(x.device.type):
             return super().forward(x)
-        how = _How(self.stride, self.padding, x.shape, self.weight.shape)
+        how = _How(self.stride, self.padding, x.shape, self.weight.shape, self.precision or x.dtype)
         if not torch.is_grad_enabled():
             return _convolved(x, self.weight, self.bias, how)
         return _convolve(x, self.weight, self.bias, how)
@@ -34,6 +39,7 @@ class _How(NamedTuple):
     padding: tuple[int, int]
     x: torch.Size
     weight: torch.Size
+    precision: torch.dtype
 
     def out(self) -> list[int]:
         sides = [(side + 2 * pad - kernel) // stride + 1 for side, pad, kernel, stride in
@@ -49,18 +55,22 @@ def _layout(device: torch.device, channels: int) -> torch.memory_format:
 
 def _convolved(x: Tensor, weight: Tensor, bias: Tensor | None, how: _How) -> Tensor:
     layout = _layout(x.device, how.weight[1])
-    x, weight = x.contiguous(memory_format=layout), weight.contiguous(memory_format=layout)
-    return F.conv2d(x, weight, bias, how.stride, how.padding).contiguous(memory_format=layout)
+    dtype, bias = x.dtype, None if bias is None else bias.to(how.precision)
+    x, weight = (tensor.to(how.precision).contiguous(memory_format=layout) for tensor in (x, weight))
+    return F.conv2d(x, weight, bias, how.stride, how.padding).to(dtype).contiguous(memory_format=layout)
 
 
 def _backward(d_out: Tensor, x: Tensor | None, weight: Tensor | None, how: _How,
               mask: list[bool]) -> tuple[Tensor, ...]:
     layout = _layout(d_out.device, how.weight[1])
     x, weight = (
-        torch.empty(shape, dtype=d_out.dtype, device=d_out.device, memory_format=layout) if tensor is None
-        else tensor.contiguous(memory_format=layout) for tensor, shape in ((x, how.x), (weight, how.weight)))
-    return torch.ops.aten.convolution_backward(d_out.contiguous(memory_format=layout), x, weight, None, how.stride,
-                                               how.padding, [1, 1], False, [0, 0], 1, mask)
+        torch.empty(shape, dtype=how.precision, device=d_out.device, memory_format=layout) if tensor is None
+        else tensor.to(how.precision).contiguous(memory_format=layout)
+        for tensor, shape in ((x, how.x), (weight, how.weight)))
+    rounded = d_out.to(how.precision).contiguous(memory_format=layout)
+    gradients = torch.ops.aten.convolution_backward(rounded, x, weight, None, how.stride, how.padding, [1, 1], False,
+                                                    [0, 0], 1, mask)
+    return tuple(None if gradient is None else gradient.to(d_out.dtype) for gradient in gradients)
 
 
 def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, how: _How) -> Tensor:

@@ -54,6 +54,20 @@ def folder_of(real):
     return ExpertFolder.open(path)
 
 
+def test_convolutions_in_bf16_give_nearly_the_same_gradient(real):
+    gradients = []
+    for precision in ("float32", "bf16"):
+        run = make_run(real, network="convnet", precision=precision)
+        run.objective.step(run.synthetic, 0)
+        gradients.append(run.synthetic.images.grad.flatten())
+    cosine = torch.nn.functional.cosine_similarity(*gradients, dim=0).item()
+    assert 0.98 < cosine < 1 - 1e-6
+    with pytest.raises(ConfigError, match="precision=bf16 is for networks of speedk's convolutions .* mlp is not"):
+        make_run(real, precision="bf16")
+    with pytest.raises(ConfigError, match="precision='fp8' is not one of float32, bf16"):
+        recipe(precision="fp8")
+
+
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
 def test_the_loss_and_its_gradient_are_those_of_plain_loops(real, monkeypatch, momentum):
     run = make_run(real, augment=False, inner_momentum=momentum)

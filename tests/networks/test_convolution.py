@@ -39,6 +39,33 @@ def test_second_derivatives(name):
     assert torch.autograd.gradgradcheck(lambda *a: ours(module, *a), leaves)
 
 
+def apart(a, b):
+    return ((a - b).norm() / b.norm()).item()
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_products_in_bf16(name):
+    """Operands and results of every product are rounded to 8 bits, and nothing is kept in them: float64 of the rounded
+    operands agrees to that, to the second derivatives."""
+    module, leaves = case(name, torch.float32)
+    module.precision = torch.bfloat16
+    exact = [leaf.detach().bfloat16().double().requires_grad_() for leaf in leaves]
+    theirs = lambda *a: F.conv2d(*a, module.stride, module.padding)  # noqa: E731
+    results = []
+    for function, inputs in ((lambda *a: ours(module, *a), leaves), (theirs, exact)):
+        torch.manual_seed(0)
+        out = function(*inputs)
+        slope = torch.randn(out.shape).to(out.dtype)
+        first = torch.autograd.grad(out, inputs, slope, create_graph=True)
+        second = torch.autograd.grad(sum((g * torch.randn(g.shape).to(g.dtype)).sum() for g in first), inputs[:2])
+        results.append([out, *first, *second])
+    for a, b in zip(*results, strict=True):
+        assert a.dtype == torch.float32 and apart(a.double(), b) < 0.01
+    assert apart(results[0][0].double(), results[1][0]) > 1e-5
+    with torch.no_grad():
+        assert torch.equal(module(leaves[0]), results[0][0])
+
+
 def test_the_gradient_of_the_input_is_left_out(monkeypatch):
     module, (x, weight, bias) = case("padded")
     loss = ours(module, x, weight, bias).square().sum()

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
+from speedk import networks
 from speedk.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -25,7 +26,8 @@ class ObjectiveSpec:
 
     steps: outer iterations. optimizer: "sgd" or "adam", of the outer loop. momentum: of SGD. rates: the outer learning
     rate of each parameter group by its name, where it is not the group's own default. schedule: of these rates,
-    "constant" or "cosine", from their full value to 0 over the steps. network: the student.
+    "constant" or "cosine", from their full value to 0 over the steps. network: the student. precision: "float32" or
+    "bf16", of the operands and results of its convolutions; all else is float32.
     """
 
     steps: int = 20000
@@ -34,6 +36,7 @@ class ObjectiveSpec:
     rates: dict[str, float] = field(default_factory=dict)
     schedule: str = "constant"
     network: str = "convnet"
+    precision: str = "float32"
 
     LOCAL: ClassVar[tuple[str, ...]] = ()
     """Fields that name a place on this machine: no result depends on them, so the artifact leaves them out."""
@@ -41,7 +44,7 @@ class ObjectiveSpec:
     def check(self) -> None:
         if self.steps < 0:
             raise ConfigError(f"steps={self.steps} must not be negative")
-        for name, allowed in (("optimizer", OPTIMIZERS), ("schedule", SCHEDULES)):
+        for name, allowed in (("optimizer", OPTIMIZERS), ("schedule", SCHEDULES), ("precision", networks.PRECISIONS)):
             if getattr(self, name) not in allowed:
                 raise ConfigError(f"{name}={getattr(self, name)!r} is not one of {', '.join(allowed)}")
         if not 0 <= self.momentum < 1:

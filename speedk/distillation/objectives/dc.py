@@ -105,7 +105,7 @@ class GradientMatching(Objective):
 
     def _fresh(self, number: int) -> nn.Module:
         return networks.student(self.spec.network, self.real.geometry, seeds.derive(self.seed, "student", number),
-                                self.device)
+                                self.device, precision=self.spec.precision)
 
     def _match(self, decoded: list[Tensor], labels: list[int],
                generator: torch.Generator) -> list[tuple[Tensor, Tensor]]:

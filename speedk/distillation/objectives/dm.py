@@ -56,7 +56,7 @@ class DistributionMatching(Objective):
         spec, geometry = self.spec, self.real.geometry
         generator = seeds.generator(self.seed, "dm", step)
         student = networks.student(spec.network, geometry, seeds.derive(self.seed, "student", step), self.device,
-                                   features=True)
+                                   features=True, precision=spec.precision)
         student.requires_grad_(False)
         loss, gradients = 0.0, []
         with self._pool as pool, torch.no_grad():

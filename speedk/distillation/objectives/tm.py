@@ -93,7 +93,8 @@ class TrajectoryMatching(Objective):
     def __init__(self, spec: Spec, real, seed: int, device: torch.device) -> None:
         super().__init__(spec, real, seed, device)
         self._pool = Pool(device)
-        self._student = networks.fresh(spec.network, real.geometry, 0, device)
+        self._student = networks.set_precision(networks.fresh(spec.network, real.geometry, 0, device), spec.network,
+                                               spec.precision)
         self._rate = nn.Parameter(torch.tensor(spec.synthetic_lr, device=device))
         self._failures = self._skipped = self._count = 0  # failures: since the last good step; skipped: in all
         self._key = ""
