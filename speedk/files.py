@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import fcntl
 import os
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -55,6 +57,30 @@ def write_atomic(path: str | os.PathLike[str], data: bytes | Callable[[BinaryIO]
         _flush_folder(target.parent)
     except OSError as error:
         raise unwritable(path, error) from error
+
+
+@contextlib.contextmanager
+def locked(path: str | os.PathLike[str], wait: bool = True) -> Iterator[bool]:
+    """Hold a lock on `path`, a folder or a file made for it, which the system takes back when its process ends.
+
+    Gives True; without `wait`, False where somebody else holds it. Raises TrainingError where the system has no lock
+    to give.
+    """
+    try:
+        handle = os.open(path, os.O_RDONLY if os.path.isdir(path) else os.O_CREAT | os.O_RDWR)
+    except OSError as error:
+        raise unwritable(path, error) from None
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            yield False
+            return
+        except OSError as error:
+            raise unwritable(path, error) from None
+        yield True
+    finally:
+        os.close(handle)
 
 
 def sweep(folder: str | os.PathLike[str]) -> None:

@@ -52,7 +52,6 @@ def run(args: argparse.Namespace) -> int:
     from speedk.distillation.loop import OutOfTime
     from speedk.distillation.recipe import parse_overrides
     from speedk.evaluation import tables
-    from speedk.files import write_atomic
 
     names = [word for word in args.fields if "=" not in word]
     changed = parse_overrides([word for word in args.fields if "=" in word])
@@ -88,9 +87,7 @@ def run(args: argparse.Namespace) -> int:
             print(f"table {line['table']}, {line['row']}, {line['column']}: published {line['published']}, ours {ours}"
                   + (f" after {line['steps']:,} of {line['steps_of']:,} steps" if line["steps"] < line["steps_of"]
                      else ""))
-    page = args.results.with_suffix(".md")
-    write_atomic(page, tables.page(tables.read(args.results)).encode())
-    print(f"\n{args.results}\n{page}")
+    print(f"\n{args.results}\n{tables.write_page(args.results)}")
     return 0
 
 

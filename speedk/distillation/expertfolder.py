@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import fcntl
 import hashlib
 import json
 import os
@@ -31,7 +30,7 @@ from speedk import networks
 from speedk.data import RealData
 from speedk.distillation import tensorfile
 from speedk.errors import ArtifactError, ConfigError, TrainingError, one_line
-from speedk.files import unwritable, write_atomic
+from speedk.files import locked, unwritable, write_atomic
 from speedk.geometry import Geometry
 
 FORMAT = 1
@@ -144,7 +143,7 @@ class ExpertFolder:
             except OSError as error:
                 raise unwritable(path, error) from None
             document = {"format": FORMAT, "identity": dataclasses.asdict(identity)}
-            with _locked(path / ".lock", wait=True):
+            with locked(path / ".lock", wait=True):
                 found = _read_identity(path)
                 if found is None:
                     if other := next((entry.name for entry in path.iterdir() if not entry.name.startswith(".")), None):
@@ -213,7 +212,7 @@ class ExpertFolder:
     @contextlib.contextmanager
     def claim(self, number: int) -> Iterator[bool]:
         """Whether `number` is this caller's to train while the context lasts. A process that dies gives up its own."""
-        with _locked(self.path / f".expert-{number:04d}.lock", wait=False) as mine:
+        with locked(self.path / f".expert-{number:04d}.lock", wait=False) as mine:
             if mine:
                 for left in self.path.glob(f".expert-{number:04d}.safetensors.*.partial"):
                     left.unlink(missing_ok=True)
@@ -248,24 +247,6 @@ class ExpertFolder:
     def _damaged(self, number: int, why: str) -> ArtifactError:
         return ArtifactError(f"{self.file(number)} is damaged ({one_line(why, 120)}): delete it, and it will be "
                              "trained again")
-
-
-@contextlib.contextmanager
-def _locked(path: Path, wait: bool) -> Iterator[bool]:
-    """A lock that the system takes back when its process ends; without `wait`, whether it was free."""
-    try:
-        handle = os.open(path, os.O_CREAT | os.O_RDWR)
-    except OSError as error:
-        raise unwritable(path, error) from None
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError:
-            yield False
-            return
-        yield True
-    finally:
-        os.close(handle)
 
 
 def _read_identity(path: Path) -> Identity | None:

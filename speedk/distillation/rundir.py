@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import fcntl
+import contextlib
 import json
 import math
-import os
-from contextlib import AbstractContextManager
 from pathlib import Path
 
 import torch
@@ -17,7 +15,7 @@ from speedk.distillation import recipe as recipes
 from speedk.distillation.parameterizations.base import Parameterization
 from speedk.distillation.recipe import Recipe
 from speedk.errors import ConfigError
-from speedk.files import sweep, unwritable, write_atomic
+from speedk.files import locked, sweep, unwritable, write_atomic
 
 OURS = ("recipe.toml", "distilled.safetensors", "log.jsonl", "preview.png", "data.json", "checkpoints", "tensorboard")
 PREVIEW_COLUMNS = 10
@@ -40,24 +38,18 @@ class RunDir:
     def __enter__(self) -> RunDir:
         try:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
-            self._lock = os.open(self.path / ".lock", os.O_CREAT | os.O_RDWR)
         except OSError as error:
             raise unwritable(self.path, error) from None
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            os.close(self._lock)
-            raise ConfigError(f"another process is distilling into {self.path}; wait for it, or choose another "
-                              "--out") from None
-        try:
+        with contextlib.ExitStack() as held:
+            if not held.enter_context(locked(self.path / ".lock", wait=False)):
+                raise ConfigError(f"another process is distilling into {self.path}; wait for it, or choose another "
+                                  "--out")
             self._claim()
-        except BaseException:
-            os.close(self._lock)
-            raise
+            self._held = held.pop_all()
         return self
 
     def __exit__(self, *_) -> None:
-        os.close(self._lock)  # which also frees it
+        self._held.close()
 
     def _claim(self) -> None:
         for folder in (self.path, self.checkpoints):
@@ -117,7 +109,7 @@ class RunDir:
         write_atomic(self.path / "preview.png", pictures.grid(images, list(real.class_names)))
 
 
-class Log(AbstractContextManager):
+class Log(contextlib.AbstractContextManager):
     """log.jsonl and TensorBoard events, cut back to `done` steps where a stopped run had got further than its
     checkpoint."""
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from speedk.errors import ConfigError, DataError
-from speedk.files import write_atomic
+from speedk.files import locked, write_atomic
 from speedk.registry import nearest
 
 if sys.version_info >= (3, 11):
@@ -159,11 +159,19 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 
 def append(path: Path, lines: Sequence[Mapping[str, Any]]) -> None:
-    """Add `lines` to the results file, but for those that it has already."""
-    before = read(path)
-    new = [line for line in lines if line not in before]
-    if new:
-        write_atomic(path, "".join(json.dumps(line) + "\n" for line in [*before, *new]).encode())
+    """Add `lines` to the results file, but for those that it has already; others may add theirs at the same time."""
+    with locked(path.parent):
+        before = read(path)
+        new = [line for line in lines if line not in before]
+        if new:
+            write_atomic(path, "".join(json.dumps(line) + "\n" for line in [*before, *new]).encode())
+
+
+def write_page(results: Path) -> Path:
+    """Write the page of the results file beside it, and give its path."""
+    with locked(results.parent):
+        write_atomic(results.with_suffix(".md"), page(read(results)).encode())
+    return results.with_suffix(".md")
 
 
 def _key(line: Mapping[str, Any]) -> tuple[str, str, str]:

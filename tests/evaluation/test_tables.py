@@ -2,6 +2,7 @@
 
 import json
 import re
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -93,6 +94,21 @@ def test_the_page_shows_what_was_run_and_what_was_not(tmp_path):
     assert page.count("Nothing of this table has been run yet.") == len(ALL) - 1
     tables.append(path, [line(mean=60.0)])
     assert "**60.0±0.5**" in tables.page(tables.read(path))
+
+
+def test_no_line_is_lost_where_several_are_written_at_once(tmp_path):
+    path = tmp_path / "lines.jsonl"
+
+    def write(number):
+        for step in range(10):
+            tables.append(path, [line(mean=float(number), steps=step)])
+            tables.write_page(path)
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(write, range(8)))
+    assert sorted((found["mean"], found["steps"]) for found in tables.read(path)) == [
+        (float(number), step) for number in range(8) for step in range(10)]
+    assert path.with_suffix(".md").read_text() == tables.page(tables.read(path))
 
 
 def test_the_page_shows_the_gain_of_speed():
