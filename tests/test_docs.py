@@ -15,14 +15,14 @@ PAGES = sorted([ROOT / "README.md", *ROOT.glob("docs/**/*.md")])
 
 
 def code(page: Path) -> list[str]:
-    """The lines of a page's code blocks, fenced or indented."""
+    """The lines of a page's code blocks, fenced or indented, continued ones joined."""
     lines, fenced = [], False
     for line in page.read_text().splitlines():
         if line.lstrip().startswith("```"):
             fenced = not fenced
         elif fenced or line.startswith("    "):
             lines.append(line.strip())
-    return lines
+    return re.sub(r" *\\\n", " ", "\n".join(lines)).split("\n")  # a shell goes on after a backslash
 
 
 def typed() -> list[str]:
