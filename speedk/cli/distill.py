@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -69,9 +70,7 @@ def run(args: argparse.Namespace) -> int:
         path = made.run(resume=args.resume, progress=bars.progress())
     except Interrupted as stop:
         bars.close()
-        print(f"{stop}; go on with: speedk distill --out {made.out} --resume"
-              + (f" --data {args.data}" if args.data is not None else "")
-              + (f" --network {args.network}" if args.network is not None else ""))
+        print(f"{stop}; go on with: {_to_go_on(made, args)}")
         return 130
     finally:
         bars.close()
@@ -85,10 +84,20 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def _to_go_on(made: Plan, args: argparse.Namespace) -> str:
+    """The command that resumes `made` to the same bytes: with what its run directory does not say."""
+    network = made.recipe.objective.network
+    words = ["speedk", "distill", "--out", made.out, "--resume"]
+    words += ["--data", args.data] if args.data is not None else []
+    words += ["--device", args.device] if args.device != "auto" else []
+    words += ["--network", network] if ":" in network else []  # code is never taken from a run directory
+    return shlex.join(map(str, words))
+
+
 def _announce(made: Plan, args: argparse.Namespace) -> None:
     """What will be done, before anything starts."""
     from speedk.cli._text import duration, table
-    from speedk.distillation.plan import preparation, trajectory_seconds
+    from speedk.distillation.plan import choose, preparation, trajectory_seconds
 
     real, recipe = made.real, made.recipe
     note = f"; {real.note}" if real.note else ""
@@ -103,7 +112,7 @@ def _announce(made: Plan, args: argparse.Namespace) -> None:
                     + (", budget off" if recipe.data.budget == "off" else "")),
         ("objective", made.chosen),
     ]
-    if args.objective == "auto" and recipe.objective_name != "tm":
+    if recipe.objective_name != "tm" and made.chosen == choose("auto", made.device)[1]:
         iteration, total = trajectory_seconds(made, _facts(made))
         rows.append(("", f"trajectory matching would take about {duration(iteration)} an iteration and "
                          f"{duration(total)} in all on this {made.device.type}"))

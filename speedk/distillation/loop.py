@@ -116,8 +116,8 @@ def distill(recipe: Recipe, real: RealData, out: str | Path, *, resume: bool = F
     """Distil `real` as `recipe` says into the run directory `out`; return the path of the artifact.
 
     With `resume` a run that was stopped at any instant goes on, and on the CPU, with as many threads, ends in the bytes
-    of a run that was never stopped. chosen: why this objective, for the artifact's header. minutes: after so long the
-    file is written as the set then is, and its header says after how many steps; the run can be resumed. Where experts
+    of a run that was never stopped. chosen: why this objective, for the artifact's header; a run that goes on keeps what
+    it was begun with. minutes: after so long the file is written as the set then is, and its header says after how many steps; the run can be resumed. Where experts
     take longer than that, OutOfTime is raised and they are kept.
     Raises ConfigError (a recipe that cannot be run, a directory in use), TrainingError (a loss that is not finite, no
     space), and Interrupted after Ctrl-C or SIGTERM, with a checkpoint saved.
@@ -125,7 +125,7 @@ def distill(recipe: Recipe, real: RealData, out: str | Path, *, resume: bool = F
     progress = progress or Progress()
     until = math.inf if minutes is None else time.monotonic() + 60 * minutes
     run = Run(recipe, real, torch.device(device))
-    with RunDir(out, recipe, real, resume) as folder:
+    with RunDir(out, recipe, real, resume, chosen) as folder:
         found = checkpoint.load_newest(folder.checkpoints, run.device)
         if found is not None:
             _restore(run, folder, *found)
@@ -137,7 +137,7 @@ def distill(recipe: Recipe, real: RealData, out: str | Path, *, resume: bool = F
             checkpoint.save(folder.checkpoints, 0, run.state())
         with folder.log(run.done) as log, _stop_signals() as stopped:
             _iterate(run, folder, log, stopped, progress, until)
-        return _finish(run, folder, chosen)
+        return _finish(run, folder)
 
 
 def _restore(run: Run, folder: RunDir, done: int, state: dict[str, Any]) -> None:
@@ -192,10 +192,10 @@ def _iterate(run: Run, folder: RunDir, log, stopped: list[int], progress: Progre
             break
 
 
-def _finish(run: Run, folder: RunDir, chosen: str) -> Path:
+def _finish(run: Run, folder: RunDir) -> Path:
     run.synthetic.finalize()
     folder.preview(run.synthetic, run.real)
-    artifact.save(folder.artifact, run.synthetic, run.header(chosen))
+    artifact.save(folder.artifact, run.synthetic, run.header(folder.chosen))
     return folder.artifact
 
 

@@ -17,6 +17,7 @@ from speedk.distillation import budget, experts, loop, objectives, parameterizat
 from speedk.distillation import recipe as recipes
 from speedk.distillation.loop import Progress, Run
 from speedk.distillation.recipe import Recipe
+from speedk.distillation.rundir import begun_with
 from speedk.errors import ConfigError
 
 PAPER_OBJECTIVE = "tm"
@@ -108,6 +109,8 @@ def plan(dataset: str | None = None, *, data: str | Path | None = None, ipc: int
     if resume and out is None and (folder / "recipe.toml").is_file():
         return _resumed(recipes.read(folder / "recipe.toml"), dataset, data, method, objective, changes, where, folder,
                         progress)
+    if resume:
+        why = begun_with(folder) or why
     return Plan(resolved, real, where, folder, why, tuple(notes))
 
 
@@ -213,8 +216,7 @@ def _resumed(tables: dict[str, Any], dataset: str | None, folder: str | Path | N
     if ":" not in resolved.objective.network or {"network", "objective.network"} & set(changes):
         networks.given(resolved.objective.network)  # a run directory may have come from elsewhere
     real = _load(stored.data.name, folder, resolved.data, progress)
-    _, why = choose(objective, device)
-    return Plan(resolved, real, device, out, why if objective == "auto" else f"{name}, as asked", ())
+    return Plan(resolved, real, device, out, begun_with(out) or choose(name, device)[1], ())
 
 
 class _Enough(Exception):

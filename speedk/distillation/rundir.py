@@ -28,10 +28,12 @@ class RunDir:
     Holds recipe.toml (resolved), data.json (what was distilled), log.jsonl, preview.png, tensorboard/, checkpoints/ and
     distilled.safetensors. Raises ConfigError where it holds a run and `resume` is not asked for, holds a run of another
     recipe or other data, or another process is at work in it.
+
+    chosen: why this objective, of a run that begins; once entered, what the run was begun with.
     """
 
-    def __init__(self, path: str | Path, recipe: Recipe, real: RealData, resume: bool) -> None:
-        self.path, self.recipe, self.real, self.resume = Path(path), recipe, real, resume
+    def __init__(self, path: str | Path, recipe: Recipe, real: RealData, resume: bool, chosen: str = "") -> None:
+        self.path, self.recipe, self.real, self.resume, self.chosen = Path(path), recipe, real, resume, chosen
         self.checkpoints = self.path / "checkpoints"
         self.artifact = self.path / "distilled.safetensors"
 
@@ -58,7 +60,9 @@ class RunDir:
         if (here or any(self.checkpoints.iterdir())) and not self.resume:
             raise ConfigError(f"{self.path} already holds a run; say --resume to go on with it, or choose another "
                               "--out")
-        data = {"fingerprint": self.real.fingerprint, "split": self.real.split, "threads": torch.get_num_threads()}
+        self.chosen = begun_with(self.path) or self.chosen
+        data = {"fingerprint": self.real.fingerprint, "split": self.real.split, "threads": torch.get_num_threads(),
+                "chosen": self.chosen}
         for name, check in (("recipe.toml", self._same_recipe), ("data.json", lambda: self._same_data(data))):
             if (self.path / name).exists():
                 check()
@@ -107,6 +111,13 @@ class RunDir:
         rows = [(synthetic.classes == label).nonzero()[:PREVIEW_COLUMNS, 0] for label in classes]
         images = [real.normaliser.unit(synthetic.decode(index)[0]).cpu() for index in rows]
         write_atomic(self.path / "preview.png", pictures.grid(images, list(real.class_names)))
+
+
+def begun_with(path: Path) -> str:
+    """Why the run in `path` has its objective, as it was said when it began; "" where that is not known."""
+    with contextlib.suppress(OSError, ValueError, TypeError, KeyError, RecursionError):
+        return str(json.loads((path / "data.json").read_bytes())["chosen"])
+    return ""
 
 
 class Log(contextlib.AbstractContextManager):

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
+import shlex
+import signal
 
 import pytest
 
 import speedk
-from speedk.cli import main
+from speedk.cli import _progress, main
 
 
 def distill(*arguments):
@@ -36,6 +39,41 @@ def test_a_folder_becomes_a_file(folder, recipe, tmp_path, capsys):
     assert "k=6, not 5" in capsys.readouterr().err
     assert distill("--out", out, "--resume", "--data", folder, "--method", "pixels") == 1
     assert "method='speed', not 'pixels'" in capsys.readouterr().err
+
+
+def stop_at(monkeypatch, step, number=signal.SIGINT):
+    """Send this process a signal after outer iteration `step`, as a user does."""
+    told = _progress.Bars._step
+
+    def and_stop(bars, done, *rest):
+        told(bars, done, *rest)
+        if done == step:
+            os.kill(os.getpid(), number)
+
+    monkeypatch.setattr(_progress.Bars, "_step", and_stop)
+
+
+TM = ("batch=4", "inner_steps=3", "max_start=1", "expert_epochs=1", "expert_count=1", "expert_rate=0.1")
+
+
+@pytest.mark.parametrize("objective", ["tm", "dm", "auto"])
+def test_the_command_that_a_stopped_run_prints_ends_in_the_same_file(objective, folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("SPEEDK_CACHE", str(tmp_path / "cache"))
+    words = ("--data", folder, "--objective", objective, "--method", "pixels", "--network", "mlp", "--steps", 4,
+             "--device", "cpu", *(TM if objective == "tm" else ("batch=4",)))
+    assert distill("--out", tmp_path / "whole", *words) == 0
+    with monkeypatch.context() as patch:
+        stop_at(patch, 2)
+        assert distill("--out", tmp_path / "a run", *words) == 130
+    page = capsys.readouterr().out
+    command = shlex.split(page.strip().splitlines()[-1].partition("go on with: ")[2])
+    assert command[:2] == ["speedk", "distill"] and main(command[1:]) == 0
+    wanted = "dm: without a GPU" if objective == "auto" else f"{objective}, as asked"
+    page = capsys.readouterr().out
+    assert f"objective  {wanted}" in page and ("trajectory matching would take" in page) == (objective == "auto")
+    whole, resumed = (tmp_path / run / "distilled.safetensors" for run in ("whole", "a run"))
+    assert resumed.read_bytes() == whole.read_bytes()
+    assert speedk.load(whole).header["chosen"].startswith(wanted)
 
 
 def test_a_run_s_recipe_is_a_recipe(folder, recipe, tmp_path):
