@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from speedk.augment import dsa
-from speedk.workers import Pool
+from speedk.workers import Pool, Stopped
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,10 @@ def accuracies(nets: Sequence[nn.Module], data: ImageSet, pool: Pool, *, batch: 
 
 
 def in_pieces(pool: Pool, work: Callable[..., object], network: nn.Module, *batch: Tensor) -> list:
-    """`work(network, *piece)` for each piece of the batch (its first tensor are images), in order."""
+    """`work(network, *piece)` for each piece of the batch (its first tensor are images), in order. Raises Stopped once
+    the pool is."""
+    if pool.stopped:
+        raise Stopped
     if not pool.threads or not separable(network):
         return [work(network, *batch)]
     pieces = zip(*(t.split(pool.images(batch[0].shape[-1])) for t in batch), strict=True)

@@ -63,6 +63,8 @@ def _train(args: argparse.Namespace) -> int:
     if args.precision != "float32" and args.out is None:
         raise ConfigError(f"--precision {args.precision} is for a folder of your own: say --out, and experts=DIR to "
                           "distill")
+    if args.epochs is not None and args.epochs < 1:
+        raise ConfigError(f"--epochs {args.epochs} is nothing to train: say at least 1")
     fields = parse_overrides(args.fields)
     for name, value in (("objective.network", args.network), ("objective.expert_seed", args.seed),
                         ("objective.expert_count", args.count)):

@@ -35,6 +35,7 @@ from speedk.geometry import Geometry
 
 FORMAT = 1
 PRECISIONS = {"float32": torch.float32, "bf16": torch.bfloat16}
+_KINDS = {"str": (str,), "int": (int,), "bool": (bool,), "float": (float, int), "dict[str, Any]": (dict,)}
 _FILE = re.compile(r"expert-(\d{4,})\.safetensors")
 
 
@@ -78,6 +79,18 @@ class Identity:
         return cls(network, rate, batch, augment, standardise, seed, precision, real.fingerprint,
                    real.normaliser.describe(), **dataclasses.asdict(real.geometry),
                    parameters=networks.parameter_count(student), dataset=real.name)
+
+    @classmethod
+    def read(cls, document: dict[str, Any]) -> Identity:
+        """The identity that a file tells. Raises ValueError or TypeError where it is none."""
+        identity = cls(**document)
+        for field in dataclasses.fields(cls):
+            value = getattr(identity, field.name)
+            if type(value) not in _KINDS[str(field.type)]:
+                raise ValueError(f"{field.name}={one_line(value, 40)} is not {field.type}")
+        if identity.precision not in PRECISIONS:
+            raise ValueError(f"precision={one_line(identity.precision, 40)} is not one of {', '.join(PRECISIONS)}")
+        return identity
 
     @property
     def geometry(self) -> Geometry:
@@ -234,11 +247,12 @@ class ExpertFolder:
         header = tensorfile.parse((file.metadata() or {}).get("speedk", "").encode())
         if not isinstance(header, dict) or header.get("format") != FORMAT:
             raise ValueError(f"it is not of format {FORMAT}")
-        if header.get("number") != number or Identity(**header["identity"]) != self.identity:
+        if header.get("number") != number or Identity.read(header["identity"]) != self.identity:
             raise ValueError("it says it is another expert than its place says")
         record = Record(number, *(header.get(name) for name in ("losses", "accuracies", "digests")))
         shape, bf16 = file.get_slice("theta").get_shape(), self.identity.precision != "float32"
-        if (not all(isinstance(part, list) for part in (record.losses, record.accuracies, record.digests))
+        told = ((record.losses, (float, int)), (record.accuracies, (float, int)), (record.digests, (str,)))
+        if (not all(isinstance(part, list) and all(type(item) in kinds for item in part) for part, kinds in told)
                 or shape != [record.epochs + 1, self.identity.parameters]
                 or len(record.accuracies) != record.epochs + 1 or len(record.digests) != record.epochs + 1 + bf16):
             raise ValueError(f"its header and its {shape} numbers do not agree")
@@ -262,8 +276,8 @@ def _read_identity(path: Path) -> Identity | None:
         document = tensorfile.parse(text)
         if not isinstance(document, dict) or document.get("format") != FORMAT:
             raise ArtifactError(f"is not of format {FORMAT}")
-        return Identity(**document["identity"])
-    except (ArtifactError, KeyError, TypeError) as error:
+        return Identity.read(document["identity"])
+    except (ArtifactError, KeyError, TypeError, ValueError) as error:
         raise ArtifactError(f"{file} is damaged ({one_line(error, 120)}): remove the folder, and its experts will be "
                             "trained again") from None
 

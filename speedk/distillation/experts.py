@@ -6,11 +6,13 @@ so an expert that was interrupted, or is wanted for more epochs, goes on from it
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
+import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import as_completed
 from pathlib import Path
 
@@ -71,8 +73,9 @@ def train(folder: ExpertFolder, real: RealData, count: int, epochs: int, device:
     """Train until experts 0 .. count - 1 of `folder` have `epochs` epochs each; what is there stays.
 
     Several processes may do so at once: each expert is one's. On the CPU several experts share the `threads`, which do
-    not change the numbers (but for networks with dropout). Raises ConfigError where the folder is for other data,
-    TrainingError where an expert is not finite, ArtifactError where a file is damaged.
+    not change the numbers (but for networks with dropout). Ctrl-C and SIGTERM end it with a KeyboardInterrupt, once every
+    finished epoch is saved. Raises ConfigError where the folder is for other data, TrainingError where an expert is not
+    finite, ArtifactError where a file is damaged.
     """
     if count < 1 or epochs < 1:
         raise ConfigError(f"there is nothing to train: count={count}, epochs={epochs}")
@@ -81,7 +84,7 @@ def train(folder: ExpertFolder, real: RealData, count: int, epochs: int, device:
     real = real.to(device)
     work = _Work(folder, real, epochs, missing(folder, count, epochs), progress)
     waiting = [number for number in range(count) if folder.epochs(number) < epochs]
-    with Pool(device, threads) as pool:
+    with _terminated_as_interrupted(), Pool(device, threads) as pool:
         work.train_set.fetch(torch.zeros(1, dtype=torch.int64, device=device))  # what is made once, before the threads
         first = networks.fresh(folder.identity.network, real.geometry, 0)
         size = networks.parameter_count(first)
@@ -103,6 +106,19 @@ def check_data(folder: ExpertFolder, real: RealData) -> None:
     if wrong := folder.identity.difference(mine, ("classes", "channels", "resolution", "data", "normaliser")):
         raise ConfigError(f"{folder.path} holds experts with {wrong}: they are for {folder.identity.dataset}, in that "
                           "very form; choose another folder")
+
+
+@contextlib.contextmanager
+def _terminated_as_interrupted() -> Iterator[None]:
+    """SIGTERM raises KeyboardInterrupt, as Ctrl-C does."""
+    previous = None
+    with contextlib.suppress(ValueError):  # not the main thread: signals are somebody else's
+        previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        if previous is not None:
+            signal.signal(signal.SIGTERM, previous)
 
 
 class _Work:

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import json
+import os
+import signal
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 from PIL import Image
 
 from speedk.cli import main
+from speedk.distillation.expertfolder import ExpertFolder
 
 SMALL = ("--network", "mlp", "expert_batch=6", "expert_rate=0.1")
 
@@ -68,12 +75,47 @@ def test_what_cannot_be_is_one_line(folder, tmp_path, capsys):
         (("--data", folder, "--out", out, "--count", 1, "--epochs", 1, *SMALL[:2], "expert_batch=5"),
          "holds experts with rate=0.1, not 0.01"),
         (("--data", folder, "--precision", "bf16"), "--precision bf16 is for a folder of your own"),
+        (("--data", folder, "--out", tmp_path / "never", "--epochs", "-3"), "--epochs -3 is nothing to train"),
         (("info",), "say which: speedk experts info DIR"),
         (("info", tmp_path / "nowhere"), "is no folder of experts"),
     ):
         assert speedk("experts", *arguments) == 1
         error = capsys.readouterr().err
         assert said in error and error.count("\n") == 1
+    assert not (tmp_path / "never").exists()
     (out / "expert-0000.safetensors").write_bytes(b"junk")
     assert speedk("experts", "info", out) == 2
     assert "is damaged" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("field,value", [("parameters", "x"), ("rate", None), ("normaliser", 3), ("augment", 1),
+                                         ("batch", True), ("precision", "int8"), ("network", ["mlp"])])
+def test_wrong_types_in_a_folder_are_one_line(folder, tmp_path, capsys, field, value):
+    out = tmp_path / "experts"
+    assert speedk("experts", "--data", folder, "--out", out, "--count", 1, "--epochs", 1, *SMALL) == 0
+    capsys.readouterr()
+    document = json.loads((out / "experts.json").read_text())
+    document["identity"][field] = value
+    (out / "experts.json").write_text(json.dumps(document))
+    assert speedk("experts", "info", out) == 2
+    error = capsys.readouterr().err
+    assert f"is damaged ({field}=" in error and error.count("\n") == 1
+
+
+def test_sigterm_keeps_every_finished_epoch(folder, tmp_path):
+    out = tmp_path / "experts"
+    command = ("experts", "--data", folder, "--out", out, "--count", 1, "--epochs", 100_000, *SMALL)
+    script = ("import sys\nfrom speedk.cli import _progress, main\n"
+              "def experts(done, *_):\n    if done == 3: print('three', flush=True)\n"
+              "_progress.Bars.progress = lambda self: type('', (), {'experts': staticmethod(experts)})\n"
+              "sys.exit(main(sys.argv[1:]))\n")
+    process = subprocess.Popen([sys.executable, "-c", script, *map(str, command)], stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    while (line := process.stdout.readline()) != "three\n":
+        assert line, process.stderr.read()
+    assert not (out / "expert-0000.safetensors").exists()
+    process.send_signal(signal.SIGTERM)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 130, error
+    assert "interrupted; every finished epoch is in" in error.splitlines()[-1]
+    assert ExpertFolder.open(out).epochs(0) >= 3

@@ -61,3 +61,17 @@ def test_accuracy_counts_the_right_answers(monkeypatch):
     with Pool(CPU, 2) as pool:
         found = training.accuracies([Fixed(), Fixed()], data, pool, batch=16)
     assert found == [(said == labels).sum().item() / 50] * 2
+
+
+@pytest.mark.parametrize("name,device", [("vit", "cpu"), ("mlp", "meta")])
+def test_a_stopped_pool_stops_what_is_not_cut_into_pieces(name, device):
+    """Dropout wants the whole batch, and a device other than the CPU takes it whole: they must not go on to the end."""
+    network, data, done = networks.fresh(name, GEOMETRY, 0), make_set(), []
+    with Pool(torch.device(device)) as pool:
+        def stop() -> None:
+            done.append(1)
+            pool.stopped = True
+
+        with pytest.raises(workers.Stopped):
+            training.epoch(network, data, torch.Generator(), pool, stop, batch=5, augment=False, standardise=False)
+    assert len(done) == 1
