@@ -73,9 +73,9 @@ def train(folder: ExpertFolder, real: RealData, count: int, epochs: int, device:
     """Train until experts 0 .. count - 1 of `folder` have `epochs` epochs each; what is there stays.
 
     Several processes may do so at once: each expert is one's. On the CPU several experts share the `threads`, which do
-    not change the numbers (but for networks with dropout). Ctrl-C and SIGTERM end it with a KeyboardInterrupt, once every
-    finished epoch is saved. Raises ConfigError where the folder is for other data, TrainingError where an expert is not
-    finite, ArtifactError where a file is damaged.
+    not change the numbers (but for networks with dropout). Ctrl-C and SIGTERM end it with a KeyboardInterrupt, once
+    every finished epoch is saved. Raises ConfigError where the folder is for other data,
+    TrainingError where an expert is not finite, ArtifactError where a file is damaged.
     """
     if count < 1 or epochs < 1:
         raise ConfigError(f"there is nothing to train: count={count}, epochs={epochs}")
