@@ -69,7 +69,6 @@ def trained(real: RealData, name: str, epochs: int, seed: int, pool: Pool,
     """
     network = networks.fresh(name, real.geometry, seeds.derive(seed, f"coreset {name}"), pool.device)
     networks.require_features(name, network)
-    networks.require_features(name, network)
     path = _path(real, name, epochs, seed, pool.device)
     known = ":" not in name  # a class of the user's own may be another one under the same name tomorrow
     if known and (found := _read(path, network, len(real.train))) is not None:
