@@ -1,9 +1,10 @@
 """The 15 standard corruptions of Hendrycks and Dietterich (2019) at five severities, made on the fly.
 
-Written from their published definitions and parameters: the CIFAR-C set for images below 64 pixels, the ImageNet-C
-set from there on, with every length in pixels scaled from their 32 or 224 pixels to the images' own side. Two things
-differ: results are rounded to 256 steps, where the published files are cut off, and `frost` lays procedural ice
-crystals over the image instead of crops of six photographs.
+Written from what their files were made by, in parameters, order, edges and rounding: the CIFAR-C set for images below
+64 pixels, Tiny-ImageNet-C's from 64 and ImageNet-C's from 128, with every length in pixels scaled from their 32, 64 or
+224 pixels to the images' own side. What differs: the random draws; `frost`, which lays procedural ice crystals over
+the image instead of crops of photographs; `elastic_transform`, whose affine map OpenCV rounds to 1/32 of a pixel; and
+that Tiny-ImageNet-C's and ImageNet-C's images were stored as JPEG files of quality 85.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from speedk.corruptions import blur, digital, noise, weather
+from speedk.corruptions import blur, digital, filters, noise, weather
 from speedk.corruptions.levels import SEVERITIES, levels
 from speedk.errors import ConfigError
 from speedk.registry import nearest
@@ -52,5 +53,5 @@ def corrupt(images: Tensor, name: str, severity: int, seed: int = 0) -> Tensor:
     for i, (block, target) in enumerate(zip(images.cpu().split(size), result.split(size))):
         random = np.random.default_rng([seed, NAMES.index(name), severity, i])
         made = _FUNCTIONS[name](block.float() / 255, random, *parameters)
-        target.copy_(made.clamp_(0, 1).mul_(255).round_())
+        target.copy_(filters.cut_off(made).mul_(255).round_())
     return result

@@ -18,8 +18,11 @@ def defocus_blur(images: Tensor, random: np.random.Generator, radius: float, sig
 
 
 def glass_blur(images: Tensor, random: np.random.Generator, sigma: float, reach: float, rounds: int) -> Tensor:
-    """A Gaussian of `sigma`, then `rounds` times each pixel, from the last to the first, changes places with one up to
-    `reach` pixels before it (and less than that behind it) in either direction; then the Gaussian again."""
+    """A Gaussian of `sigma`, then `rounds` times each pixel, from the last to the first, takes the value of one up to
+    `reach` pixels before it (and less than that behind it) in either direction; then the Gaussian again.
+
+    The two were meant to change places. The published files were made by an exchange of NumPy views, which leaves the
+    other pixel as it was, and so does this."""
     count, side, reach = len(images), images.shape[-1], math.ceil(reach)
     place = np.tile(np.arange(side * side)[:, None], count)  # of each pixel, where it comes from: [H H, B]
     image = np.arange(count)
@@ -28,18 +31,15 @@ def glass_blur(images: Tensor, random: np.random.Generator, sigma: float, reach:
             down, right = random.integers(-reach, reach, (2, side, count))
             for column in range(side - reach, reach, -1):
                 here = row * side + column
-                there = here + down[column - 1] * side + right[column - 1]
-                moved = place[here].copy()
-                place[here] = place[there, image]
-                place[there, image] = moved
-    soft = filters.gaussian(images, sigma)
+                place[here] = place[here + down[column - 1] * side + right[column - 1], image]
+    soft = filters.cut_off(filters.gaussian(images, sigma))
     source = torch.from_numpy(np.ascontiguousarray(place.T))[:, None].expand(-1, images.shape[1], -1)
     return filters.gaussian(soft.flatten(2).gather(2, source).reshape(images.shape), sigma)
 
 
 def motion_blur(images: Tensor, random: np.random.Generator, radius: float, sigma: float) -> Tensor:
     """A trail in a direction of its own for each image, within 45 degrees of the horizontal."""
-    return filters.trail(images, radius, sigma, random.uniform(-45, 45, len(images)))
+    return filters.rounded(filters.trail(images, radius, sigma, random.uniform(-45, 45, len(images))))
 
 
 def zoom_blur(images: Tensor, random: np.random.Generator, largest: float, step: float) -> Tensor:

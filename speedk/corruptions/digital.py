@@ -32,13 +32,13 @@ def elastic_transform(images: Tensor, random: np.random.Generator, strength: flo
     matrix = np.linalg.solve(np.concatenate([moved, np.ones((count, 3, 1))], 2), np.tile(corners, (count, 1, 1)))
     pixel = np.stack([*np.meshgrid(np.arange(side), np.arange(side)), np.ones((side, side))], 2)  # x, y, 1
     affine = torch.from_numpy(np.einsum("hwi,bij->bhwj", pixel, matrix).astype(np.float32))
-    images = _sample(images, affine)
+    images = _sample(images, affine, centres=True)
     if strength == 0:
         return images
     field = torch.from_numpy(random.uniform(-1, 1, (count, 2, side, side)).astype(np.float32))
-    field = strength * filters.gaussian(field, sigma, truncate=3.0)
+    field = strength * filters.gaussian(field, sigma, truncate=3.0, mirrored=True)
     here = torch.from_numpy(pixel[..., :2].astype(np.float32))
-    return _sample(images, here + field.permute(0, 2, 3, 1))
+    return _sample(images, here + field.permute(0, 2, 3, 1), centres=False)
 
 
 def pixelate(images: Tensor, random: np.random.Generator, part: float) -> Tensor:
@@ -62,10 +62,12 @@ def jpeg_compression(images: Tensor, random: np.random.Generator, quality: int) 
     return _by_pillow(images, through)
 
 
-def _sample(images: Tensor, places: Tensor) -> Tensor:
-    """Each image at its `places` [B, H, H, 2] (x, y, in pixels), bilinearly, mirrored at the outermost pixels."""
-    grid = places * (2 / max(1, images.shape[-1] - 1)) - 1
-    return F.grid_sample(images, grid, mode="bilinear", padding_mode="reflection", align_corners=True)
+def _sample(images: Tensor, places: Tensor, centres: bool) -> Tensor:
+    """Each image at its `places` [B, H, H, 2] (x, y, in pixels), bilinearly, mirrored at the centres of the outermost
+    pixels, or at their outer edges."""
+    side = images.shape[-1]
+    grid = places * (2 / max(1, side - 1)) - 1 if centres else (2 * places + 1) / side - 1
+    return F.grid_sample(images, grid, mode="bilinear", padding_mode="reflection", align_corners=centres)
 
 
 def _by_pillow(images: Tensor, through: Callable[[Image.Image], Image.Image]) -> Tensor:

@@ -4,11 +4,6 @@ from __future__ import annotations
 
 SEVERITIES = (1, 2, 3, 4, 5)
 
-SMALL, LARGE = 32, 224
-"""Pixels a side of the images that the two sets of parameters are for: CIFAR-C and ImageNet-C."""
-BORDER = 64
-"""From this side on the parameters are ImageNet-C's."""
-
 _LENGTHS = {"glass_blur": (0, 1), "motion_blur": (0, 1), "snow": (2, 4, 5),
             "elastic_transform": (0, 1, 2)}
 """Places of the parameters that are lengths in pixels."""
@@ -33,6 +28,23 @@ _CIFAR: dict[str, tuple[tuple[float, ...], ...]] = {
     "pixelate": ((0.95,), (0.9,), (0.85,), (0.75,), (0.65,)),
     "jpeg_compression": ((80,), (65,), (58,), (50,), (40,)),
 }
+_TINY: dict[str, tuple[tuple[float, ...], ...]] = {
+    "gaussian_noise": ((0.04,), (0.08,), (0.12,), (0.15,), (0.18,)),
+    "shot_noise": ((250,), (100,), (50,), (30,), (15,)),
+    "impulse_noise": ((0.01,), (0.02,), (0.05,), (0.08,), (0.14,)),
+    "defocus_blur": ((0.5, 0.6), (1, 0.1), (1.5, 0.1), (2.5, 0.01), (3, 0.1)),
+    "glass_blur": ((0.1, 1, 1), (0.5, 1, 1), (0.6, 1, 2), (0.7, 2, 1), (0.9, 2, 2)),
+    "motion_blur": ((10, 1), (10, 1.5), (10, 2), (10, 2.5), (12, 3)),
+    "zoom_blur": _CIFAR["zoom_blur"],
+    "snow": tuple((*row[:-1], keep) for row, keep in zip(_CIFAR["snow"], (0.8, 0.8, 0.7, 0.65, 0.6))),
+    "frost": ((1, 0.3), (0.9, 0.4), (0.8, 0.45), (0.75, 0.5), (0.7, 0.55)),
+    "fog": ((0.4, 3), (0.7, 3), (1, 2.5), (1.5, 2), (2, 1.75)),
+    "brightness": ((0.1,), (0.2,), (0.3,), (0.4,), (0.5,)),
+    "contrast": ((0.4,), (0.3,), (0.2,), (0.1,), (0.05,)),
+    "elastic_transform": ((0, 0, 5.12), (3.2, 19.2, 3.84), (6.4, 5.12, 3.84), (6.4, 1.92, 1.92), (10.24, 1.92, 1.28)),
+    "pixelate": ((0.9,), (0.8,), (0.7,), (0.6,), (0.5,)),
+    "jpeg_compression": ((65,), (58,), (50,), (40,), (25,)),
+}
 _IMAGENET: dict[str, tuple[tuple[float, ...], ...]] = {
     "gaussian_noise": ((0.08,), (0.12,), (0.18,), (0.26,), (0.38,)),
     "shot_noise": ((60,), (25,), (12,), (5,), (3,)),
@@ -54,9 +66,14 @@ _IMAGENET: dict[str, tuple[tuple[float, ...], ...]] = {
 }
 
 
+SETS = ((128, 224, _IMAGENET), (64, 64, _TINY), (0, 32, _CIFAR))
+"""ImageNet-C, Tiny-ImageNet-C and CIFAR-C: from which side of the images on a set is taken, the side that its lengths
+are for, and its parameters."""
+
+
 def levels(name: str, side: int) -> list[tuple[float, ...]]:
     """The parameters of the five severities of `name` for images of `side` pixels, lengths scaled to them."""
-    table, reference = (_CIFAR, SMALL) if side < BORDER else (_IMAGENET, LARGE)
+    reference, table = next((published, table) for start, published, table in SETS if side >= start)
     lengths = _LENGTHS.get(name, ())
     scale = side / reference
     rows = [tuple(value * scale if place in lengths else value for place, value in enumerate(row))

@@ -23,8 +23,8 @@ def snow(images: Tensor, random: np.random.Generator, mean: float, deviation: fl
     layer = mean + deviation * random.standard_normal((count, 1, side, side), np.float32)
     matrix = filters.zoom_matrix(side, max(1.0, size))
     layer = matrix @ torch.from_numpy(layer) @ matrix.T
-    layer = torch.where(layer < threshold, 0.0, layer).clamp_(0, 1)
-    layer = filters.trail(layer, radius, sigma, random.uniform(-135, -45, count))
+    layer = filters.cut_off(torch.where(layer < threshold, 0.0, layer))
+    layer = filters.rounded(filters.trail(layer, radius, sigma, random.uniform(-135, -45, count)))
     white = torch.maximum(images, _grey(images) * 1.5 + 0.5)
     return keep * images + (1 - keep) * white + layer + layer.rot90(2, (2, 3))
 

@@ -73,43 +73,59 @@ def test_the_more_severe_the_further_from_the_image(name, side):
 
 
 PUBLISHED = {
-    "gaussian_noise": (".04 .06 .08 .09 .10", ".08 .12 .18 .26 .38"),
-    "shot_noise": ("500 250 100 75 50", "60 25 12 5 3"),
-    "impulse_noise": (".01 .02 .03 .05 .07", ".03 .06 .09 .17 .27"),
-    "defocus_blur": (".3 .4 .5 1 1.5, .4 .5 .6 .2 .1", "3 4 6 8 10, .1 .5 .5 .5 .5"),
-    "glass_blur": (".05 .25 .4 .25 .4, 1 1 1 1 1, 1 1 1 2 2", ".7 .9 1 1.1 1.5, 1 2 2 3 4, 2 1 3 2 2"),
-    "motion_blur": ("6 6 6 8 9, 1 1.5 2 2 2.5", "10 15 15 15 20, 3 5 8 12 15"),
-    "zoom_blur": ("1.06 1.11 1.16 1.21 1.26, .01 .01 .01 .01 .01", "1.11 1.16 1.21 1.26 1.31, .01 .01 .02 .02 .03"),
-    "snow": (".1 .1 .15 .25 .3, .2 .2 .3 .3 .3, 1 1 1.75 2.25 1.25, .6 .5 .55 .6 .65, 8 10 10 12 14, 3 4 4 6 12, "
-             ".95 .9 .9 .85 .8",
-             ".1 .2 .55 .55 .55, .3 .3 .3 .3 .3, 3 2 4 4.5 2.5, .5 .5 .9 .85 .85, 10 12 12 12 12, 4 4 8 8 12, "
-             ".8 .7 .7 .65 .55"),
-    "frost": ("1 1 .9 .85 .75, .2 .3 .4 .4 .45", "1 .8 .7 .65 .6, .4 .6 .7 .7 .75"),
-    "fog": (".2 .5 .75 1 1.5, 3 3 2.5 2 1.75", "1.5 2 2.5 2.5 3, 2 2 1.7 1.5 1.4"),
-    "brightness": (".05 .1 .15 .2 .3", ".1 .2 .3 .4 .5"),
-    "contrast": (".75 .5 .4 .3 .15", ".4 .3 .2 .1 .05"),
-    "elastic_transform": ("0 1.6 2.56 3.2 3.2, 0 6.4 1.92 1.28 .96, 2.56 2.24 1.92 1.6 .96",
-                          "488 488 12.2 17.08 29.28, 170.8 19.52 2.44 2.44 2.44, 24.4 48.8 4.88 4.88 4.88"),
-    "pixelate": (".95 .9 .85 .75 .65", ".6 .5 .4 .3 .25"),
-    "jpeg_compression": ("80 65 58 50 40", "25 18 15 10 7"),
+    "gaussian_noise": (".04 .06 .08 .09 .10", ".04 .08 .12 .15 .18", ".08 .12 .18 .26 .38"),
+    "shot_noise": ("500 250 100 75 50", "250 100 50 30 15", "60 25 12 5 3"),
+    "impulse_noise": (".01 .02 .03 .05 .07", ".01 .02 .05 .08 .14", ".03 .06 .09 .17 .27"),
+    "defocus_blur": (".3 .4 .5 1 1.5, .4 .5 .6 .2 .1", ".5 1 1.5 2.5 3, .6 .1 .1 .01 .1", "3 4 6 8 10, .1 .5 .5 .5 .5"),
+    "glass_blur": (
+        ".05 .25 .4 .25 .4, 1 1 1 1 1, 1 1 1 2 2",
+        ".1 .5 .6 .7 .9, 1 1 1 2 2, 1 1 2 1 2",
+        ".7 .9 1 1.1 1.5, 1 2 2 3 4, 2 1 3 2 2",
+    ),
+    "motion_blur": ("6 6 6 8 9, 1 1.5 2 2 2.5", "10 10 10 10 12, 1 1.5 2 2.5 3", "10 15 15 15 20, 3 5 8 12 15"),
+    "zoom_blur": (
+        "1.06 1.11 1.16 1.21 1.26, .01 .01 .01 .01 .01",
+        "1.06 1.11 1.16 1.21 1.26, .01 .01 .01 .01 .01",
+        "1.11 1.16 1.21 1.26 1.31, .01 .01 .02 .02 .03",
+    ),
+    "snow": (
+        ".1 .1 .15 .25 .3, .2 .2 .3 .3 .3, 1 1 1.75 2.25 1.25, .6 .5 .55 .6 .65, 8 10 10 12 14, "
+        "3 4 4 6 12, .95 .9 .9 .85 .8",
+        ".1 .1 .15 .25 .3, .2 .2 .3 .3 .3, 1 1 1.75 2.25 1.25, .6 .5 .55 .6 .65, 8 10 10 12 14, "
+        "3 4 4 6 12, .8 .8 .7 .65 .6",
+        ".1 .2 .55 .55 .55, .3 .3 .3 .3 .3, 3 2 4 4.5 2.5, .5 .5 .9 .85 .85, 10 12 12 12 12, "
+        "4 4 8 8 12, .8 .7 .7 .65 .55",
+    ),
+    "frost": ("1 1 .9 .85 .75, .2 .3 .4 .4 .45", "1 .9 .8 .75 .7, .3 .4 .45 .5 .55", "1 .8 .7 .65 .6, .4 .6 .7 .7 .75"),
+    "fog": (".2 .5 .75 1 1.5, 3 3 2.5 2 1.75", ".4 .7 1 1.5 2, 3 3 2.5 2 1.75", "1.5 2 2.5 2.5 3, 2 2 1.7 1.5 1.4"),
+    "brightness": (".05 .1 .15 .2 .3", ".1 .2 .3 .4 .5", ".1 .2 .3 .4 .5"),
+    "contrast": (".75 .5 .4 .3 .15", ".4 .3 .2 .1 .05", ".4 .3 .2 .1 .05"),
+    "elastic_transform": (
+        "0 1.6 2.56 3.2 3.2, 0 6.4 1.92 1.28 .96, 2.56 2.24 1.92 1.6 .96",
+        "0 3.2 6.4 6.4 10.24, 0 19.2 5.12 1.92 1.92, 5.12 3.84 3.84 1.92 1.28",
+        "488 488 12.2 17.08 29.28, 170.8 19.52 2.44 2.44 2.44, 24.4 48.8 4.88 4.88 4.88",
+    ),
+    "pixelate": (".95 .9 .85 .75 .65", ".9 .8 .7 .6 .5", ".6 .5 .4 .3 .25"),
+    "jpeg_compression": ("80 65 58 50 40", "65 58 50 40 25", "25 18 15 10 7"),
 }
-"""CIFAR-C's and ImageNet-C's: for each parameter its values at severities 1 to 5."""
+"""CIFAR-C's, Tiny-ImageNet-C's and ImageNet-C's: for each parameter its values at severities 1 to 5."""
 
 
-@pytest.mark.parametrize("side", [32, 224])
+@pytest.mark.parametrize("side", [32, 64, 224])
 @pytest.mark.parametrize("name", corruptions.NAMES)
 def test_parameters_are_the_published_ones(name, side):
-    listed = [[float(value) for value in column.split()] for column in PUBLISHED[name][side == 224].split(", ")]
+    columns = PUBLISHED[name][(32, 64, 224).index(side)].split(", ")
+    listed = [[float(value) for value in column.split()] for column in columns]
     scale = [(1.0,)] * 5 if name == "defocus_blur" else [()] * 5
     expected = [(*row, *rest) for row, rest in zip(zip(*listed, strict=True), scale, strict=True)]
     assert np.asarray(corruptions.levels(name, side)) == pytest.approx(np.asarray(expected), rel=1e-12)
 
 
 def test_lengths_scale():
-    assert corruptions.levels("defocus_blur", 112)[2] == (6, 0.5, 0.5)
+    assert corruptions.levels("defocus_blur", 448)[2] == (6, 0.5, 2)
     assert corruptions.levels("motion_blur", 16)[0] == (3, 0.5)
-    assert corruptions.levels("snow", 112)[0] == (0.1, 0.3, 1.5, 0.5, 5, 2, 0.8)
-    assert corruptions.levels("glass_blur", 112)[3] == (0.55, 1.5, 2)
+    assert corruptions.levels("snow", 448)[0] == (0.1, 0.3, 6, 0.5, 20, 8, 0.8)
+    assert corruptions.levels("glass_blur", 96)[3] == pytest.approx((1.05, 3, 1))
     assert corruptions.levels("elastic_transform", 128)[4] == pytest.approx((29.28 / 1.75, 2.44 / 1.75, 4.88 / 1.75))
 
 
@@ -136,31 +152,34 @@ def test_poisson_noise_has_its_steps():
     torch.testing.assert_close(made, made.round(), rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("mode", ["nearest", "reflect"])
 @pytest.mark.parametrize(("sigma", "truncate"), [(0.05, 4.0), (0.4, 4.0), (1.7, 3.0), (6.4, 3.0), (40.0, 3.0)])
-def test_the_gaussian_is_scipys(sigma, truncate):
+def test_the_gaussian_is_scipys(sigma, truncate, mode):
     images = torch.rand(2, 3, 16, 16)
-    expected = ndimage.gaussian_filter(images.double().numpy(), (0, 0, sigma, sigma), mode="reflect", truncate=truncate)
-    np.testing.assert_allclose(filters.gaussian(images, sigma, truncate).numpy(), expected, atol=1e-5)
+    expected = ndimage.gaussian_filter(images.double().numpy(), (0, 0, sigma, sigma), mode=mode, truncate=truncate)
+    made = filters.gaussian(images, sigma, truncate, mirrored=mode == "reflect")
+    np.testing.assert_allclose(made.numpy(), expected, atol=1e-5)
 
 
-@pytest.mark.parametrize(("radius", "sigma"), [(0.3, 0.4), (1.5, 0.1), (3, 0.5), (10, 0.5)])
+@pytest.mark.parametrize(("radius", "sigma"), [(0.3, 0.4), (1.5, 0.1), (3, 0.5), (8, 0.5), (10, 0.5)])
 def test_defocus_is_the_mean_over_a_soft_disk(radius, sigma):
-    kernel = filters.disk(radius, sigma)
-    assert abs(float(kernel.double().sum()) - 1) < 1e-6
-    size, half = len(kernel) // 2, 1 if radius <= 8 else 2
+    size, half = max(8, int(radius)), 1 if radius <= 8 else 2
     hard = np.array([[float(x * x + y * y <= radius**2) for x in range(-size, size + 1)]
                      for y in range(-size, size + 1)])
     edge = np.array([[math.exp(-(x * x + y * y) / (2 * sigma**2)) for x in range(-half, half + 1)]
                      for y in range(-half, half + 1)])
-    soft = ndimage.convolve(hard / hard.sum(), edge / edge.sum(), mode="constant")
-    np.testing.assert_allclose(kernel.numpy(), soft / soft.sum(), atol=1e-6)
+    soft = ndimage.convolve(hard / hard.sum(), edge / edge.sum(), mode="mirror")
+    kernel = filters.disk(radius, sigma)
+    trimmed = size - len(kernel) // 2
+    np.testing.assert_allclose(np.pad(kernel.numpy(), trimmed), soft, atol=1e-6)
+    assert float(kernel.double().sum()) == pytest.approx({8: 1.013, 10: 1.011}.get(radius, 1), abs=1e-3)
     images = torch.rand(2, 1, 32, 32)
     expected = ndimage.convolve(images[1, 0].double().numpy(), soft, mode="mirror")
     np.testing.assert_allclose(blur.defocus_blur(images, rng(), radius, sigma)[1, 0].numpy(), expected, atol=1e-5)
 
 
 def test_a_scaled_kernel_keeps_its_weight_and_its_width():
-    kernel = filters.disk(10, 0.5).double()
+    kernel = filters.disk(6, 0.5).double()
     assert torch.equal(filters.scaled(kernel.float(), 1.0), kernel.float())
     half = filters.scaled(kernel.float(), 0.5).double()
     assert abs(float(half.sum()) - 1) < 1e-6 and torch.allclose(half, half.flip(0).T)
@@ -169,20 +188,22 @@ def test_a_scaled_kernel_keeps_its_weight_and_its_width():
     assert abs(scaled - spread / 4) < 0.25  # sharing between two pixels adds a quarter at most
 
 
-def test_glass_swaps_pixels_one_after_another():
+@pytest.mark.parametrize("sigma", [0.0, 0.7])
+def test_glass_copies_pixels_one_after_another(sigma):
     side, reach, rounds, count = 8, 2, 2, 2
     images = torch.rand(count, 1, side, side)
-    made = blur.glass_blur(images, rng(5), 0.0, reach, rounds)
-    expected, draws = images[:, 0].numpy().copy(), rng(5)
+    made = blur.glass_blur(images, rng(5), sigma, reach, rounds)
+    soft = ndimage.gaussian_filter(images[:, 0].double().numpy(), (0, sigma, sigma), mode="nearest")
+    expected, draws = np.floor(soft * 255) / 255, rng(5)
     for _ in range(rounds):
         for row in range(side - reach, reach, -1):
             moves = draws.integers(-reach, reach, (2, side, count))
             for column in range(side - reach, reach, -1):
                 for image in range(count):
                     down, right = moves[:, column - 1, image]
-                    here, there = (image, row, column), (image, row + down, column + right)
-                    expected[here], expected[there] = expected[there], expected[here]
-    assert np.array_equal(made[:, 0].numpy(), expected)
+                    expected[image, row, column] = expected[image, row + down, column + right]
+    expected = ndimage.gaussian_filter(expected, (0, sigma, sigma), mode="nearest")
+    np.testing.assert_allclose(made[:, 0].numpy(), expected, atol=1e-5)
     assert not torch.equal(made, images)
 
 
@@ -204,16 +225,20 @@ def test_a_trail_is_a_weighted_mean_along_its_direction():
     torch.testing.assert_close(filters.trail(constant, 6, 2.0, np.array([20.0])), constant)
 
 
-@pytest.mark.parametrize("factor", [1.0, 1.06, 1.3])
-def test_zoom_is_bilinear_about_the_centre(factor):
-    images = torch.rand(1, 1, 9, 9)
-    matrix = filters.zoom_matrix(9, factor)
-    places = (np.arange(9) - 4) / factor + 4
-    expected = ndimage.map_coordinates(images[0, 0].double().numpy(), np.meshgrid(places, places, indexing="ij"),
-                                       order=1)
-    np.testing.assert_allclose((matrix @ images @ matrix.T)[0, 0].numpy(), expected, atol=1e-5)
+@pytest.mark.parametrize("side", [9, 32])
+@pytest.mark.parametrize("factor", [1.0, 1.01, 1.06, 1.3, 2.25])
+def test_zoom_crops_whole_pixels_and_enlarges_them(factor, side):
+    images = torch.rand(1, 1, side, side)
+    crop = math.ceil(side / factor)
+    first = (side - crop) // 2
+    middle = images[0, 0, first:first + crop, first:first + crop].double().numpy()
+    large = ndimage.zoom(middle, factor, order=1)
+    first = (len(large) - side) // 2
+    matrix = filters.zoom_matrix(side, factor)
+    np.testing.assert_allclose((matrix @ images @ matrix.T)[0, 0].numpy(),
+                               large[first:first + side, first:first + side], atol=1e-5)
     if factor == 1:
-        assert torch.equal(matrix, torch.eye(9))
+        assert torch.equal(matrix, torch.eye(side))
 
 
 def test_zoom_blur_is_the_mean_over_the_factors():
@@ -223,6 +248,27 @@ def test_zoom_blur_is_the_mean_over_the_factors():
         matrix = filters.zoom_matrix(9, factor)
         expected += matrix @ images @ matrix.T
     torch.testing.assert_close(blur.zoom_blur(images, rng(), 1.11, 0.01), expected / (len(factors) + 1))
+
+
+@pytest.mark.parametrize(("name", "low", "high"), [("motion_blur", -45, 45), ("snow", -135, -45)])
+def test_trails_have_the_published_directions(name, low, high, monkeypatch):
+    asked = []
+    monkeypatch.setattr(filters, "trail", lambda images, radius, sigma, degrees: asked.append(degrees) or images)
+    corruptions.corrupt(torch.zeros(3000, 1, 8, 8, dtype=torch.uint8), name, 2)
+    degrees, = asked
+    assert degrees.shape == (3000,) and low <= degrees.min() < low + 1 and high - 1 < degrees.max() <= high
+    assert abs(degrees.mean() - (low + high) / 2) < 2
+
+
+def test_values_are_cut_off_between_two_steps_where_the_published_files_are():
+    images = torch.full((1, 3, 8, 8), 100, dtype=torch.uint8)
+    assert set(corruptions.corrupt(images, "brightness", 1).unique().tolist()) == {112}  # of 112.75
+    for name in ("contrast", "zoom_blur", "motion_blur", "pixelate", "elastic_transform", "glass_blur"):
+        assert set(corruptions.corrupt(images, name, 3).unique().tolist()) == {100}
+    ramp = torch.arange(256, dtype=torch.uint8).reshape(1, 1, 16, 16)
+    assert torch.equal(filters.cut_off(ramp / 255) * 255, ramp.float())
+    assert torch.equal(filters.cut_off((ramp + 0.9) / 255) * 255, ramp.float())
+    torch.testing.assert_close(filters.rounded((ramp[..., :15] + 0.9) / 255) * 255, ramp[..., :15] + 1.0)
 
 
 class Steady:
@@ -336,7 +382,7 @@ def test_elastic_moves_three_points_and_then_each_pixel(strength, sigma, shift):
         expected = ndimage.map_coordinates(images[b, 0].double().numpy(), back[::-1], order=1, mode="mirror")
         if strength:
             dx, dy = (strength * ndimage.gaussian_filter(f, sigma, mode="reflect", truncate=3) for f in fields[b])
-            expected = ndimage.map_coordinates(expected, (y + dy, x + dx), order=1, mode="mirror")
+            expected = ndimage.map_coordinates(expected, (y + dy, x + dx), order=1, mode="reflect")
         np.testing.assert_allclose(made[b, 0].numpy(), expected, atol=1e-4)
 
 
