@@ -29,6 +29,14 @@ def save(folder: Path, step: int, state: dict[str, Any]) -> Path:
     return path
 
 
+def drop_newest(folder: Path) -> int:
+    """Remove the newest checkpoint, if it is not the only one; the step of the newest that is left."""
+    *older, newest = _all(folder)
+    if older:
+        newest.unlink()
+    return int((older or [newest])[-1].stem.removeprefix("step-"))
+
+
 def load_newest(folder: Path, device: torch.device) -> tuple[int, dict[str, Any]] | None:
     """The newest checkpoint that is whole, as (step, state), or None where there is none at all.
 

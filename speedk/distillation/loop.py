@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import math
-import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,14 +14,16 @@ import torch
 
 from speedk import registry
 from speedk.data import RealData
-from speedk.distillation import artifact, checkpoint, objectives, parameterizations, seeds
-from speedk.distillation.objectives.base import Objective, Skip
+from speedk.distillation import artifact, checkpoint, objectives, parameterizations, seeds, signals
+from speedk.distillation.objectives.base import ABSURD, Diverged, Objective, Skip, too_high
 from speedk.distillation.parameterizations.base import Parameterization
 from speedk.distillation.recipe import Recipe
 from speedk.distillation.rundir import RunDir
 from speedk.errors import ConfigError, Interrupted, TrainingError, one_line
 
 CHECKPOINT_SECONDS = 30.0
+LOOKED_AT = 32
+"""Decoded images that are looked at before a checkpoint is saved, evenly spread."""
 
 
 class OutOfTime(Interrupted):
@@ -61,7 +61,7 @@ class Run:
         self.synthetic.initialise(self.real, seeds.generator(self.recipe.run.seed, "initialise"), progress.fit)
 
     def advance(self) -> dict[str, float]:
-        """One outer iteration. Raises TrainingError, before anything is updated, where the loss is not finite."""
+        """One outer iteration. Raises Diverged, before anything is updated, where the loss is not finite."""
         for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
             group["lr"] = rate * self.recipe.objective.share(self.done)
         self.optimizer.zero_grad(set_to_none=False)
@@ -76,12 +76,25 @@ class Run:
             numbers["penalty"] = float(penalty.detach())
         for name, value in numbers.items():
             if not math.isfinite(value):
-                raise TrainingError(f"the {name} is {value} at step {self.done + 1}: the rates are too high for this "
-                                    "set (lower them, as in rates.scm=0.001)")
+                raise too_high(f"the {name} is {value} at step {self.done + 1}", self.synthetic, self.recipe.objective)
         self.optimizer.step()
         self.objective.after_update()
         self.done += 1
         return numbers
+
+    @torch.no_grad()
+    def check(self) -> None:
+        """Raise Diverged where the set, as it is, is of no use to anyone."""
+        if 0 < self.objective.skipped == self.done:
+            raise Diverged(f"the student diverged in all {self.done:,} iterations, so nothing was learned: lower "
+                           "synthetic_lr")
+        index = torch.linspace(0, self.synthetic.size - 1, min(LOOKED_AT, self.synthetic.size)).long()
+        images = self.synthetic.decode(index.to(self.device))[0]
+        for name, tensor in (*self.synthetic.named_parameters(), ("the synthetic images", images)):
+            largest = float(tensor.abs().amax()) if tensor.numel() else 0.0
+            if not largest <= ABSURD:  # or nan
+                raise too_high(f"there is a value of {largest:.3g} in {name} after step {self.done:,}", self.synthetic,
+                               self.recipe.objective)
 
     def state(self) -> dict[str, Any]:
         return {"synthetic": dict(self.synthetic.state_dict()), "optimizer": self.optimizer.state_dict(),
@@ -125,19 +138,22 @@ def distill(recipe: Recipe, real: RealData, out: str | Path, *, resume: bool = F
     progress = progress or Progress()
     until = math.inf if minutes is None else time.monotonic() + 60 * minutes
     run = Run(recipe, real, torch.device(device))
-    with RunDir(out, recipe, real, resume, chosen) as folder:
-        found = checkpoint.load_newest(folder.checkpoints, run.device)
-        if found is not None:
-            _restore(run, folder, *found)
-        _prepare(run, folder, _hurried(progress, until))
-        if found is not None:
-            progress.say(f"resuming at step {run.done:,} of {recipe.objective.steps:,}")
-        else:
-            run.initialise(progress)
-            checkpoint.save(folder.checkpoints, 0, run.state())
-        with folder.log(run.done) as log, _stop_signals() as stopped:
-            _iterate(run, folder, log, stopped, progress, until)
-        return _finish(run, folder)
+    with signals.noted() as stop, RunDir(out, recipe, real, resume, chosen) as folder:
+        try:
+            found = checkpoint.load_newest(folder.checkpoints, run.device)
+            if found is not None:
+                _restore(run, folder, *found)
+            run.objective.prepare(_hurried(progress, until))
+            if found is not None:
+                progress.say(f"resuming at step {run.done:,} of {recipe.objective.steps:,}")
+            else:
+                run.initialise(progress)
+                checkpoint.save(folder.checkpoints, 0, run.state())
+        except KeyboardInterrupt:
+            raise Interrupted(f"stopped before step {run.done + 1:,}: finished epochs of experts are kept") from None
+        with folder.log(run.done) as log:
+            _iterate(run, folder, log, stop, progress, until)
+        return _finish(run, folder, progress)
 
 
 def _restore(run: Run, folder: RunDir, done: int, state: dict[str, Any]) -> None:
@@ -161,38 +177,41 @@ def _hurried(progress: Progress, until: float) -> Progress:
     return dataclasses.replace(progress, experts=experts)
 
 
-def _prepare(run: Run, folder: RunDir, progress: Progress) -> None:
-    try:
-        run.objective.prepare(progress)
-    except KeyboardInterrupt:
-        raise Interrupted(f"stopped before step {run.done + 1:,}: what was made for it is kept; {folder.path} is begun "
-                          "with --resume") from None
-
-
-def _iterate(run: Run, folder: RunDir, log, stopped: list[int], progress: Progress, until: float) -> None:
+def _iterate(run: Run, folder: RunDir, log, stop: signals.Stop, progress: Progress, until: float) -> None:
     steps, every = run.recipe.objective.steps, run.recipe.run.preview_every
     saved, saved_at = run.done, time.monotonic()
+    stop.patient = True
     while run.done < steps:
+        late = False
         try:
             numbers = run.advance()
-        except TrainingError as error:
+            log.write(run.done, numbers)
+            progress.step(run.done, steps, numbers)
+            if every and run.done % every == 0:
+                folder.preview(run.synthetic, run.real)
+            late = time.monotonic() > until
+            due = stop.asked or time.monotonic() - saved_at > CHECKPOINT_SECONDS
+            # While iterations fail the checkpoint from before stays the newest: from there the run comes here again.
+            if late or run.done == steps or (due and not run.objective.failures):
+                run.check()
+                log.flush()
+                checkpoint.save(folder.checkpoints, run.done, run.state())
+                saved, saved_at = run.done, time.monotonic()
+        except Diverged as error:
+            if saved >= run.done - max(0, run.objective.failures - 1):  # not one good step was made from there
+                saved = checkpoint.drop_newest(folder.checkpoints)
             raise TrainingError(f"{error}; {folder.last_good(saved)}") from None
-        log.write(run.done, numbers)
-        progress.step(run.done, steps, numbers)
-        if every and run.done % every == 0:
-            folder.preview(run.synthetic, run.real)
-        late = time.monotonic() > until
-        if stopped or late or run.done == steps or time.monotonic() - saved_at > CHECKPOINT_SECONDS:
-            log.flush()
-            checkpoint.save(folder.checkpoints, run.done, run.state())
-            saved, saved_at = run.done, time.monotonic()
-        if stopped and run.done < steps:
-            raise Interrupted(f"stopped at step {run.done:,} of {steps:,}, all of it saved in {folder.path}")
+        if stop.asked and run.done < steps:
+            kept = "all of it saved" if saved == run.done else f"saved as of step {saved:,}, as it diverges since,"
+            raise Interrupted(f"stopped at step {run.done:,} of {steps:,}, {kept} in {folder.path}")
         if late:
             break
 
 
-def _finish(run: Run, folder: RunDir) -> Path:
+def _finish(run: Run, folder: RunDir, progress: Progress) -> Path:
+    if run.objective.skipped:
+        progress.say(f"skipped {run.objective.skipped:,} of {run.done:,} iterations, in which the student diverged; "
+                     f"{folder.path / 'log.jsonl'} has which")
     run.synthetic.finalize()
     folder.preview(run.synthetic, run.real)
     artifact.save(folder.artifact, run.synthetic, run.header(folder.chosen))
@@ -211,23 +230,3 @@ def _optimizer(recipe: Recipe, groups: list[dict[str, Any]]) -> torch.optim.Opti
     if spec.optimizer == "adam":
         return torch.optim.Adam(groups)
     return torch.optim.SGD(groups, lr=0.0, momentum=spec.momentum)
-
-
-@contextlib.contextmanager
-def _stop_signals() -> Iterator[list[int]]:
-    """A list that Ctrl-C and SIGTERM are noted in, so that a step is never torn; a second one stops at once."""
-    noted: list[int] = []
-
-    def note(number: int, frame) -> None:
-        if noted:
-            raise KeyboardInterrupt
-        noted.append(number)
-
-    previous = {}
-    with contextlib.suppress(ValueError):  # not the main thread: signals are somebody else's
-        previous = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield noted
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)

@@ -102,7 +102,11 @@ class RunDir:
         return Log(self.path, done)
 
     def last_good(self, step: int) -> str:
-        return f"the last good checkpoint is of step {step:,}, in {self.checkpoints}"
+        """What to do after a divergence, where `step` is the last checkpoint from before it."""
+        said = f"start anew in another --out; the last good checkpoint is of step {step:,}, in {self.checkpoints}"
+        if step and self.recipe.objective.schedule == "constant":
+            said += f", and --resume --steps {step} makes a file of it"
+        return said
 
     @torch.no_grad()
     def preview(self, synthetic: Parameterization, real: RealData) -> None:

@@ -76,6 +76,15 @@ def test_the_command_that_a_stopped_run_prints_ends_in_the_same_file(objective, 
     assert speedk.load(whole).header["chosen"].startswith(wanted)
 
 
+def test_sigterm_while_experts_train_is_one_line(folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("SPEEDK_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(_progress.Bars, "_experts", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    words = ("--data", folder, "--objective", "tm", "--method", "pixels", "--network", "mlp", "--steps", 1, *TM)
+    assert distill("--out", tmp_path / "run", *words, "--device", "cpu", "expert_count=3") == 130
+    assert "stopped before step 1: finished epochs of experts are kept; go on with: " in capsys.readouterr().out
+    assert list((tmp_path / "cache").rglob("expert-0*.safetensors"))
+
+
 def test_a_run_s_recipe_is_a_recipe(folder, recipe, tmp_path):
     words = ("--data", folder, "--steps", 1, "batch=5", "lr=0.02")
     assert distill("--recipe", recipe, "--ipc", 2, "--out", tmp_path / "first", *words) == 0
@@ -128,6 +137,8 @@ def test_pixels(folder, tmp_path):
     (["images_per_class=9"], "over the budget: .* = 10,816 float32 numbers"),
     (["--data", "/nowhere/at/all"], "/nowhere/at/all"),
     (["k"], "'k' is not key=value"),
+    (["rates.scm=1e45"], r"rates.scm=1e\+45 must be from 0 to 1e\+09"),
+    (["lr=1e45"], r"lr=1e\+45 must be above 0 and at most 1e\+09"),
 ])
 def test_one_line_for_each_mistake(arguments, message, tmp_path, capsys):
     import re

@@ -155,11 +155,33 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_step(real, tmp_
         return step(run)
 
     monkeypatch.setattr(loop.Run, "advance", poisoned)
-    with pytest.raises(TrainingError, match=r"is nan at step 4: .*lower them.*the last good checkpoint is of step 3"):
+    with pytest.raises(TrainingError, match=r"is nan at step 4: .*lower them.*the last good checkpoint is of step 2"):
         loop.distill(small(sparse="end"), real, tmp_path / "run")
     monkeypatch.undo()
     assert loop.distill(small(sparse="end"), real, tmp_path / "run", resume=True).read_bytes() == loop.distill(
         small(sparse="end"), real, tmp_path / "other").read_bytes()
+
+
+@pytest.mark.parametrize("tables, rate", [(TABLES, "scm"), (PIXELS, "pixels")], ids=["speed", "pixels"])
+@pytest.mark.parametrize("steps", [1, 5])
+def test_a_set_that_is_of_no_use_is_never_saved(real, tmp_path, monkeypatch, tables, rate, steps):
+    monkeypatch.setattr(loop, "CHECKPOINT_SECONDS", -1.0)
+    recipe = resolve(tables, "dm", {"steps": steps, "schedule": "constant", f"rates.{rate}": 1e9})
+    with pytest.raises(TrainingError, match=rf"after step 1: .*as in rates.{rate}=\S+, now 1e\+09.*is of step 0"):
+        loop.distill(recipe, real, tmp_path / "run")
+    assert [p.name for p in (tmp_path / "run/checkpoints").iterdir()] == ["step-00000000.safetensors"]
+    assert not (tmp_path / "run/distilled.safetensors").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_while_the_start_is_fitted_is_one_line(real, tmp_path, number):
+    before = signal.getsignal(number)
+    with pytest.raises(Interrupted, match="stopped before step 1"):
+        loop.distill(small(), real, tmp_path / "run",
+                     progress=loop.Progress(fit=lambda *_: os.kill(os.getpid(), number)))
+    assert signal.getsignal(number) is before
+    whole = loop.distill(small(), real, tmp_path / "whole").read_bytes()
+    assert loop.distill(small(), real, tmp_path / "run", resume=True).read_bytes() == whole
 
 
 def test_a_full_disk_is_one_line(real, tmp_path, monkeypatch):

@@ -14,7 +14,7 @@ from toys import make_real
 
 import speedk
 from speedk import networks
-from speedk.distillation import experts, loop
+from speedk.distillation import checkpoint, experts, loop
 from speedk.distillation import plan as plans
 from speedk.distillation.expertfolder import ExpertFolder, Identity
 from speedk.distillation.objectives import tm
@@ -139,7 +139,7 @@ def test_stopped_while_experts_train_it_goes_on(real, tmp_path):
     def interrupt(done, *_):
         raise KeyboardInterrupt
 
-    with pytest.raises(Interrupted, match="what was made for it is kept"):
+    with pytest.raises(Interrupted, match="finished epochs of experts are kept"):
         loop.distill(recipe(), real, tmp_path / "run", progress=loop.Progress(experts=interrupt))
     seen = []
     path = loop.distill(recipe(), real, tmp_path / "run", resume=True,
@@ -213,8 +213,78 @@ def test_images_that_are_not_finite_stop_the_run(real):
     run = make_run(real)
     with torch.no_grad():
         run.synthetic.images[0] = float("inf")
-    with pytest.raises(TrainingError, match="a synthetic image is not finite at step 1: the outer rates are too high"):
+    with pytest.raises(TrainingError, match="value of inf in the synthetic images at step 1: the outer rates are"):
         run.advance()
+
+
+UNSTABLE = {"steps": 40, "rates.pixels": 1e4, "rates.synthetic_lr": 0.0, "synthetic_lr": 0.2,
+            "synthetic_lr_floor": 0.2}
+"""The images grow until every student diverges on them: two good iterations, five failures, one good, ten failures."""
+
+
+def kept(path):
+    """The failures that each checkpoint of a run knows of, by step."""
+    found = {}
+    for file in sorted((path / "checkpoints").iterdir()):
+        step, state = checkpoint._load(file, torch.device("cpu"))
+        found[step] = state["objective"]["failures"]
+        assert state["synthetic"]["images"].abs().max() < 1e4
+    return found
+
+
+def test_images_that_a_student_diverges_on_are_told_from_a_high_rate(real, tmp_path, monkeypatch):
+    monkeypatch.setattr(loop, "CHECKPOINT_SECONDS", -1.0)
+    out = tmp_path / "run"
+    with pytest.raises(TrainingError) as stop:
+        loop.distill(recipe(**UNSTABLE), real, out)
+    line = str(stop.value)
+    assert "on synthetic images that reach" in line and "the outer rates are too high" in line
+    assert "as in rates.pixels=1000, now 10000" in line and "lower synthetic_lr" not in line
+    assert not (out / "distilled.safetensors").exists()
+    (step, failures), = kept(out).items()
+    assert step > 0 and failures == 0
+    # What the line advises can be followed.
+    assert f"checkpoint is of step {step}" in line and f"--resume --steps {step} makes a file" in line
+    loaded = speedk.load(loop.distill(recipe(**UNSTABLE | {"steps": step}), real, out, resume=True))
+    assert bool(loaded.images().isfinite().all())
+
+
+def test_stopped_while_it_diverges_it_keeps_what_was_before(real, tmp_path, monkeypatch):
+    monkeypatch.setattr(loop, "CHECKPOINT_SECONDS", -1.0)
+
+    def interrupt(done, *_):
+        if done == 5:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(Interrupted, match="stopped at step 5 of 40, saved as of step 2, as it diverges since"):
+        loop.distill(recipe(**UNSTABLE), real, tmp_path / "run", progress=loop.Progress(step=interrupt))
+    assert set(kept(tmp_path / "run").values()) == {0}
+    with pytest.raises(TrainingError) as whole:
+        loop.distill(recipe(**UNSTABLE), real, tmp_path / "whole")
+    with pytest.raises(TrainingError) as resumed:
+        loop.distill(recipe(**UNSTABLE), real, tmp_path / "run", resume=True)
+    assert str(resumed.value).replace("run/", "whole/") == str(whole.value)
+
+
+def test_at_the_least_rate_a_lower_one_is_not_advised(real):
+    run = make_run(real, synthetic_lr=1e3, synthetic_lr_floor=1e3)
+    with pytest.raises(TrainingError, match="least that synthetic_lr_floor allows: lower synthetic_lr_floor"):
+        for _ in range(tm.FAILURES):
+            run.advance()
+
+
+def test_a_run_that_skips_every_iteration_leaves_no_file(real, tmp_path):
+    with pytest.raises(TrainingError, match="diverged in all 4 iterations, so nothing was learned: lower synthetic_lr"):
+        loop.distill(recipe(synthetic_lr=1e6), real, tmp_path / "run")
+    assert not (tmp_path / "run/distilled.safetensors").exists()
+
+
+def test_skipped_iterations_are_said_at_the_end(real, tmp_path):
+    said = []
+    loop.distill(recipe(synthetic_lr=100.0, steps=30), real, tmp_path / "run", progress=loop.Progress(say=said.append))
+    log = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
+    skipped = sum("loss" not in line for line in log)
+    assert skipped and [line for line in said if line.startswith(f"skipped {skipped} of 30 iterations")]
 
 
 def test_the_rate_stays_above_its_floor(real):
@@ -230,6 +300,7 @@ def test_the_rate_stays_above_its_floor(real):
 
 
 @pytest.mark.parametrize("field,value", [
+    ("rates.pixels", 1e45), ("rates.synthetic_lr", 1e38), ("rates.pixels", -1.0), ("synthetic_lr", 1e38),
     ("batch", 0), ("inner_steps", 0), ("inner_momentum", 1.0), ("max_start", 0), ("expert_epochs", 0),
     ("synthetic_lr", 0.0), ("expert_rate", -0.1), ("expert_count", 0), ("synthetic_lr_floor", 1.0),
 ])

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 
 from speedk import networks
-from speedk.errors import ConfigError
+from speedk.errors import ConfigError, TrainingError
 
 if TYPE_CHECKING:
     from speedk.data import RealData
@@ -18,6 +18,13 @@ if TYPE_CHECKING:
 
 OPTIMIZERS = ("sgd", "adam")
 SCHEDULES = ("constant", "cosine")
+
+MAX_RATE = 1e9
+"""Of any learning rate. The largest published is 1e5; with much more than this float32 overflows in a few steps."""
+
+ABSURD = 1e4
+"""A set with a learned number or an image's value beyond this, or not finite, is of no use: normalised images are of
+deviation 1, and no method stores numbers of another order."""
 
 
 @dataclass(frozen=True)
@@ -50,8 +57,14 @@ class ObjectiveSpec:
         if not 0 <= self.momentum < 1:
             raise ConfigError(f"momentum={self.momentum} must be at least 0 and below 1")
         for name, rate in self.rates.items():
-            if rate < 0:
-                raise ConfigError(f"rates.{name}={rate} must not be negative")
+            if not 0 <= rate <= MAX_RATE:
+                raise ConfigError(f"rates.{name}={rate:g} must be from 0 to {MAX_RATE:g}")
+
+    def check_rates(self, *names: str) -> None:
+        """Raise ConfigError unless the fields `names` can be learning rates."""
+        for name in names:
+            if not 0 < getattr(self, name) <= MAX_RATE:
+                raise ConfigError(f"{name}={getattr(self, name):g} must be above 0 and at most {MAX_RATE:g}")
 
     def share(self, step: int) -> float:
         """What part of its rates the outer loop goes by in step 0, 1, ..., steps - 1."""
@@ -67,6 +80,22 @@ class Skip(Exception):
         self.numbers = numbers
 
 
+class Diverged(TrainingError):
+    """A run whose next steps would come to nothing: of the set or of the student nothing usable is left."""
+
+
+def too_high(what: str, synthetic: Parameterization, spec: ObjectiveSpec) -> Diverged:
+    """`what` happened to the set because of the outer rates: the error, which names the rate that is furthest above its
+    default and a value to try."""
+    rates = {group["name"]: (spec.rates.get(group["name"], group["lr"]), group["lr"])
+             for group in synthetic.param_groups()}
+    name = max(rates, key=lambda name: rates[name][0] / rates[name][1])
+    rate, default = rates[name]
+    lower = rate / 10 if rate <= 1e6 * default else default
+    return Diverged(f"{what}: the outer rates are too high for this set (lower them, as in rates.{name}={lower:g}, now "
+                    f"{rate:g})")
+
+
 class Objective:
     """One matching objective.
 
@@ -78,6 +107,12 @@ class Objective:
 
     Spec: ClassVar[type]
     name: ClassVar[str]
+
+    failures: int = 0
+    """Iterations skipped since the last one that was not."""
+
+    skipped: int = 0
+    """Iterations skipped in all."""
 
     def __init__(self, spec: Any, real: RealData, seed: int, device: torch.device) -> None:
         self.spec, self.real, self.seed, self.device = spec, real, seed, device
@@ -96,7 +131,7 @@ class Objective:
         """One outer iteration: add the gradients of the matching loss to the parameters of `synthetic` (through
         `synthetic.accumulate`) and to `learned()`, without touching the optimiser.
 
-        Returns the numbers to log, "loss" among them. Raises Skip, TrainingError.
+        Returns the numbers to log, "loss" among them. Raises Skip (with `failures` and `skipped` counted up), Diverged.
         """
         raise NotImplementedError
 

@@ -60,9 +60,7 @@ class Spec(ObjectiveSpec):
         for name in ("outer", "inner"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name}={getattr(self, name)} must not be negative")
-        for name in ("inner_rate", "lr"):
-            if not getattr(self, name) > 0:
-                raise ConfigError(f"{name}={getattr(self, name)} must be above 0")
+        self.check_rates("inner_rate", "lr")
 
     def loops(self, ipc: int) -> tuple[int, int]:
         """(outer, inner): as given, or those of the largest images per class in LOOPS that `ipc` reaches."""

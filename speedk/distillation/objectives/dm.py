@@ -35,8 +35,7 @@ class Spec(ObjectiveSpec):
         super().check()
         if self.batch < 1:
             raise ConfigError(f"batch={self.batch} must be at least 1")
-        if not self.lr > 0:
-            raise ConfigError(f"lr={self.lr} must be above 0")
+        self.check_rates("lr")
 
 
 class DistributionMatching(Objective):

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from speedk import networks
 from speedk.distillation import experts, seeds
 from speedk.distillation.expertfolder import ExpertFolder, Identity
-from speedk.distillation.objectives.base import Objective, ObjectiveSpec, Skip
+from speedk.distillation.objectives.base import ABSURD, Diverged, Objective, ObjectiveSpec, Skip, too_high
 from speedk.distillation.parameterizations.base import Parameterization
 from speedk.distillation.unroll import dsa_steps, unroll
-from speedk.errors import ConfigError, TrainingError
+from speedk.errors import ConfigError
 from speedk.workers import Pool
 
 if TYPE_CHECKING:
@@ -28,6 +28,10 @@ DIVERGED = 10.0
 
 FAILURES = 10
 """Iterations without a usable gradient, one after another, at which the run stops."""
+
+GROWN, USUAL = 10.0, 256
+"""Synthetic images so many times larger than real ones (of which so many are looked at) are what a student diverges
+on, whatever its rate."""
 
 DECODE_BYTES = 16 << 20
 """Bytes of decoded images whose way back to the learned tensors is walked at a time."""
@@ -72,9 +76,7 @@ class Spec(ObjectiveSpec):
                 raise ConfigError(f"{name}={getattr(self, name)} must be at least 1")
         if not 0 <= self.inner_momentum < 1:
             raise ConfigError(f"inner_momentum={self.inner_momentum} must be at least 0 and below 1")
-        for name in ("synthetic_lr", "synthetic_lr_floor", "expert_rate"):
-            if not getattr(self, name) > 0:
-                raise ConfigError(f"{name}={getattr(self, name)} must be above 0")
+        self.check_rates("synthetic_lr", "synthetic_lr_floor", "expert_rate")
         if self.synthetic_lr < self.synthetic_lr_floor:
             raise ConfigError(f"synthetic_lr={self.synthetic_lr} is below synthetic_lr_floor={self.synthetic_lr_floor}")
 
@@ -96,7 +98,7 @@ class TrajectoryMatching(Objective):
         self._student = networks.set_precision(networks.fresh(spec.network, real.geometry, 0, device), spec.network,
                                                spec.precision)
         self._rate = nn.Parameter(torch.tensor(spec.synthetic_lr, device=device))
-        self._failures = self._skipped = self._count = 0  # failures: since the last good step; skipped: in all
+        self._count = 0
         self._key = ""
         self._experts: ExpertFolder | None = None
         self._pretended: tuple[Tensor, Tensor] | None = None
@@ -136,14 +138,22 @@ class TrajectoryMatching(Objective):
         index, places = torch.unique(torch.cat(schedule), return_inverse=True)
         schedule = places.split([len(part) for part in schedule])
         images, labels = self._decode(synthetic, index.to(self.device))
-        if not bool(images.isfinite().all()):
-            raise TrainingError(f"a synthetic image is not finite at step {step + 1}: the outer rates are too high for "
-                                "this set (lower them, as in rates.scm=0.001)")
+        largest = float(images.detach().abs().amax())
+        if not largest <= ABSURD:  # or nan
+            raise too_high(f"there is a value of {largest:.3g} in the synthetic images at step {step + 1:,}",
+                           synthetic, spec)
+        if not bool(self._rate.isfinite()):
+            raise Diverged(f"the synthetic rate is {float(self._rate.detach()):.3g} at step {step + 1}: lower "
+                           "rates.synthetic_lr")
         loss, d_images, d_labels, d_rate = self._match(start, target, images, labels, schedule, step)
         if not loss < DIVERGED or not all(bool(d.isfinite().all()) for d in (d_images, d_labels, d_rate)
                                           if d is not None):
-            self._skip(loss, step)
-        self._failures = 0
+            self.failures += 1
+            self.skipped += 1
+            if self.failures >= FAILURES:
+                raise self._lost(loss, largest, step, synthetic)
+            raise Skip(self._rein_in())
+        self.failures = 0
         with self._pool as pool:
             rows = max(1, DECODE_BYTES // (images.element_size() * images[0].numel()))
             for part in torch.arange(len(index)).split(rows):
@@ -151,7 +161,7 @@ class TrajectoryMatching(Objective):
                                      None if d_labels is None else d_labels[part], pool=pool)
         self._rate.grad = d_rate if self._rate.grad is None else self._rate.grad + d_rate
         numbers = {"loss": loss, "synthetic_lr": float(self._rate.detach())}
-        return numbers | ({"skipped": float(self._skipped)} if self._skipped else {})
+        return numbers | ({"skipped": float(self.skipped)} if self.skipped else {})
 
     def learned(self) -> list[dict[str, Any]]:
         return [{"name": "synthetic_lr", "params": [self._rate], "lr": 1e-5}]
@@ -161,13 +171,13 @@ class TrajectoryMatching(Objective):
         self._rate.clamp_(min=self.spec.synthetic_lr_floor)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"synthetic_lr": self._rate.detach(), "failures": self._failures, "skipped": self._skipped,
+        return {"synthetic_lr": self._rate.detach(), "failures": self.failures, "skipped": self.skipped,
                 "experts": self._key, "count": self._count}
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._rate.copy_(state["synthetic_lr"])
-        self._failures, self._skipped = state["failures"], state["skipped"]
+        self.failures, self.skipped = state["failures"], state["skipped"]
         self._key, self._count = state["experts"], state["count"]
 
     def artifact_fields(self) -> dict[str, float | str]:
@@ -218,18 +228,26 @@ class TrajectoryMatching(Objective):
             d_images, d_rate, *d_labels = torch.autograd.grad(loss, leaves)
         return float(loss.detach()), d_images, d_labels[0] if d_labels else None, d_rate
 
-    def _skip(self, loss: float, step: int) -> None:
-        """Count an iteration that has no usable gradient and lower the rate, which is what makes a student diverge."""
-        self._failures += 1
-        self._skipped += 1
-        rate = float(self._rate.detach())
-        if self._failures >= FAILURES:
-            raise TrainingError(f"the student diverged in {FAILURES} iterations one after another, to step {step + 1}, "
-                                f"at last with a loss of {loss:.3g} at a rate of {rate:.3g}: lower synthetic_lr and "
-                                "rates.synthetic_lr, or inner_steps")
-        with torch.no_grad():
-            self._rate.mul_(0.5).clamp_(min=self.spec.synthetic_lr_floor)
-        raise Skip({"skipped": float(self._skipped), "synthetic_lr": float(self._rate.detach())})
+    @torch.no_grad()
+    def _rein_in(self) -> dict[str, float]:
+        """Lower the rate, which is what makes a student diverge as a rule; the numbers to log."""
+        self._rate.mul_(0.5).clamp_(min=self.spec.synthetic_lr_floor)
+        return {"skipped": float(self.skipped), "synthetic_lr": float(self._rate.detach())}
+
+    def _lost(self, loss: float, largest: float, step: int, synthetic: Parameterization) -> Diverged:
+        """Why the student diverged again and again, on images whose values reach `largest`."""
+        spec, rate = self.spec, float(self._rate.detach())
+        what = (f"the student diverged in {FAILURES} iterations one after another, to step {step + 1}, at last with a "
+                f"loss of {loss:.3g} at a rate of {rate:.3g}")
+        some = torch.arange(min(USUAL, len(self.real.train)), device=self.device)
+        usual = float(self.real.normalised("train", some).abs().amax())
+        if largest > GROWN * usual:
+            return too_high(f"{what}, on synthetic images that reach {largest:.3g} where real ones reach {usual:.3g}",
+                            synthetic, spec)
+        if rate <= spec.synthetic_lr_floor * (1 + 1e-6):
+            return Diverged(f"{what}, the least that synthetic_lr_floor allows: lower synthetic_lr_floor, or "
+                            "inner_steps")
+        return Diverged(f"{what}: lower synthetic_lr and rates.synthetic_lr, or inner_steps")
 
 
 def expert_identity(spec: Spec, real: RealData, precision: str = "float32") -> Identity:
