@@ -1,7 +1,7 @@
 """Packages, data files, and the C++/CUDA extension `speedk._native`, which is built by CMake and may fail to build.
 
 SPEEDK_CUDA=AUTO (default) compiles the CUDA files where nvcc is found, whether or not a GPU is visible, and falls back
-to the CPU files alone where nvcc fails; ON insists; OFF leaves them out.
+to the CPU files alone where nvcc fails; ON insists: without them the build fails; OFF leaves them out.
 """
 
 from __future__ import annotations
@@ -14,19 +14,26 @@ from pathlib import Path
 
 from setuptools import Extension, find_namespace_packages, setup
 from setuptools.command.build_ext import build_ext
-from setuptools.errors import CompileError
+from setuptools.errors import CompileError, OptionError
 
 ROOT = Path(__file__).resolve().parent
 
 
 class BuildNative(build_ext):
-    """Builds with CMake and ninja. The extension is optional: a failure is printed and the package goes on without."""
+    """Builds with CMake and ninja. The extension is optional but for SPEEDK_CUDA=ON: a failure is printed and the
+    package goes on without."""
+
+    def finalize_options(self) -> None:
+        super().finalize_options()
+        given = os.environ.get("SPEEDK_CUDA") or "AUTO"
+        if given.upper() not in ("AUTO", "ON", "OFF"):
+            raise OptionError(f"SPEEDK_CUDA={given} is not AUTO, ON or OFF")
+        self.choice = given.upper()
+        for extension in self.extensions or ():
+            extension.optional = self.choice != "ON"
 
     def build_extension(self, ext: Extension) -> None:
-        choice = os.environ.get("SPEEDK_CUDA", "AUTO").upper()
-        if choice not in ("AUTO", "ON", "OFF"):
-            raise CompileError(f"SPEEDK_CUDA={choice} is not AUTO, ON or OFF")
-        nvcc = _nvcc()
+        choice, nvcc = self.choice, _nvcc()
         if choice == "ON" and nvcc is None:
             raise CompileError("SPEEDK_CUDA=ON, but nvcc is neither on PATH nor under CUDA_HOME")
         try:

@@ -31,7 +31,7 @@ def _coo_decode_fwd_kernel(
     program = tl.program_id(0).to(tl.int64)
     matrix = program // tiles
     low = program % tiles * BO
-    size = J.to(tl.int64) * K
+    size = tl.cast(J, tl.int64) * K  # J = 1 is a constant, without methods of its own
     dense_ptr += matrix * size + low
     values_ptr += matrix * k
     rows_ptr += matrix * k

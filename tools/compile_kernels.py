@@ -2,7 +2,7 @@
 
 The launchers run on tensors without memory ("meta") at the recipes' shapes, with the launch itself replaced: what is
 compiled is what they choose and specialise, not a list that could fall behind. `python tools/compile_kernels.py
-[--json] [--arch 80 90] [--only NAME]`; must run with TRITON_INTERPRET unset.
+[--json] [--arch 80 90] [--only NAME] [--case NAME]`; must run with TRITON_INTERPRET unset.
 """
 
 from __future__ import annotations
@@ -56,11 +56,14 @@ def capture(launches: dict, label: str, function: JITFunction, args: tuple, kwar
     launches.setdefault(key, (label, function, signature, constants, attrs, options))
 
 
-def collect(only: str | None) -> list[tuple]:
+def collect(only: str, case: str) -> list[tuple]:
     launches: dict = {}
     for label, call in cases():
+        if case not in label:
+            continue
+
         def run(self, *args, grid, warmup, label=label, **kwargs):
-            if only is None or only in self.fn.__name__:
+            if only in self.fn.__name__:
                 capture(launches, label, self, args, kwargs)
 
         JITFunction.run = run
@@ -101,11 +104,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--arch", type=int, nargs="+", default=[80, 90])
-    parser.add_argument("--only", help="part of a kernel's name")
+    parser.add_argument("--only", default="", help="part of a kernel's name")
+    parser.add_argument("--case", default="", help="part of a case's name")
     options = parser.parse_args()
     if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
         sys.exit("TRITON_INTERPRET is set: there is nothing to compile under the interpreter")
-    LAUNCHES[:] = collect(options.only)
+    LAUNCHES[:] = collect(options.only, options.case)
     tasks = [(arch, number) for number in range(len(LAUNCHES)) for arch in options.arch]
     with multiprocessing.get_context("fork").Pool(os.cpu_count()) as pool:
         rows = pool.map(compile_one, tasks, chunksize=1)

@@ -17,6 +17,8 @@ RECIPES = [  # N, H, J, K, k, D, C, patch: the widths and codes at which the lau
     (32, 6, 256, 256, 384, 384, 3, 8),  # ImageNet subsets, 10
 ]
 ODD = (9, 1, 49, 37, 20, 200, 1, 5)  # nobody's: one wide head, nothing a multiple of 16
+ONES = (1, 1, 1, 1, 1, 1, 1, 1)  # Triton makes a constant of an argument that is 1, a Python number to the kernel
+LONG = (2, 3, 1, 400, 24, 48, 3, 4)  # indices of 16 bits, one patch
 PRECISIONS = [(torch.float32, "highest"), (torch.float32, "high"), (torch.bfloat16, "highest")]
 
 
@@ -39,6 +41,9 @@ def cases() -> Iterator[tuple[str, Callable[[], object]]]:
                 yield from _of(recipe, dtype, f"{name} {'/'.join(map(str, recipe))}", products=precision == "high")
     with matmul_precision("high"):
         yield from _of(ODD, torch.float32, f"odd tf32 {'/'.join(map(str, ODD))}", products=False)
+        for sizes in (ONES, LONG):
+            yield from _of(sizes, torch.float32, f"edge tf32 {'/'.join(map(str, sizes))}", products=False)
+    yield from _of(RECIPES[0], torch.float16, f"float16 {'/'.join(map(str, RECIPES[0]))}", products=False)
 
 
 def _of(recipe: tuple[int, ...], dtype: torch.dtype, label: str, products: bool) -> Iterator:
@@ -50,7 +55,7 @@ def _of(recipe: tuple[int, ...], dtype: torch.dtype, label: str, products: bool)
         return torch.empty(shape, dtype=dtype, device="meta")
 
     scm, saet, state, vector = new(N, H, J, K), new(K, D), new(N, J, D), new(D)
-    values, index = new(N, H, k), new(N, H, k, dtype=torch.uint8)
+    values, index = new(N, H, k), new(N, H, k, dtype=torch.uint8 if max(J, K) <= 256 else torch.uint16)
     yield label, lambda: mhsc.mhsc_fwd(scm, saet)
     yield label, lambda: mhsc.mhsc_bwd(state, scm, saet)
     weight, final = new(D, D), new(L, D)

@@ -49,8 +49,7 @@ def features_by_einsum(values, rows, cols, saet, J):
     return torch.einsum("nhjk,khd->njhd", dense, pools).reshape(values.shape[0], J, saet.shape[1])
 
 
-@on_backends("coo_encode")
-@pytest.mark.parametrize("device", DEVICES)
+@on_backends("coo_encode", DEVICES)
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_encode(shape, dtype, device, backend):
@@ -64,8 +63,7 @@ def test_encode(shape, dtype, device, backend):
     assert torch.equal(dense_by_loops(values, rows, cols, j, tokens), sparsify(scm, k).double())
 
 
-@on_backends("coo_decode")
-@pytest.mark.parametrize("device", DEVICES)
+@on_backends("coo_decode", DEVICES)
 @pytest.mark.parametrize("order", ["sorted", "mixed", "repeated"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
@@ -78,8 +76,7 @@ def test_decode(shape, dtype, order, device, backend):
     assert_matches("decode", got, coo.coo_decode_reference(*stored, j, tokens), exact)
 
 
-@on_backends("mhsc_coo")
-@pytest.mark.parametrize("device", DEVICES)
+@on_backends("mhsc_coo", DEVICES)
 @pytest.mark.parametrize("order", ["sorted", "mixed", "repeated"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
@@ -95,7 +92,7 @@ def test_mhsc_coo(shape, dtype, order, device, backend):
 
     with use_backend(backend), poisoned_memory():
         got = run(mhsc_coo, dtype, device)
-    library, exact = run(coo.mhsc_coo_reference, dtype), run(coo.mhsc_coo_reference, torch.float64)
+    library, exact = run(coo.mhsc_coo_reference, dtype, device), run(coo.mhsc_coo_reference, torch.float64)
     if order != "repeated":
         exact[0] = features_by_einsum(values, rows, cols, saet, j)
     for name, *triple in zip(("features", "d_values", "d_saet"), got, library, exact):
@@ -132,8 +129,7 @@ def test_strides(layout, backend):
                               features_by_einsum(values, rows, cols, saet, 9), atol=1e-5)  # fmt: skip
 
 
-@on_backends("coo_decode")
-@pytest.mark.parametrize("device", DEVICES)
+@on_backends("coo_decode", DEVICES)
 @pytest.mark.parametrize(("size", "dtype"), [(255, torch.uint8), (256, torch.uint8), (257, torch.uint16),
                                              (65536, torch.uint16)])  # fmt: skip
 def test_index_limits(size, dtype, device, backend):

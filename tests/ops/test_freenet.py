@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from support import DEVICES, assert_matches, compiles, poisoned_memory
+from support import DEVICES, assert_matches, compiles, on_backends, poisoned_memory
 
 from speedk.ops import (
     BlockWeights,
@@ -21,8 +21,6 @@ from speedk.ops import (
     use_backend,
 )
 from speedk.ops.freenet import _freenet, _freenet_bwd
-
-BACKENDS = [pytest.param("native", marks=pytest.mark.skipif(dispatch.native() is None, reason="not built")), "torch"]
 
 SHAPES = [  # N, H, J, K, D, R, patch, channels
     (3, 2, 64, 16, 32, 1, 4, 3),  # CIFAR-10, 1 image per class
@@ -97,8 +95,7 @@ def run(function, scm, saet, weights, d_images, dtype=None, device="cpu"):
     return [t.cpu() for t in (images.detach(), *grads)]
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("device", DEVICES)
+@on_backends("freenet", DEVICES)
 @pytest.mark.parametrize("norm", ["branch", "sum"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_values_and_gradients(shape, norm, device, backend):
@@ -109,14 +106,14 @@ def test_values_and_gradients(shape, norm, device, backend):
         got = run(freenet, *inputs, d_images, device=device)
         plain = freenet(*(t.to(device) for t in inputs[:2]), leaves_of(*inputs, device=device)[2]).detach().cpu()
     with use_backend("torch"):
-        library = run(freenet, *inputs, d_images)
+        library = run(freenet, *inputs, d_images, device=device)
     exact = run(by_the_paper, *inputs, d_images, torch.float64)
     assert torch.equal(plain, got[0]), "the way without gradients gives the same bits"
     for i, triple in enumerate(zip(got, library, exact)):
         assert_matches(f"{shape} tensor {i}", *triple)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@on_backends("freenet")
 def test_without_gradients_nothing_is_kept(backend):
     scm, saet, weights = make(SHAPES[1])
     with use_backend(backend), torch.no_grad():
@@ -125,7 +122,7 @@ def test_without_gradients_nothing_is_kept(backend):
         assert torch.equal(plain, freenet(scm.requires_grad_(), saet, weights).detach())
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@on_backends("freenet")
 def test_from_stored_entries(backend):
     scm, saet, weights = make(SHAPES[1])
     values, rows, cols = coo_encode(scm, 9)
@@ -138,7 +135,7 @@ def test_from_stored_entries(backend):
     assert_matches("images", got, library, exact)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@on_backends("freenet")
 def test_the_same_bits_on_any_number_of_threads(backend):
     inputs = make((40, 2, 16, 8, 32, 2, 2, 3))
     found, before = set(), torch.get_num_threads()
@@ -207,7 +204,7 @@ def test_opcheck(layout):
     torch.library.opcheck(_freenet, (features, flat, 3, 2, False, True))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@on_backends("freenet")
 def test_compile(backend):
     scm, saet, weights = make((3, 2, 4, 3, 6, 2, 2, 3))
     with use_backend(backend):

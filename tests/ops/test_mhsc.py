@@ -34,8 +34,7 @@ def run(function, scm, saet, d_out, dtype, device="cpu"):
     return [t.cpu() for t in (out.detach(), *torch.autograd.grad(out, leaves, d_out.to(device, dtype)))]
 
 
-@on_backends("mhsc")
-@pytest.mark.parametrize("device", DEVICES)
+@on_backends("mhsc", DEVICES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_values_and_gradients(shape, dtype, device, backend):
@@ -43,7 +42,7 @@ def test_values_and_gradients(shape, dtype, device, backend):
     inputs = torch.randn(n, h, j, k, dtype=dtype), torch.randn(k, d, dtype=dtype), torch.randn(n, j, d, dtype=dtype)
     with use_backend(backend), poisoned_memory():
         got = run(mhsc, *inputs, dtype, device)
-    library, exact = run(mhsc_reference, *inputs, dtype), run(by_heads, *inputs, torch.float64)
+    library, exact = run(mhsc_reference, *inputs, dtype, device), run(by_heads, *inputs, torch.float64)
     for name, *triple in zip(("features", "d_scm", "d_saet"), got, library, exact):
         assert_matches(name, *triple)
 

@@ -34,8 +34,7 @@ def tokens_by_loops(images: torch.Tensor, patch: int) -> torch.Tensor:
     return tokens
 
 
-@on_backends("patchify")
-@pytest.mark.parametrize("device", DEVICES)
+@on_backends("patchify", DEVICES)
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("shape", IMAGES, ids=str)
 def test_the_definition(shape, dtype, device, backend):
@@ -57,8 +56,7 @@ def test_strides(layout, backend):
         assert torch.equal(tokens_by_loops(unpatchify(tokens, 3, 4), 4), tokens)
 
 
-@on_backends("tokens_to_images")
-@pytest.mark.parametrize("device", DEVICES)
+@on_backends("tokens_to_images", DEVICES)
 @pytest.mark.parametrize("shape", [(3, 64, 32, 3, 4), (40, 256, 24, 3, 8), (2, 9, 5, 1, 3), (1, 1, 1, 1, 1),
                                    (0, 4, 8, 3, 2)], ids=str)  # fmt: skip
 def test_tokens_to_images(shape, device, backend):
@@ -75,7 +73,8 @@ def test_tokens_to_images(shape, device, backend):
 
     with use_backend(backend), poisoned_memory():
         got = run(tokens_to_images, dtype, device)
-    library, exact = (run(patches.tokens_to_images_reference, t) for t in (dtype, torch.float64))
+    library = run(patches.tokens_to_images_reference, dtype, device)
+    exact = run(patches.tokens_to_images_reference, torch.float64)
     tokens = torch.einsum("njd,ld->njl", *(t.double() for t in inputs[:2])) + inputs[2].double()
     assert torch.allclose(tokens_by_loops(exact[0], patch), tokens)
     for name, *triple in zip(("images", "d_state", "d_weight", "d_bias"), got, library, exact):

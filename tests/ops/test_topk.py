@@ -37,8 +37,7 @@ def by_loops(scm: torch.Tensor, k: int) -> torch.Tensor:
     return mask
 
 
-@on_backends("topk_mask")
-@pytest.mark.parametrize("device", DEVICES)
+@on_backends("topk_mask", DEVICES)
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_the_definition(shape, dtype, device, backend):
@@ -86,9 +85,8 @@ def test_unaligned_and_large(backend):
         assert torch.equal(sparsify(odd, 9), torch.where(by_loops(odd, 9), odd, 0))
 
 
-@on_backends("topk_mask")
+@on_backends("topk_mask", DEVICES)
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
-@pytest.mark.parametrize("device", DEVICES)
 def test_nan(dtype, device, backend):
     scm = torch.randn(2, 2, 7, 11, device=device).to(dtype)
     scm[1, 0, 3, 4] = torch.nan

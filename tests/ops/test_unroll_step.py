@@ -26,11 +26,10 @@ def by_loops(theta, m, gradient, lr, momentum):
     return torch.tensor(moved, dtype=torch.float64), torch.tensor(after, dtype=torch.float64)
 
 
-@on_backends("unroll_step")
+@on_backends("unroll_step", DEVICES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
-@pytest.mark.parametrize("device", DEVICES)
 def test_values(size, dtype, momentum, backend, device):
     args = inputs(size, dtype, device)
     with use_backend(backend), poisoned_memory():
