@@ -1,5 +1,5 @@
 // The one file that knows Python. Its callers have checked shapes, dtypes and devices and allocated the results; here are
-// addresses (0 for "not wanted") and sizes. The GIL is released while a kernel runs.
+// addresses (0 for "not wanted") and sizes, which have to go together. The GIL is released while a kernel runs.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -13,6 +13,7 @@
 #include "topk.h"
 #include "unroll_step.h"
 
+#include <stdexcept>
 #include <vector>
 
 namespace py = pybind11;
@@ -22,14 +23,25 @@ namespace {
 
 template <class T = void> T* at(uintptr_t address) { return reinterpret_cast<T*>(address); }
 
+// What the kernels would follow out of bounds; a ValueError in Python.
+void require(bool holds, const char* otherwise) {
+  if (!holds) throw std::invalid_argument(otherwise);
+}
+
 Topk topk(int dtype, uintptr_t scm, int64_t rows, int64_t J, int64_t K, int64_t k, uintptr_t dense, uintptr_t mask,
           uintptr_t values, uintptr_t row_index, uintptr_t col_index, int index_bytes, int threads) {
+  require(rows >= 0 && J >= 0 && K >= 0 && J * K < (int64_t{1} << 31), "a matrix has 0 to 2^31 - 1 entries");
+  require(k >= 0 && k <= J * K, "k is outside 0 to J K");
+  const int64_t below = index_bytes == 1 ? 256 : index_bytes == 2 ? 65536 : 0;
+  require(!row_index || (J <= below && K <= below), "an index does not fit its type");
   return {static_cast<Dtype>(dtype), at(scm), rows, J, K, k, at(dense), at<bool>(mask), at(values),
           at(row_index), at(col_index), index_bytes, threads};
 }
 
 Entries entries(int dtype, uintptr_t values, uintptr_t rows, uintptr_t cols, int index_bytes, int64_t matrices,
                 int64_t k, int64_t J, int64_t K) {
+  require(index_bytes == 1 || index_bytes == 2, "indices are of 8 or 16 bits");
+  require(matrices >= 0 && k >= 0 && J >= 0 && K >= 0, "entries have a negative size");
   return {static_cast<Dtype>(dtype), at(values), at(rows), at(cols), index_bytes, matrices, k, J, K};
 }
 
@@ -40,6 +52,10 @@ struct Net {
 
   Net(int64_t N, int64_t J, int64_t D, int64_t R, int64_t C, int64_t patch, int64_t columns, bool sum,
       uintptr_t features, const std::vector<uintptr_t>& addresses, int threads) {
+    require(N >= 0 && D >= 0 && C >= 0 && patch > 0, "a decoder has a negative size");
+    require(J == columns * columns, "the patches of a decoder do not make a square");
+    require(R >= 0 && R <= kMaxBlocks, "a decoder has 0 to 64 blocks");
+    require(static_cast<int64_t>(addresses.size()) == R * kBlockTensors + 2, "a decoder has ten weights a block and two");
     for (const uintptr_t address : addresses) weights.push_back(at<const float>(address));
     decoder = {N, J, D, patch * patch * C, R, C, patch, columns, sum, at<const float>(features), weights.data(), threads};
   }
@@ -74,16 +90,19 @@ PYBIND11_MODULE(_native, m) {
     return SPEEDK_CALL(coo_decode_backward, e, at(d_dense), at(d_values), threads);
   }, released);
   m.def("mhsc_coo", [](const Entries& e, uintptr_t saet, int64_t H, int64_t D, uintptr_t out, int threads) {
+    require(H > 0 && D % H == 0 && e.matrices % H == 0, "D or the matrices are not a multiple of H heads");
     return SPEEDK_CALL(mhsc_coo, e, at(saet), H, D, at(out), threads);
   }, released);
   m.attr("parts") = kParts;
   m.def("mhsc_coo_backward", [](const Entries& e, uintptr_t saet, uintptr_t d_out, int64_t H, int64_t D,
                                 uintptr_t d_values, uintptr_t d_saet, uintptr_t partial, int threads) {
+    require(H > 0 && D % H == 0 && e.matrices % H == 0, "D or the matrices are not a multiple of H heads");
     return SPEEDK_CALL(mhsc_coo_backward, e, at(saet), at(d_out), H, D, at(d_values), at(d_saet), at(partial), threads);
   }, released);
 
   py::class_<Mhsc>(m, "Mhsc").def(py::init([](int dtype, int64_t N, int64_t H, int64_t J, int64_t K, int64_t D,
                                              uintptr_t scm, uintptr_t saet, int threads) {
+    require(H > 0 && D % H == 0, "D is not a multiple of H heads");
     return Mhsc{static_cast<Dtype>(dtype), N, H, J, K, D, at(scm), at(saet), threads};
   }));
   m.attr("mhsc_parts") = kMhscParts;
@@ -108,6 +127,7 @@ PYBIND11_MODULE(_native, m) {
 
   py::class_<Patches>(m, "Patches").def(py::init([](int element_bytes, int64_t N, int64_t C, int64_t rows,
                                                    int64_t columns, int64_t patch) {
+    require(N >= 0 && C >= 0 && rows >= 0 && columns >= 0 && patch > 0, "patches have a negative size");
     return Patches{element_bytes, N, C, rows, columns, patch};
   }));
   m.def("patchify", [](const Patches& shape, uintptr_t images, uintptr_t tokens, int threads) {
@@ -120,6 +140,7 @@ PYBIND11_MODULE(_native, m) {
   py::class_<NormActPool>(m, "NormActPool")
       .def(py::init([](int dtype, bool channels_last, uintptr_t x, uintptr_t weight, uintptr_t bias, int64_t B,
                        int64_t C, int64_t H, int64_t W, double eps) {
+        require(H > 1 && W > 1, "an image to be pooled is 2x2 at least");
         return NormActPool{static_cast<Dtype>(dtype), channels_last, at(x), at(weight), at(bias), B, C, H, W, eps};
       }));
   m.def("norm_act_pool", [](const NormActPool& job, uintptr_t out, uintptr_t mean, uintptr_t rstd, int threads) {

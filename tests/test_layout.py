@@ -119,7 +119,8 @@ def _imported_at_the_top(path: Path, name: str) -> bool:
 
 
 def ops() -> list[str]:
-    shared = {"__init__", "dispatch", "native", "freenet_block"}  # the last is a part of freenet, in its own file
+    # The last is a part of freenet, in its own file.
+    shared = {"__init__", "arguments", "dispatch", "native", "freenet_block"}
     return sorted(p.stem for p in (PACKAGE / "ops").glob("*.py") if p.stem not in shared)
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import layer_norm
 
-from speedk.ops import dispatch
+from speedk.ops import arguments, dispatch
 
 
 def add_layer_norm(x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float = 1e-6) -> Tensor:
@@ -15,15 +15,11 @@ def add_layer_norm(x: Tensor, residual: Tensor | None, weight: Tensor, bias: Ten
     Differentiable once in x, residual, weight and bias (any number of times on the torch backend).
 
     x: [..., D] floating, any strides; residual: the same shape and dtype, or None for a plain LayerNorm;
-    weight, bias: [D]; eps: added to the variance (1e-6 in SPEED). Returns [..., D] of x's dtype.
-    Raises ValueError where the shapes do not fit.
+    weight, bias: [D] of the same dtype; eps: added to the variance (1e-6 in SPEED). Returns [..., D] of x's dtype.
+    Raises ValueError where the shapes, dtypes or devices do not fit.
     Backends: Triton, torch.
     """
-    if residual is not None and residual.shape != x.shape:
-        raise ValueError(f"x is {tuple(x.shape)} but residual is {tuple(residual.shape)}")
-    if x.ndim == 0 or weight.shape != x.shape[-1:] or bias.shape != x.shape[-1:]:
-        raise ValueError(f"x is {tuple(x.shape)}, so weight and bias must be {list(x.shape[-1:])}, "
-                         f"got {tuple(weight.shape)} and {tuple(bias.shape)}")
+    _fits(x, residual, weight, bias)
     backend = _op.choose(x, residual, weight, bias)
     if backend == "torch":
         return add_layer_norm_reference(x, residual, weight, bias, eps)
@@ -34,10 +30,17 @@ def add_layer_norm_reference(x: Tensor, residual: Tensor | None, weight: Tensor,
     return layer_norm(x if residual is None else x + residual, x.shape[-1:], weight, bias, eps)
 
 
+def _fits(x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor) -> None:
+    if residual is not None and residual.shape != x.shape:
+        raise ValueError(f"x is {tuple(x.shape)} but residual is {tuple(residual.shape)}")
+    if x.ndim == 0 or weight.shape != x.shape[-1:] or bias.shape != x.shape[-1:]:
+        raise ValueError(f"x is {tuple(x.shape)}, so weight and bias must be {list(x.shape[-1:])}, "
+                         f"got {tuple(weight.shape)} and {tuple(bias.shape)}")
+    arguments.alike(x=x, residual=residual, weight=weight, bias=bias)
+
+
 def why_not_triton(x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor) -> str | None:
     tensors = [t for t in (x, residual, weight, bias) if t is not None]
-    if any(t.dtype != x.dtype for t in tensors):
-        return "tensors of several dtypes are added in PyTorch"
     if x.shape[-1] > 16384:
         return f"rows of {x.shape[-1]} values are wider than the 16384 that one program holds"
     return dispatch.why_not_triton(*tensors)
@@ -48,6 +51,7 @@ _op = dispatch.Op("add_layer_norm", triton=why_not_triton)
 
 @torch.library.custom_op("speedk::add_layer_norm", mutates_args=())
 def _add_layer_norm(x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    _fits(x, residual, weight, bias)
     return dispatch.launchers("triton", "add_layer_norm").add_layer_norm_fwd(x, residual, weight, bias, eps)
 
 
@@ -59,6 +63,9 @@ def _(x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: flo
 @torch.library.custom_op("speedk::add_layer_norm_bwd", mutates_args=())
 def _add_layer_norm_bwd(d_out: Tensor, x: Tensor, residual: Tensor | None, weight: Tensor,
                         eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    _fits(x, residual, weight, weight)
+    arguments.shaped("d_out", d_out, x.shape)
+    arguments.alike(d_out=d_out, x=x)
     return dispatch.launchers("triton", "add_layer_norm").add_layer_norm_bwd(d_out, x, residual, weight, eps)
 
 

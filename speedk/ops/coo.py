@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from speedk.ops import dispatch, native
-from speedk.ops.mhsc import mhsc_reference
+from speedk.ops import arguments, dispatch, native
+from speedk.ops.mhsc import fits_heads, mhsc_reference
 from speedk.ops.topk import fits_topk, holds_nan, topk_mask_reference, why_not_native_topk
 
 
@@ -27,8 +27,7 @@ def coo_encode(scm: Tensor, k: int, *, check: bool | None = None) -> tuple[Tenso
     are at most 256, else uint16. k, ties, `check` and errors as for `topk_mask`.
     Backends: native (CPU, CUDA), torch.
     """
-    fits_topk(scm, k)
-    index_dtype(max(scm.shape[2:]))
+    _fits_encode(scm, k)
     backend = _encode.choose(scm, k)
     check = dispatch.checks(check, backend, scm)
     if backend == "torch":
@@ -85,11 +84,7 @@ def mhsc_coo(values: Tensor, rows: Tensor, cols: Tensor, saet: Tensor, J: int, *
     Returns [N, J, D].
     Backends: Triton, native (CPU; float32 and float64), torch.
     """
-    if saet.ndim != 2 or saet.dtype != values.dtype:
-        raise ValueError(f"saet must be [K, D] of {values.dtype}, got {saet.dtype} {tuple(saet.shape)}")
-    _fits(values, rows, cols, J, saet.shape[0])
-    if values.shape[1] == 0 or saet.shape[1] % values.shape[1]:
-        raise ValueError(f"D={saet.shape[1]} is not a multiple of H={values.shape[1]} heads")
+    fits_mhsc_coo(values, rows, cols, saet, J)
     backend = _mhsc.choose(values, rows, cols, saet)
     check = dispatch.checks(check, backend, values)
     if backend == "torch":
@@ -102,15 +97,28 @@ def mhsc_coo_reference(values: Tensor, rows: Tensor, cols: Tensor, saet: Tensor,
 
 
 def _fits(values: Tensor, rows: Tensor, cols: Tensor, J: int, K: int) -> None:
-    if values.ndim != 3 or not values.is_floating_point():
-        raise ValueError(f"values must be floating [N, H, k], got {values.dtype} {tuple(values.shape)}")
-    for name, index in (("rows", rows), ("cols", cols)):
+    if values.ndim != 3:
+        raise ValueError(f"values must be [N, H, k], got {tuple(values.shape)}")
+    indices = {"rows": rows, "cols": cols}
+    for name, index in indices.items():
         if index.shape != values.shape:
             raise ValueError(f"{name} must be {tuple(values.shape)} like values, got {tuple(index.shape)}")
-        if index.is_floating_point() or index.is_complex() or index.dtype == torch.bool:
-            raise ValueError(f"{name} must be of an integer dtype, got {index.dtype}")
+    arguments.alike(values=values, indices=indices)
     if J < 0 or K < 0:
         raise ValueError(f"J={J} and K={K} cannot be negative")
+
+
+def fits_mhsc_coo(values: Tensor, rows: Tensor, cols: Tensor, saet: Tensor, J: int) -> None:
+    if saet.ndim != 2:
+        raise ValueError(f"saet must be [K, D], got {tuple(saet.shape)}")
+    _fits(values, rows, cols, J, saet.shape[0])
+    fits_heads(saet, values.shape[1])
+    arguments.alike(values=values, saet=saet)
+
+
+def _fits_encode(scm: Tensor, k: int) -> None:
+    fits_topk(scm, k)
+    index_dtype(max(scm.shape[2:]))
 
 
 def _out_of_range(J: int, K: int) -> ValueError:
@@ -139,6 +147,7 @@ _mhsc = dispatch.Op("mhsc_coo", triton=why_not_triton, native=why_not_native)
 
 @torch.library.custom_op("speedk::coo_encode", mutates_args=())
 def _coo_encode(scm: Tensor, k: int, check: bool, backend: str) -> tuple[Tensor, Tensor, Tensor]:
+    _fits_encode(scm, k)
     values, rows, cols = _encoded(scm, k)
     nan = native.topk(scm, k, values=values, rows=rows, cols=cols)
     if check and nan:
@@ -171,6 +180,7 @@ _coo_encode.register_autograd(_encode_backward, setup_context=_encode_save)
 
 @torch.library.custom_op("speedk::coo_decode", mutates_args=())
 def _coo_decode(values: Tensor, rows: Tensor, cols: Tensor, J: int, K: int, check: bool, backend: str) -> Tensor:
+    _fits(values, rows, cols, J, K)
     dense, bad = dispatch.launchers(backend, "coo").coo_decode_fwd(values, rows, cols, J, K)
     if check and bad:
         raise _out_of_range(J, K)
@@ -184,6 +194,9 @@ def _(values: Tensor, rows: Tensor, cols: Tensor, J: int, K: int, check: bool, b
 
 @torch.library.custom_op("speedk::coo_decode_bwd", mutates_args=())
 def _coo_decode_bwd(d_dense: Tensor, rows: Tensor, cols: Tensor, backend: str) -> Tensor:
+    J, K = d_dense.shape[2:]
+    _fits(d_dense.new_empty(rows.shape), rows, cols, J, K)
+    arguments.shaped("d_dense", d_dense, (*rows.shape[:2], J, K))
     return dispatch.launchers(backend, "coo").coo_decode_bwd(d_dense, rows, cols)
 
 
@@ -217,6 +230,7 @@ _coo_decode_bwd.register_autograd(_decode_double_backward, setup_context=_decode
 
 @torch.library.custom_op("speedk::mhsc_coo", mutates_args=())
 def _mhsc_coo(values: Tensor, rows: Tensor, cols: Tensor, saet: Tensor, J: int, check: bool, backend: str) -> Tensor:
+    fits_mhsc_coo(values, rows, cols, saet, J)
     features, bad = dispatch.launchers(backend, "coo").mhsc_coo_fwd(values, rows, cols, saet, J)
     if check and bad:
         raise _out_of_range(J, saet.shape[0])
@@ -231,6 +245,9 @@ def _(values: Tensor, rows: Tensor, cols: Tensor, saet: Tensor, J: int, check: b
 @torch.library.custom_op("speedk::mhsc_coo_bwd", mutates_args=())
 def _mhsc_coo_bwd(d_out: Tensor, values: Tensor, rows: Tensor, cols: Tensor, saet: Tensor,
                   backend: str) -> tuple[Tensor, Tensor]:
+    fits_mhsc_coo(values, rows, cols, saet, d_out.shape[1])
+    arguments.shaped("d_out", d_out, (values.shape[0], d_out.shape[1], saet.shape[1]))
+    arguments.alike(d_out=d_out, values=values)
     return dispatch.launchers(backend, "coo").mhsc_coo_bwd(d_out, values, rows, cols, saet)
 
 

@@ -7,11 +7,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from speedk.ops import dispatch, native
+from speedk.ops import arguments, dispatch, native
 from speedk.ops.coo import mhsc_coo
-from speedk.ops.freenet_block import NORMS, BlockWeights, freenet_block
+from speedk.ops.freenet_block import MATRICES, NORMS, BlockWeights, freenet_block
 from speedk.ops.mhsc import mhsc
-from speedk.ops.patches import tokens_to_images
+from speedk.ops.patches import patch_length, square_side, tokens_to_images
 
 
 class FReeNetWeights(NamedTuple):
@@ -55,7 +55,7 @@ def _decode(features: Tensor, weights: FReeNetWeights) -> Tensor:
     if features.shape[1] != weights.patches:
         raise ValueError(f"the codes have J={features.shape[1]} patches but the weights are for {weights.patches}")
     tensors = [tensor for block in weights.blocks for tensor in block] + [weights.weight, weights.bias]
-    _fit(features, tensors, weights)
+    fits_decoder(features, tensors, weights.channels, weights.patch)
     if _op.choose(features, *tensors) == "native":
         keep = torch.is_grad_enabled() and any(t.requires_grad for t in (features, *tensors))
         return _freenet(features, tensors, weights.channels, weights.patch, weights.norm == "sum", keep)[0]
@@ -65,15 +65,22 @@ def _decode(features: Tensor, weights: FReeNetWeights) -> Tensor:
     return tokens_to_images(state, weights.weight, weights.bias, weights.channels, weights.patch)
 
 
-def _fit(features: Tensor, tensors: list[Tensor], weights: FReeNetWeights) -> None:
-    D, L = features.shape[-1], weights.patch**2 * weights.channels
-    square, row = (D, D), (D,)
-    shapes = [square, row, row, row, square, row, square, row, row, row] * len(weights.blocks) + [(L, D), (L,)]
-    for tensor, shape in zip(tensors, shapes, strict=True):
+NAMES = (*BlockWeights._fields, "weight", "bias")
+
+
+def fits_decoder(features: Tensor, tensors: list[Tensor], channels: int, patch: int) -> None:
+    """Raise ValueError unless features [N, J, D] go through `tensors`, ten of each block and the final two."""
+    if features.ndim != 3 or len(tensors) % 10 != 2:
+        raise ValueError(f"features must be [N, J, D] and weights ten of each block and two, got "
+                         f"{tuple(features.shape)} and {len(tensors)}")
+    square_side(features.shape[1])
+    D, L = features.shape[2], patch_length(channels, patch)
+    shapes = [(D, D) if name in MATRICES else (D,) for name in BlockWeights._fields] * (len(tensors) // 10)
+    for i, (tensor, shape) in enumerate(zip(tensors, [*shapes, (L, D), (L,)], strict=True)):
+        name = NAMES[i % 10 if i < len(tensors) - 2 else i - len(tensors)]
         if tensor.shape != shape:
-            raise ValueError(f"a weight for D={D} and L={L} must be {shape}, got {tuple(tensor.shape)}")
-        if tensor.dtype != features.dtype:
-            raise ValueError(f"the features are {features.dtype} but a weight is {tensor.dtype}")
+            raise ValueError(f"{name} for D={D} and L={L} must be {shape}, got {tuple(tensor.shape)}")
+        arguments.alike(features=features, **{name: tensor})
 
 
 def why_not_native(*tensors: Tensor) -> str | None:
@@ -91,21 +98,33 @@ _op = dispatch.Op("freenet", triton=dispatch.why_not_triton, native=why_not_nati
 @torch.library.custom_op("speedk::freenet", mutates_args=())
 def _freenet(features: Tensor, weights: list[Tensor], channels: int, patch: int, sum_norm: bool,
              keep: bool) -> tuple[Tensor, Tensor]:
+    fits_decoder(features, weights, channels, patch)
     return native.decode_fwd(features, weights, channels, patch, sum_norm, keep)
 
 
 @_freenet.register_fake
 def _(features: Tensor, weights: list[Tensor], channels: int, patch: int, sum_norm: bool,
       keep: bool) -> tuple[Tensor, Tensor]:
+    n, j, _ = features.shape
+    side = square_side(j) * patch
+    return features.new_empty(n, channels, side, side), features.new_empty(_kept(features, weights) if keep else 0)
+
+
+def _kept(features: Tensor, weights: list[Tensor]) -> int:
+    """How many values the way back needs; the kernel says the same."""
     n, j, d = features.shape
-    side = int(j**0.5 + 0.5) * patch
-    kept = len(weights) // 10 * n * j * (2 * d + 2) if keep else 0
-    return features.new_empty(n, channels, side, side), features.new_empty(kept)
+    return len(weights) // 10 * n * j * (2 * d + 2)
 
 
 @torch.library.custom_op("speedk::freenet_bwd", mutates_args=())
 def _freenet_bwd(d_images: Tensor, kept: Tensor, features: Tensor, weights: list[Tensor], channels: int, patch: int,
                  sum_norm: bool) -> tuple[Tensor, Tensor]:
+    fits_decoder(features, weights, channels, patch)
+    n, j, _ = features.shape
+    side = square_side(j) * patch
+    arguments.shaped("d_images", d_images, (n, channels, side, side))
+    arguments.shaped("kept", kept, (_kept(features, weights),))
+    arguments.alike(features=features, d_images=d_images, kept=kept)
     return native.decode_bwd(d_images, kept, features, weights, channels, patch, sum_norm)
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import gelu, linear
 
-from speedk.ops import dispatch
+from speedk.ops import arguments, dispatch
 from speedk.ops.add_layer_norm import add_layer_norm_reference
 
 EPS = 1e-6
@@ -40,17 +41,11 @@ def freenet_block(features: Tensor, state: Tensor | None, weights: BlockWeights,
     but the arguments is kept for the backward pass.
 
     features: [N, J, D] floating, any strides, the shared result of `mhsc`; state: [N, J, D] or None; all of one dtype.
-    Returns [N, J, D]. Raises ValueError where shapes do not fit or `norm` is neither.
+    Returns [N, J, D]. Raises ValueError where shapes, dtypes or devices do not fit or
+    `norm` is neither.
     Backends: Triton, torch.
     """
-    if norm not in NORMS:
-        raise ValueError(f"norm={norm!r} is not one of {NORMS}")
-    if state is not None and state.shape != features.shape:
-        raise ValueError(f"features are {tuple(features.shape)} but state is {tuple(state.shape)}")
-    D = features.shape[-1]
-    for name, weight in zip(BlockWeights._fields, weights, strict=True):
-        if weight.shape != ((D, D) if name in MATRICES else (D,)):
-            raise ValueError(f"features have D={D}, which does not fit a {name} of {tuple(weight.shape)}")
+    _fits(features, state, weights, norm)
     backend = _op.choose(features, state, *weights)
     if backend == "torch":
         return freenet_block_reference(features, state, weights, norm)
@@ -71,10 +66,24 @@ def freenet_block_reference(features: Tensor, state: Tensor | None, weights: Blo
     return add_layer_norm_reference(mlp, hidden, w.norm2_weight, w.norm2_bias, EPS)
 
 
+def _fits(features: Tensor, state: Tensor | None, weights: Sequence[Tensor], norm: str) -> None:
+    if norm not in NORMS:
+        raise ValueError(f"norm={norm!r} is not one of {NORMS}")
+    if features.ndim != 3:
+        raise ValueError(f"features must be [N, J, D], got {tuple(features.shape)}")
+    if state is not None and state.shape != features.shape:
+        raise ValueError(f"features are {tuple(features.shape)} but state is {tuple(state.shape)}")
+    if len(weights) != len(BlockWeights._fields):
+        raise ValueError(f"a block has the 10 weights of BlockWeights, got {len(weights)}")
+    D = features.shape[-1]
+    for name, weight in zip(BlockWeights._fields, weights):
+        if weight.shape != ((D, D) if name in MATRICES else (D,)):
+            raise ValueError(f"features have D={D}, which does not fit a {name} of {tuple(weight.shape)}")
+    arguments.alike(features=features, state=state, **dict(zip(BlockWeights._fields, weights)))
+
+
 def why_not_triton(features: Tensor, state: Tensor | None, *weights: Tensor) -> str | None:
     tensors = [features, *weights] if state is None else [features, state, *weights]
-    if any(t.dtype != features.dtype for t in tensors):
-        return "tensors of several dtypes are computed in PyTorch"
     if features.shape[-1] > 512:
         return f"D={features.shape[-1]} is wider than the 512 that one program holds"
     return dispatch.why_not_triton(*tensors)
@@ -85,6 +94,7 @@ _op = dispatch.Op("freenet_block", triton=why_not_triton)
 
 @torch.library.custom_op("speedk::freenet_block", mutates_args=())
 def _freenet_block(features: Tensor, state: Tensor | None, weights: list[Tensor], norm: str) -> Tensor:
+    _fits(features, state, weights, norm)
     return dispatch.launchers("triton", "freenet").freenet_block_fwd(features, state, tuple(weights), norm, EPS)
 
 
@@ -97,6 +107,9 @@ def _(features: Tensor, state: Tensor | None, weights: list[Tensor], norm: str) 
 def _freenet_block_bwd(d_out: Tensor, features: Tensor, state: Tensor | None, weights: list[Tensor],
                        norm: str) -> list[Tensor]:
     """d_features, then d_state (empty where there is no state), then the ten of the weights."""
+    _fits(features, state, weights, norm)
+    arguments.shaped("d_out", d_out, features.shape)
+    arguments.alike(d_out=d_out, features=features)
     launch = dispatch.launchers("triton", "freenet").freenet_block_bwd
     d_features, d_state, d_weights = launch(d_out, features, state, tuple(weights), norm, EPS)
     return [d_features, features.new_empty(0) if d_state is None else d_state, *d_weights]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from speedk.ops import dispatch
+from speedk.ops import arguments, dispatch
 
 
 def mhsc(scm: Tensor, saet: Tensor) -> Tensor:
@@ -18,14 +18,7 @@ def mhsc(scm: Tensor, saet: Tensor) -> Tensor:
     Returns [N, J, D]. Raises ValueError where the shapes or dtypes do not fit.
     Backends: Triton, native (CPU; float32 and float64), torch.
     """
-    if scm.ndim != 4 or saet.ndim != 2:
-        raise ValueError(f"scm must be [N, H, J, K] and saet [K, D], got {tuple(scm.shape)} and {tuple(saet.shape)}")
-    if scm.shape[3] != saet.shape[0]:
-        raise ValueError(f"saet has K={saet.shape[0]} tokens but scm has K={scm.shape[3]} columns")
-    if scm.shape[1] == 0 or saet.shape[1] % scm.shape[1]:
-        raise ValueError(f"D={saet.shape[1]} is not a multiple of H={scm.shape[1]} heads")
-    if scm.dtype != saet.dtype or not scm.is_floating_point():
-        raise ValueError(f"scm and saet must share a floating dtype, got {scm.dtype} and {saet.dtype}")
+    fits_mhsc(scm, saet)
     backend = _op.choose(scm, saet)
     if backend == "torch":
         return mhsc_reference(scm, saet)
@@ -36,6 +29,20 @@ def mhsc_reference(scm: Tensor, saet: Tensor) -> Tensor:
     n, h, j, k = scm.shape
     pools = saet.reshape(k, h, saet.shape[1] // h).transpose(0, 1)  # [H, K, D/H]
     return (scm @ pools).transpose(1, 2).reshape(n, j, saet.shape[1])
+
+
+def fits_mhsc(scm: Tensor, saet: Tensor) -> None:
+    if scm.ndim != 4 or saet.ndim != 2:
+        raise ValueError(f"scm must be [N, H, J, K] and saet [K, D], got {tuple(scm.shape)} and {tuple(saet.shape)}")
+    if scm.shape[3] != saet.shape[0]:
+        raise ValueError(f"saet has K={saet.shape[0]} tokens but scm has K={scm.shape[3]} columns")
+    fits_heads(saet, scm.shape[1])
+    arguments.alike(scm=scm, saet=saet)
+
+
+def fits_heads(saet: Tensor, heads: int) -> None:
+    if heads == 0 or saet.shape[1] % heads:
+        raise ValueError(f"D={saet.shape[1]} is not a multiple of H={heads} heads")
 
 
 def why_not_native(scm: Tensor, saet: Tensor) -> str | None:
@@ -56,6 +63,7 @@ _op = dispatch.Op("mhsc", triton=why_not_triton, native=why_not_native)
 
 @torch.library.custom_op("speedk::mhsc", mutates_args=())
 def _mhsc(scm: Tensor, saet: Tensor, backend: str) -> Tensor:
+    fits_mhsc(scm, saet)
     return dispatch.launchers(backend, "mhsc").mhsc_fwd(scm, saet)
 
 
@@ -67,6 +75,9 @@ def _(scm: Tensor, saet: Tensor, backend: str) -> Tensor:
 @torch.library.custom_op("speedk::mhsc_bwd", mutates_args=())
 def _mhsc_bwd(d_out: Tensor, scm: Tensor, saet: Tensor, need_scm: bool, need_saet: bool,
               backend: str) -> tuple[Tensor, Tensor]:
+    fits_mhsc(scm, saet)
+    arguments.shaped("d_out", d_out, (scm.shape[0], scm.shape[2], saet.shape[1]))
+    arguments.alike(d_out=d_out, scm=scm)
     grads = dispatch.launchers(backend, "mhsc").mhsc_bwd(d_out, scm, saet, need_scm, need_saet)
     return tuple(scm.new_empty(0) if grad is None else grad for grad in grads)
 

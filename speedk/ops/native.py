@@ -5,6 +5,9 @@ They are named and called like the Triton launchers of `speedk.kernels`, so that
 
 from __future__ import annotations
 
+import math
+from collections.abc import Collection
+
 import torch
 from torch import Tensor
 
@@ -12,6 +15,14 @@ from speedk.ops.dispatch import native
 
 # The values of `Dtype` in csrc/isa.h.
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
+WIDE = (torch.float32, torch.float64)
+
+
+def _takes(tensor: Tensor, dtypes: Collection[torch.dtype], cuda: bool = False) -> None:
+    """Raise ValueError where an op that was called by its registered name is not made for this tensor."""
+    if tensor.dtype not in dtypes or not (tensor.device.type == "cpu" or (cuda and tensor.is_cuda)):
+        raise ValueError(f"the native kernel does not take {tensor.dtype} on {tensor.device}")
+
 
 def address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
@@ -21,6 +32,7 @@ def topk(scm: Tensor, k: int, *, dense: Tensor | None = None, mask: Tensor | Non
          rows: Tensor | None = None, cols: Tensor | None = None) -> bool | Tensor:
     """Fill whichever results are given, all contiguous, from scm [N, H, J, K]; returns whether scm holds a NaN (on a
     GPU as a flag there, int32 [1]: asking for its truth waits)."""
+    _takes(scm, DTYPES, cuda=True)
     scm = scm.contiguous()
     n, h, j, tokens = scm.shape
     index_bytes = 0 if rows is None else rows.element_size()
@@ -39,6 +51,7 @@ def topk(scm: Tensor, k: int, *, dense: Tensor | None = None, mask: Tensor | Non
 
 
 def _mhsc(scm: Tensor, saet: Tensor):
+    _takes(scm, WIDE)
     n, h, j, k = scm.shape
     return native().Mhsc(DTYPES[scm.dtype], n, h, j, k, saet.shape[1], scm.data_ptr(), saet.data_ptr(),
                          torch.get_num_threads())  # fmt: skip
@@ -64,6 +77,9 @@ def mhsc_bwd(d_out: Tensor, scm: Tensor, saet: Tensor, need_scm: bool = True,
 
 
 def _entries(values: Tensor, rows: Tensor, cols: Tensor, J: int, K: int):
+    _takes(values, WIDE)
+    _takes(rows, (torch.uint8, torch.uint16))
+    _takes(cols, (rows.dtype,))
     n, h, k = values.shape
     return native().Entries(DTYPES[values.dtype], values.data_ptr(), rows.data_ptr(), cols.data_ptr(),
                             rows.element_size(), n * h, k, J, K)  # fmt: skip
@@ -112,6 +128,7 @@ def mhsc_coo_bwd(d_out: Tensor, values: Tensor, rows: Tensor, cols: Tensor, saet
 
 def patchify_fwd(images: Tensor, patch: int) -> Tensor:
     """images [N, C, H, W] -> tokens [N, J, L]."""
+    _takes(images, DTYPES)
     images = images.contiguous()
     n, c, height, width = images.shape
     rows, columns = height // patch, width // patch
@@ -123,6 +140,7 @@ def patchify_fwd(images: Tensor, patch: int) -> Tensor:
 
 def unpatchify_fwd(tokens: Tensor, channels: int, patch: int, width: int, out: Tensor | None = None) -> Tensor:
     """tokens [N, J, L], `width` patches in a row -> images [N, C, H, W]; into `out`, contiguous, where given."""
+    _takes(tokens, DTYPES)
     tokens = tokens.contiguous()
     n, j, _ = tokens.shape
     rows = j // width if width else 0
@@ -163,13 +181,14 @@ def decode_bwd(d_images: Tensor, kept: Tensor, features: Tensor, weights: list[T
 
 
 def _net(features: Tensor, weights: list[Tensor], channels: int, patch: int, sum_norm: bool):
+    _takes(features, (torch.float32,))
     n, j, d = features.shape
     return native().Net(n, j, d, len(weights) // 10, channels, patch, _side(j), sum_norm, features.data_ptr(),
                         [w.data_ptr() for w in weights], torch.get_num_threads())  # fmt: skip
 
 
 def _side(patches: int) -> int:
-    return int(patches**0.5 + 0.5)
+    return math.isqrt(patches)  # the extension refuses what is no square
 
 
 def tokens_to_images_fwd(state: Tensor, weight: Tensor, bias: Tensor, channels: int, patch: int) -> Tensor:
@@ -186,6 +205,7 @@ def tokens_to_images_bwd(d_images: Tensor, state: Tensor, weight: Tensor, patch:
 
 
 def _norm_act_pool(x: Tensor, weight: Tensor, bias: Tensor, eps: float, like: torch.memory_format):
+    _takes(x, DTYPES if x.is_cuda else WIDE, cuda=True)
     return native().NormActPool(DTYPES[x.dtype], like == torch.channels_last, x.data_ptr(), weight.data_ptr(),
                                 bias.data_ptr(), *x.shape, eps)  # fmt: skip
 
@@ -241,6 +261,7 @@ def memory_format(x: Tensor) -> torch.memory_format:
 
 
 def _unroll_step(lr: Tensor, like: Tensor, momentum: float):
+    _takes(like, WIDE, cuda=True)
     return native().UnrollStep(DTYPES[like.dtype], like.numel(), lr.data_ptr(), momentum)
 
 

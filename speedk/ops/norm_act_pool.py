@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import avg_pool2d, group_norm, relu
 
-from speedk.ops import dispatch, native
+from speedk.ops import arguments, dispatch, native
 
 
 def norm_act_pool(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Tensor:
@@ -22,12 +22,7 @@ def norm_act_pool(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) ->
     Raises ValueError where the shapes or dtypes do not fit.
     Backends: native (CPU: float32 and float64; CUDA), torch.
     """
-    if x.ndim != 4 or min(x.shape[2:]) < 2:
-        raise ValueError(f"x must be [B, C, H, W] with H and W at least 2, got {tuple(x.shape)}")
-    if weight.shape != x.shape[1:2] or bias.shape != x.shape[1:2]:
-        raise ValueError(f"weight and bias must be [{x.shape[1]}], got {tuple(weight.shape)} and {tuple(bias.shape)}")
-    if not x.dtype == weight.dtype == bias.dtype:
-        raise ValueError(f"x is {x.dtype} but weight is {weight.dtype} and bias {bias.dtype}")
+    _fits(x, weight, bias)
     backend = _op.choose(x, weight, bias)
     if backend == "torch":
         return norm_act_pool_reference(x, weight, bias, eps)
@@ -37,6 +32,25 @@ def norm_act_pool(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) ->
 def norm_act_pool_reference(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     # One channel a group is an instance norm, and on the CPU faster than F.instance_norm, which repeats its weights.
     return avg_pool2d(relu(group_norm(x, x.shape[1], weight, bias, eps)), 2)
+
+
+def _fits(x: Tensor, weight: Tensor, bias: Tensor) -> None:
+    if x.ndim != 4 or min(x.shape[2:]) < 2:
+        raise ValueError(f"x must be [B, C, H, W] with H and W at least 2, got {tuple(x.shape)}")
+    if weight.shape != x.shape[1:2] or bias.shape != x.shape[1:2]:
+        raise ValueError(f"weight and bias must be [{x.shape[1]}], got {tuple(weight.shape)} and {tuple(bias.shape)}")
+    arguments.alike(x=x, weight=weight, bias=bias)
+
+
+def _fits_backward(d_out: Tensor, x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, rstd: Tensor) -> None:
+    _fits(x, weight, bias)
+    b, c, h, w = x.shape
+    arguments.shaped("d_out", d_out, (b, c, h // 2, w // 2))
+    arguments.alike(x=x, d_out=d_out)
+    for name, statistic in (("mean", mean), ("rstd", rstd)):
+        arguments.shaped(name, statistic, (b, c))
+        if statistic.dtype != native.computed_in(x.dtype) or statistic.device != x.device:
+            raise ValueError(f"{name} is {statistic.dtype} on {statistic.device}, but x {x.dtype} on {x.device}")
 
 
 def _why_not_native(x: Tensor, weight: Tensor, bias: Tensor) -> str | None:
@@ -52,6 +66,7 @@ _op = dispatch.Op("norm_act_pool", native=_why_not_native)
 
 @torch.library.custom_op("speedk::norm_act_pool", mutates_args=())
 def _norm_act_pool(x: Tensor, weight: Tensor, bias: Tensor, eps: float, backend: str) -> tuple[Tensor, Tensor, Tensor]:
+    _fits(x, weight, bias)
     return dispatch.launchers(backend, "norm_act_pool").norm_act_pool_fwd(x, weight, bias, eps)
 
 
@@ -65,6 +80,7 @@ def _(x: Tensor, weight: Tensor, bias: Tensor, eps: float, backend: str) -> tupl
 @torch.library.custom_op("speedk::norm_act_pool_bwd", mutates_args=())
 def _norm_act_pool_bwd(d_out: Tensor, x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, rstd: Tensor, eps: float,
                        backend: str) -> tuple[Tensor, Tensor, Tensor]:
+    _fits_backward(d_out, x, weight, bias, mean, rstd)
     return native.norm_act_pool_bwd(d_out, x, weight, bias, mean, rstd, eps)
 
 
@@ -78,6 +94,10 @@ def _(d_out: Tensor, x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, rstd
 def _norm_act_pool_bwd_bwd(dd_x: Tensor, dd_weight: Tensor, dd_bias: Tensor, d_out: Tensor, x: Tensor, weight: Tensor,
                            bias: Tensor, mean: Tensor, rstd: Tensor, eps: float,
                            backend: str) -> tuple[Tensor, Tensor, Tensor]:
+    _fits_backward(d_out, x, weight, bias, mean, rstd)
+    for name, slope, like in (("dd_x", dd_x, x), ("dd_weight", dd_weight, weight), ("dd_bias", dd_bias, bias)):
+        arguments.shaped(name, slope, like.shape)
+        arguments.alike(x=x, **{name: slope})
     return native.norm_act_pool_bwd_bwd(dd_x, dd_weight, dd_bias, d_out, x, weight, bias, mean, rstd, eps)
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from speedk.ops import dispatch, native
+from speedk.ops import arguments, dispatch, native
 
 
 def patchify(images: Tensor, patch: int) -> Tensor:
@@ -20,11 +20,7 @@ def patchify(images: Tensor, patch: int) -> Tensor:
     Raises ValueError where `patch` does not divide the image.
     Backends: Triton, native (CPU), torch.
     """
-    if images.ndim != 4:
-        raise ValueError(f"images must be [N, C, H, W], got {tuple(images.shape)}")
-    height, width = images.shape[2:]
-    if patch < 1 or height % patch or width % patch:
-        raise ValueError(f"patch={patch} does not divide images of {height}x{width}")
+    _fits_patchify(images, patch)
     backend = _fold.choose(images)
     if backend == "torch":
         return patchify_reference(images, patch)
@@ -45,10 +41,8 @@ def unpatchify(tokens: Tensor, channels: int, patch: int) -> Tensor:
     Raises ValueError where J is not square or L does not fit.
     Backends: Triton, native (CPU), torch.
     """
-    if tokens.ndim != 3 or tokens.shape[2] != patch * patch * channels:
-        raise ValueError(f"tokens must be [N, J, {patch * patch * channels}] for {channels} channels and "
-                         f"patch={patch}, got {tuple(tokens.shape)}")
-    side = _side(tokens.shape[1])
+    _fits_unpatchify(tokens, channels, patch)
+    side = square_side(tokens.shape[1])
     backend = _unfold.choose(tokens)
     if backend == "torch":
         return unpatchify_reference(tokens, channels, patch)
@@ -57,7 +51,7 @@ def unpatchify(tokens: Tensor, channels: int, patch: int) -> Tensor:
 
 def unpatchify_reference(tokens: Tensor, channels: int, patch: int) -> Tensor:
     n, j, _ = tokens.shape
-    side = _side(j)
+    side = square_side(j)
     grid = tokens.reshape(n, side, side, patch, patch, channels)
     return grid.permute(0, 5, 1, 3, 2, 4).reshape(n, channels, side * patch, side * patch)
 
@@ -72,13 +66,7 @@ def tokens_to_images(state: Tensor, weight: Tensor, bias: Tensor, channels: int,
     Raises ValueError where the shapes or dtypes do not fit.
     Backends: Triton, native (CPU, float32), torch.
     """
-    length = patch * patch * channels
-    if state.ndim != 3 or weight.shape != (length, state.shape[-1]) or bias.shape != (length,):
-        raise ValueError(f"state must be [N, J, D], weight [{length}, D] and bias [{length}] for {channels} channels "
-                         f"and patch={patch}, got {tuple(state.shape)}, {tuple(weight.shape)} and {tuple(bias.shape)}")
-    if not state.dtype == weight.dtype == bias.dtype:
-        raise ValueError(f"state is {state.dtype} but weight is {weight.dtype} and bias {bias.dtype}")
-    _side(state.shape[1])
+    _fits_projection(state, weight, bias, channels, patch)
     backend = _project.choose(state, weight, bias)
     if backend == "torch":
         return tokens_to_images_reference(state, weight, bias, channels, patch)
@@ -89,7 +77,39 @@ def tokens_to_images_reference(state: Tensor, weight: Tensor, bias: Tensor, chan
     return unpatchify_reference(linear(state, weight, bias), channels, patch)
 
 
-def _side(patches: int) -> int:
+def _fits_patchify(images: Tensor, patch: int) -> None:
+    if images.ndim != 4:
+        raise ValueError(f"images must be [N, C, H, W], got {tuple(images.shape)}")
+    height, width = images.shape[2:]
+    if patch < 1 or height % patch or width % patch:
+        raise ValueError(f"patch={patch} does not divide images of {height}x{width}")
+
+
+def _fits_unpatchify(tokens: Tensor, channels: int, patch: int) -> None:
+    length = patch_length(channels, patch)
+    if tokens.ndim != 3 or tokens.shape[2] != length:
+        raise ValueError(f"tokens must be [N, J, {length}] for {channels} channels and patch={patch}, "
+                         f"got {tuple(tokens.shape)}")
+
+
+def _fits_projection(state: Tensor, weight: Tensor, bias: Tensor, channels: int, patch: int) -> None:
+    length = patch_length(channels, patch)
+    if state.ndim != 3 or weight.shape != (length, state.shape[-1]) or bias.shape != (length,):
+        raise ValueError(f"state must be [N, J, D], weight [{length}, D] and bias [{length}] for {channels} channels "
+                         f"and patch={patch}, got {tuple(state.shape)}, {tuple(weight.shape)} and {tuple(bias.shape)}")
+    arguments.alike(state=state, weight=weight, bias=bias)
+    square_side(state.shape[1])
+
+
+def patch_length(channels: int, patch: int) -> int:
+    """L, the values of a patch."""
+    if channels < 0 or patch < 1:
+        raise ValueError(f"channels={channels} and patch={patch}: a patch is at least one pixel wide")
+    return patch * patch * channels
+
+
+def square_side(patches: int) -> int:
+    """The patches in a row of a square image of `patches`."""
     side = int(patches**0.5 + 0.5)
     if side * side != patches:
         raise ValueError(f"J={patches} patches do not make a square image")
@@ -121,6 +141,7 @@ _project = dispatch.Op("tokens_to_images", triton=why_not_triton_product, native
 
 @torch.library.custom_op("speedk::patchify", mutates_args=())
 def _patchify(images: Tensor, patch: int, backend: str) -> Tensor:
+    _fits_patchify(images, patch)
     return dispatch.launchers(backend, "patches").patchify_fwd(images, patch)
 
 
@@ -132,6 +153,9 @@ def _(images: Tensor, patch: int, backend: str) -> Tensor:
 
 @torch.library.custom_op("speedk::unpatchify", mutates_args=())
 def _unpatchify(tokens: Tensor, channels: int, patch: int, width: int, backend: str) -> Tensor:
+    _fits_unpatchify(tokens, channels, patch)
+    if tokens.shape[1] % max(width, 1) or (tokens.shape[1] and width < 1):
+        raise ValueError(f"J={tokens.shape[1]} patches do not make rows of {width}")
     return dispatch.launchers(backend, "patches").unpatchify_fwd(tokens, channels, patch, width)
 
 
@@ -164,18 +188,23 @@ _unpatchify.register_autograd(_unpatchify_backward, setup_context=_unpatchify_sa
 
 @torch.library.custom_op("speedk::tokens_to_images", mutates_args=())
 def _tokens_to_images(state: Tensor, weight: Tensor, bias: Tensor, channels: int, patch: int, backend: str) -> Tensor:
+    _fits_projection(state, weight, bias, channels, patch)
     return dispatch.launchers(backend, "patches").tokens_to_images_fwd(state, weight, bias, channels, patch)
 
 
 @_tokens_to_images.register_fake
 def _(state: Tensor, weight: Tensor, bias: Tensor, channels: int, patch: int, backend: str) -> Tensor:
-    side = _side(state.shape[1]) * patch
+    side = square_side(state.shape[1]) * patch
     return state.new_empty(state.shape[0], channels, side, side)
 
 
 @torch.library.custom_op("speedk::tokens_to_images_bwd", mutates_args=())
 def _tokens_to_images_bwd(d_images: Tensor, state: Tensor, weight: Tensor, patch: int,
                           backend: str) -> tuple[Tensor, Tensor, Tensor]:
+    side = square_side(state.shape[1]) * patch
+    _fits_projection(state, weight, weight.new_empty(len(weight)), d_images.shape[1], patch)
+    arguments.shaped("d_images", d_images, (state.shape[0], d_images.shape[1], side, side))
+    arguments.alike(d_images=d_images, state=state)
     return dispatch.launchers(backend, "patches").tokens_to_images_bwd(d_images, state, weight, patch)
 
 

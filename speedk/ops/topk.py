@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from speedk.ops import dispatch, native
+from speedk.ops import arguments, dispatch, native
 
 
 def topk_mask(scm: Tensor, k: int, *, check: bool | None = None) -> Tensor:
@@ -53,8 +53,9 @@ def topk_mask_reference(scm: Tensor, k: int, check: bool = True) -> Tensor:
 
 
 def fits_topk(scm: Tensor, k: int) -> None:
-    if scm.ndim != 4 or not scm.is_floating_point():
-        raise ValueError(f"scm must be floating [N, H, J, K], got {scm.dtype} {tuple(scm.shape)}")
+    if scm.ndim != 4:
+        raise ValueError(f"scm must be [N, H, J, K], got {tuple(scm.shape)}")
+    arguments.alike(scm=scm)
     size = scm.shape[2] * scm.shape[3]
     if not 0 <= k <= size:
         raise ValueError(f"k={k} is outside 0 to J K={size}")
@@ -78,6 +79,7 @@ _sparse = dispatch.Op("sparsify", native=why_not_native_topk)
 
 @torch.library.custom_op("speedk::topk_mask", mutates_args=())
 def _topk_mask(scm: Tensor, k: int, check: bool, backend: str) -> Tensor:
+    fits_topk(scm, k)
     mask = torch.empty(scm.shape, dtype=torch.bool, device=scm.device)
     nan = native.topk(scm, k, mask=mask)
     if check and nan:
@@ -92,6 +94,7 @@ def _(scm: Tensor, k: int, check: bool, backend: str) -> Tensor:
 
 @torch.library.custom_op("speedk::sparsify", mutates_args=())
 def _sparsify(scm: Tensor, k: int, check: bool, backend: str) -> Tensor:
+    fits_topk(scm, k)
     kept = torch.empty(scm.shape, dtype=scm.dtype, device=scm.device)
     nan = native.topk(scm, k, dense=kept)
     if check and nan:

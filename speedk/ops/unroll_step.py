@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from speedk.ops import dispatch, native
+from speedk.ops import arguments, dispatch, native
 
 
 def unroll_step(theta: Tensor, m: Tensor, gradient: Tensor, lr: Tensor, momentum: float) -> tuple[Tensor, Tensor]:
@@ -16,7 +16,7 @@ def unroll_step(theta: Tensor, m: Tensor, gradient: Tensor, lr: Tensor, momentum
     Raises ValueError where shapes, dtypes or devices do not fit.
     Backends: native (CPU and CUDA; float32 and float64), torch.
     """
-    _check(lr, theta=theta, m=m, gradient=gradient)
+    _fits(lr, theta=theta, m=m, gradient=gradient)
     backend = _op.choose(theta, m, gradient, lr)
     if backend == "torch":
         return unroll_step_reference(theta, m, gradient, lr, momentum)
@@ -36,8 +36,7 @@ def unroll_step_adjoint(d_theta: Tensor, d_m: Tensor, m: Tensor | None, lr: Tens
     Raises ValueError where shapes, dtypes or devices do not fit.
     Backends: native (CPU and CUDA; float32 and float64), torch.
     """
-    known = {} if m is None else {"m": m}
-    _check(lr, d_theta=d_theta, d_m=d_m, **known)
+    _fits(lr, d_theta=d_theta, d_m=d_m, m=m)
     backend = _adjoint_op.choose(d_theta, d_m, m, lr)
     if backend == "torch":
         return unroll_step_adjoint_reference(d_theta, d_m, m, lr, momentum)
@@ -57,16 +56,14 @@ def unroll_step_adjoint_reference(d_theta: Tensor, d_m: Tensor, m: Tensor | None
     return (1 - momentum) * q, momentum * q, d_lr
 
 
-def _check(lr: Tensor, **vectors: Tensor) -> None:
+def _fits(lr: Tensor, **vectors: Tensor | None) -> None:
     first = next(iter(vectors.values()))
     for name, tensor in vectors.items():
-        if tensor.ndim != 1 or tensor.shape != first.shape:
+        if tensor is not None and (tensor.ndim != 1 or tensor.shape != first.shape):
             raise ValueError(f"{', '.join(vectors)} must be [P] of one P, got {name} {tuple(tensor.shape)}")
     if lr.ndim:
         raise ValueError(f"lr must be a scalar, got {tuple(lr.shape)}")
-    for name, tensor in {**vectors, "lr": lr}.items():
-        if tensor.dtype != first.dtype or tensor.device != first.device:
-            raise ValueError(f"{name} is {tensor.dtype} on {tensor.device}, the rest {first.dtype} on {first.device}")
+    arguments.alike(**vectors, lr=lr)
 
 
 def _why_not_native(*tensors: Tensor | None) -> str | None:
@@ -83,6 +80,7 @@ _adjoint_op = dispatch.Op("unroll_step_adjoint", native=_why_not_native)
 @torch.library.custom_op("speedk::unroll_step", mutates_args=())
 def _unroll_step(theta: Tensor, m: Tensor, gradient: Tensor, lr: Tensor, momentum: float,
                  backend: str) -> tuple[Tensor, Tensor]:
+    _fits(lr, theta=theta, m=m, gradient=gradient)
     return native.unroll_step_fwd(theta, m, gradient, lr, momentum)
 
 
@@ -94,6 +92,7 @@ def _(theta: Tensor, m: Tensor, gradient: Tensor, lr: Tensor, momentum: float, b
 @torch.library.custom_op("speedk::unroll_step_adjoint", mutates_args=())
 def _unroll_step_adjoint(d_theta: Tensor, d_m: Tensor, m: Tensor | None, lr: Tensor, momentum: float,
                          backend: str) -> tuple[Tensor, Tensor, Tensor]:
+    _fits(lr, d_theta=d_theta, d_m=d_m, m=m)
     return native.unroll_step_bwd(d_theta, d_m, m, lr, momentum)
 
 

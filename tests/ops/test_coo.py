@@ -192,9 +192,9 @@ def test_refusals():
     for message, call in {
         r"rows must be \(2, 2, 3\)": lambda: coo_decode(values, rows[..., :2], cols, 4, 4),
         "cols must be of an integer dtype": lambda: coo_decode(values, rows, cols.float(), 4, 4),
-        "values must be floating": lambda: coo_decode(values.long(), rows, cols, 4, 4),
+        "values must be of a floating dtype, got torch.int64": lambda: coo_decode(values.long(), rows, cols, 4, 4),
         "J=-1": lambda: coo_decode(values, rows, cols, -1, 4),
-        r"got torch.float64 \(4, 6\)": lambda: mhsc_coo(values, rows, cols, saet.double(), 4),
+        "saet is torch.float64 but values is torch.float32": lambda: mhsc_coo(values, rows, cols, saet.double(), 4),
         "D=5 is not a multiple of H=2": lambda: mhsc_coo(values, rows, cols, torch.randn(4, 5), 4),
         "k=17 is outside": lambda: coo_encode(torch.randn(1, 1, 4, 4), 17),
         "65537 does not fit": lambda: coo_encode(torch.randn(1, 1, 1, 65537), 1),

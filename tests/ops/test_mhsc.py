@@ -120,5 +120,5 @@ def test_refusals():
     }.items():
         with pytest.raises(ValueError, match=message):
             mhsc(*(torch.randn(s) for s in shapes))
-    with pytest.raises(ValueError, match="torch.float32 and torch.float64"):
+    with pytest.raises(ValueError, match="saet is torch.float64 but scm is torch.float32"):
         mhsc(torch.randn(2, 2, 5, 8), torch.randn(8, 6).double())

@@ -98,8 +98,8 @@ def test_refusals():
         r"must be \[N, J, 48\]": lambda: unpatchify(torch.randn(1, 4, 47), 3, 4),
         "J=5 patches do not make a square": lambda: unpatchify(torch.randn(1, 5, 48), 3, 4),
         r"weight \[12, D\]": lambda: tokens_to_images(torch.randn(1, 4, 6), torch.randn(12, 5), torch.randn(12), 3, 2),
-        "bias torch.float64": lambda: tokens_to_images(torch.randn(1, 4, 6), torch.randn(12, 6),
-                                                       torch.randn(12).double(), 3, 2),
+        "bias is torch.float64": lambda: tokens_to_images(torch.randn(1, 4, 6), torch.randn(12, 6),
+                                                          torch.randn(12).double(), 3, 2),
     }.items():  # fmt: skip
         with pytest.raises(ValueError, match=message):
             call()
