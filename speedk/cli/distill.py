@@ -57,10 +57,9 @@ def run(args: argparse.Namespace) -> int:
     from speedk.distillation import plan as plans
     from speedk.distillation.recipe import parse_overrides
 
-    changes = parse_overrides(args.fields) | ({"objective.network": args.network} if args.network else {})
     made = plans.plan(args.dataset, data=args.data, ipc=args.ipc, method=args.method, objective=args.objective,
                       recipe=args.recipe, out=args.out, seed=args.seed, device=args.device, steps=args.steps,
-                      overrides=changes, resume=args.resume, progress=True)
+                      network=args.network, overrides=parse_overrides(args.fields), resume=args.resume, progress=True)
     _announce(made, args)
     if args.dry_run:
         _dry_run(made)

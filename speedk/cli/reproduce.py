@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,8 +31,9 @@ LOWER = "lower batch (as in batch=64), or test fewer networks at a time (--colum
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("fields", metavar="TABLE [key=value]", nargs="*",
-                        help="1 to 10, I, II, ... of the paper; recipe fields that shall differ (for a coreset: "
-                        "epochs=N of its network), which the page says")
+                        help="1 to 10, I, II, ... of the paper; recipe fields that shall differ, which the page says "
+                        "(of a coreset: split, protocol, and epochs of its network; of the whole data set: split, "
+                        "protocol)")
     parser.add_argument("--row", metavar="ROW", action="append", default=[], help="only this one; may be said again")
     parser.add_argument("--column", metavar="NAME", action="append", default=[],
                         help="only this one; may be said again")
@@ -39,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         help="the folder of the data set, or one with a folder for each, by its name")
     parser.add_argument("--protocol", choices=("paper", "quick"), default="paper", help="default: paper")
     parser.add_argument("--runs", metavar="N", type=int, default=5, help="networks of each kind (default: 5)")
-    parser.add_argument("--seed", metavar="S", type=int, default=0, help="of distilling (default: 0)")
+    parser.add_argument("--seed", metavar="S", type=int, help="of distilling (default: 0)")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: auto")
     parser.add_argument("--out", metavar="DIR", type=Path, default=Path("runs/tables"),
                         help="where the runs go (default: runs/tables)")
@@ -49,6 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    from speedk import data
     from speedk.distillation.loop import OutOfTime
     from speedk.distillation.recipe import parse_overrides
     from speedk.evaluation import tables
@@ -56,6 +61,7 @@ def run(args: argparse.Namespace) -> int:
     names = [word for word in args.fields if "=" not in word]
     changed = parse_overrides([word for word in args.fields if "=" in word])
     _check(args, names)
+    args.seed = _seed(args.seed, changed)
     lines = tables.read(args.results)
     if not names:
         print(_listing(lines))
@@ -68,13 +74,13 @@ def run(args: argparse.Namespace) -> int:
         _check_changed(target, changed)
     if args.dry_run:
         for target, of_run in runs.items():
-            print(_command(target, of_run, args))
+            print(_command(target, of_run, args, changed))
         return 0
-    real: dict[tuple[str, int], RealData] = {}
+    load = functools.lru_cache(maxsize=1)(data.load)  # one at a time: ImageNet's subsets are large
     for number, (target, of_run) in enumerate(runs.items(), 1):
-        print(f"\nrun {number} of {len(runs)}: {_command(target, of_run, args)}", flush=True)
+        print(f"\nrun {number} of {len(runs)}: {_command(target, of_run, args, changed)}", flush=True)
         try:
-            measured = _measure(target, of_run, args, changed, real, args.budget and args.budget / len(runs))
+            measured = _measure(target, of_run, args, changed, load, args.budget and args.budget / len(runs))
         except OutOfTime as stop:
             print(f"{stop}; nothing is measured yet, the same command goes on")
             continue
@@ -96,23 +102,47 @@ def _check(args: argparse.Namespace, names: list[str]) -> None:
         raise ConfigError(f"one table at a time, not {' and '.join(names)}; rows are named with --row")
     if args.budget is not None and not args.budget > 0:
         raise ConfigError(f"--budget {args.budget:g} must be above 0 minutes")
-    if args.runs < 1 or args.seed < 0:
-        raise ConfigError(f"--runs {args.runs} must be at least 1, and --seed {args.seed} not negative")
+    if args.runs < 1:
+        raise ConfigError(f"--runs {args.runs} must be at least 1")
     if args.results.suffix == ".md":
         raise ConfigError(f"--results {args.results} is for lines of JSON: the page is written beside it")
     if not args.results.parent.is_dir():
         raise ConfigError(f"--results {args.results}: {args.results.parent} is not a folder, create it first")
 
 
+def _seed(asked: int | None, changed: dict[str, Any]) -> int:
+    """The seed of distilling, from --seed or from `changed`, out of which it is taken."""
+    from speedk.distillation.recipe import MAX_SEED
+
+    said = [changed.pop(key) for key in ("seed", "run.seed") if key in changed] + ([] if asked is None else [asked])
+    if any(value != said[0] for value in said):
+        raise ConfigError(f"the seeds {' and '.join(map(str, said))} do not agree: leave one of them out")
+    seed = said[0] if said else 0
+    if type(seed) is not int or not 0 <= seed <= MAX_SEED:
+        raise ConfigError(f"seed={seed} is not from 0 to {MAX_SEED:,}")
+    return seed
+
+
 def _check_changed(target: Target, changed: dict[str, Any]) -> None:
-    """Raises ConfigError where `changed` says what the run does not have."""
-    if target.kind == "coreset" and changed.keys() <= {"epochs"}:
-        epochs = changed.get("epochs", 1)
-        if not isinstance(epochs, int) or epochs < 1:
-            raise ConfigError(f"epochs={epochs} must be a whole number of at least 1")
-    elif target.kind != "recipe" and changed:
-        raise ConfigError("key=value changes a recipe (of a coreset: epochs=N), and some of these rows have none: name "
-                          "the rows with --row")
+    """Raises ConfigError where `changed` says what the run does not have, or what cannot be run."""
+    from speedk import networks
+    from speedk.distillation import recipe as recipes
+
+    if fixed := {"name", "data.name", "ipc", "data.ipc"} & set(changed):
+        raise ConfigError(f"{fixed.pop()} is not to be changed here: --column says the data set and the images a class")
+    if target.kind == "recipe":
+        recipe = recipes.resolve(recipes.read(target.name), target.objective, {**dict(target.fields), **changed})
+        networks.given(recipe.objective.network)
+        recipe.budget(recipes.geometry(recipe))
+        return
+    for name, value in changed.items():
+        if name not in ("split", "protocol", *(["epochs"] if target.kind == "coreset" else [])):
+            raise ConfigError(f"{name}=... changes a recipe (of a coreset: epochs=N, split, protocol; of the whole "
+                              "data set: split, protocol), and some of these rows have none: name the rows with --row")
+        if name == "protocol" and value not in recipes.PROTOCOLS:
+            raise ConfigError(f"protocol={value!r} is not one of {', '.join(recipes.PROTOCOLS)}")
+        if name == "epochs" and (type(value) is not int or value < 1):
+            raise ConfigError(f"epochs={value} must be a whole number of at least 1")
 
 
 def _listing(lines: list[dict[str, Any]]) -> str:
@@ -132,18 +162,21 @@ def _listing(lines: list[dict[str, Any]]) -> str:
     return table(rows, numbers=(2, 3))
 
 
-def _command(target: Target, cells: list[Cell], args: argparse.Namespace) -> str:
+def _command(target: Target, cells: list[Cell], args: argparse.Namespace, changed: dict[str, Any]) -> str:
     """The run as one would type it, without the evaluation's options."""
     networks = ",".join(dict.fromkeys(cell.network for cell in cells))
     data = f" --data {_folder(target, args)}" if args.data is not None else ""
+    seed = f" --seed {args.seed}" if args.seed else ""
+    if target.kind == "recipe":
+        fields = "".join(f" {name}={value}" for name, value in (*target.fields, *changed.items()))
+        return f"speedk distill --recipe {target.name} --objective {target.objective}{fields}{data}{seed}"
+    split = f" --split {changed['split']}" if "split" in changed else ""
     if target.kind == "coreset":
-        epochs = "".join(f" --{word.replace('=', ' ')}" for word in args.fields if "=" in word)
-        return f"speedk coreset --dataset {target.dataset} --ipc {target.ipc} --method {target.name}{data}{epochs}"
-    if target.kind == "whole":
-        return f"speedk evaluate --whole --dataset {target.dataset} --networks {networks}{data}"
-    fields = "".join(f" {name}={value}" for name, value in target.fields)
-    fields += "".join(f" {word}" for word in args.fields if "=" in word)
-    return f"speedk distill --recipe {target.name} --objective {target.objective}{fields}{data}"
+        epochs = f" --epochs {changed['epochs']}" if "epochs" in changed else ""
+        return (f"speedk coreset --dataset {target.dataset} --ipc {target.ipc} --method {target.name}{data}{split}"
+                f"{epochs}{seed}")
+    how = f" --standardisation {changed['protocol']}" if "protocol" in changed else ""
+    return f"speedk evaluate --whole --dataset {target.dataset} --networks {networks}{data}{split}{how}"
 
 
 def _folder(target: Target, args: argparse.Namespace) -> Path | None:
@@ -152,9 +185,8 @@ def _folder(target: Target, args: argparse.Namespace) -> Path | None:
 
 
 def _measure(target: Target, cells: list[Cell], args: argparse.Namespace, changed: dict[str, Any],
-             known: dict[tuple[str, int], RealData], minutes: float | None) -> dict[str, Any]:
-    """The run of `target`, its networks those of `cells`; `known` keeps data sets in memory."""
-    from speedk import data
+             load: Callable[..., RealData], minutes: float | None) -> dict[str, Any]:
+    """The run of `target`, its networks those of `cells`; `load` is `speedk.data.load`, or as good."""
     from speedk.cli import _testing
     from speedk.cli._progress import Bars
     from speedk.distillation import plan as plans
@@ -162,22 +194,21 @@ def _measure(target: Target, cells: list[Cell], args: argparse.Namespace, change
 
     how = cell_of.Evaluation(tuple(dict.fromkeys(cell.network for cell in cells)), args.runs, args.protocol)
     folder = _folder(target, args)
-    side = 256 if target.data != target.dataset else 0
-    if (target.dataset, side) not in known:
-        known.clear()  # one at a time: ImageNet's subsets are large
-        known[target.dataset, side] = data.load(target.dataset, folder, resolution=side or None)
-    real = known[target.dataset, side]
     out = args.out / "-".join([target.folder, *(f"{name}={value}" for name, value in sorted(changed.items())),
                                f"seed{args.seed}"])
-    if target.kind == "coreset":
-        return cell_of.measure_coreset(real, target.name, target.ipc, how, out, seed=args.seed,
-                                       device=_testing.device(args.device), **changed)
+    if target.kind == "recipe":
+        made = plans.plan(recipe=target.name, data=folder, objective=target.objective, out=out, seed=args.seed,
+                          device=args.device, overrides={**dict(target.fields), **changed}, load=load)
+        bars = Bars()
+        try:
+            return cell_of.measure(made, how, minutes=minutes, progress=bars.progress())
+        finally:
+            bars.close()
+    how = dataclasses.replace(how, standardisation=changed.get("protocol"))
+    real = load(target.dataset, folder, resolution=256 if target.data != target.dataset else None,
+                split=changed.get("split"))
+    device = _testing.device(args.device)
     if target.kind == "whole":
-        return cell_of.measure_whole(real, how, out, device=_testing.device(args.device))
-    made = plans.plan(recipe=target.name, data=folder, objective=target.objective, out=out, seed=args.seed,
-                      device=args.device, overrides={**dict(target.fields), **changed}, real=real)
-    bars = Bars()
-    try:
-        return cell_of.measure(made, how, minutes=minutes, progress=bars.progress())
-    finally:
-        bars.close()
+        return cell_of.measure_whole(real, how, out, device=device)
+    epochs = {"epochs": changed["epochs"]} if "epochs" in changed else {}
+    return cell_of.measure_coreset(real, target.name, target.ipc, how, out, seed=args.seed, device=device, **epochs)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import itertools
 import json
 from pathlib import Path
@@ -30,8 +31,6 @@ examples:
   speedk sweep --recipe digits-ipc1-speed steps=15,60,240 --out runs/speed --compare runs/pixels/sweep.jsonl
 """
 LOWER = "lower batch (as in batch=64), images_per_class or --runs"
-
-_DATA = {"resolution", "normaliser", "split"}  # fields on which the images in memory depend
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -125,24 +124,23 @@ def _evaluation(args: argparse.Namespace) -> Evaluation:
 
 def _plans(args: argparse.Namespace, grid: list[dict[str, Any]]) -> list[Plan]:
     """A plan for each cell. Raises ConfigError, before anything runs, where one cannot be."""
+    from speedk import data
     from speedk.distillation import plan as plans
 
-    varied = _varied(grid)
-    real, made = None, []
+    varied, made = _varied(grid), []
+    load = functools.cache(data.load)  # the cells share their data
     for fields in grid:
-        changes = dict(fields) | ({"objective.network": args.network} if args.network else {})
         out = (args.out or Path("runs") / "sweep") / (_short({name: fields[name] for name in varied}))
         try:
             planned = plans.plan(args.dataset, data=args.data, ipc=args.ipc, method=args.method,
                                  objective=args.objective, recipe=args.recipe, out=out, seed=args.seed,
-                                 device=args.device, steps=args.steps, overrides=changes, progress=True, real=real)
+                                 device=args.device, steps=args.steps, network=args.network, overrides=fields,
+                                 progress=True, load=load)
         except ConfigError as error:
             raise ConfigError(f"{_short(fields)}: {error}") from None
         if args.out is None:  # named after the run, which is known now
             run = f"sweep-{planned.recipe.about.name}-{planned.recipe.objective_name}-{'-'.join(varied)}"
             planned = dataclasses.replace(planned, out=Path("runs") / run / out.name)
-        if not {name.rpartition(".")[2] for name in varied} & _DATA:
-            real = planned.real
         made.append(planned)
     return made
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import resource
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -76,17 +77,13 @@ def distill(dataset: str | None = None, *, data: str | Path | None = None, ipc: 
 def plan(dataset: str | None = None, *, data: str | Path | None = None, ipc: int | None = None,
          method: str | None = None, objective: str = "auto", recipe: str | Path | None = None,
          out: str | Path | None = None, seed: int | None = None, device: str = "auto", steps: int | None = None,
-         overrides: dict[str, Any] | None = None, resume: bool = False, progress: bool = False,
-         real: RealData | None = None) -> Plan:
-    """What `distill` will do, without doing it. Arguments as for `distill`; progress: bars while data are read; real:
-    the data, where they are in memory already, as the recipe wants them."""
+         network: str | None = None, overrides: dict[str, Any] | None = None, resume: bool = False,
+         progress: bool = False, load: Callable[..., RealData] | None = None) -> Plan:
+    """What `distill` will do, without doing it. Arguments as for `distill`; network: the student; progress: bars while
+    data are read; load: what reads them, in place of `speedk.data.load` (to keep them from one plan to the next)."""
     where = _device(device)
-    changes = {**(overrides or {})}
-    for key in {"name", "data.name"} & set(changes):
-        raise ConfigError(f"{key}={changes[key]} is said as --dataset {changes[key]} (in Python as the first argument)")
-    for key, value in (("data.ipc", ipc), ("run.seed", seed), ("objective.steps", steps)):
-        if value is not None:
-            changes[key] = value
+    changes = _changes(overrides or {}, {"data.ipc": ipc, "run.seed": seed, "objective.steps": steps,
+                                         "objective.network": network})
     stored = Path(out) / "recipe.toml" if out is not None else None
     if resume and recipe is None and stored is not None and stored.is_file():
         return _resumed(recipes.read(stored), dataset, data, method, objective, changes, where, Path(out), progress)
@@ -97,7 +94,7 @@ def plan(dataset: str | None = None, *, data: str | Path | None = None, ipc: int
     chosen, why = choose(objective, where)
     named = tables.get("data", {}).get("name") or dataset
     draft = _data_fields(tables, changes)
-    real = real or _load(named, data, draft, progress)
+    real = _load(named, data, draft, progress, load)
     if "parameterization" not in tables:
         tables = _own(tables, real, method or "speed", draft.ipc, notes)
     tables = _settled(tables, chosen)
@@ -167,9 +164,26 @@ def _data_fields(tables: dict[str, Any], changes: dict[str, Any]) -> recipes.Dat
     return recipes.build(recipes.DataFields, values, "data")
 
 
-def _load(name: str | None, folder: str | Path | None, fields: recipes.DataFields, progress: bool) -> RealData:
-    return data.load(name or None, folder, resolution=fields.resolution or None, split=fields.split or None,
-                     normaliser=fields.normaliser or None, progress=progress)
+def _changes(overrides: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
+    """What differs from the recipe: `overrides`, and the options that are given. Raises ConfigError where two of
+    these do not agree."""
+    for key in {"name", "data.name"} & set(overrides):
+        raise ConfigError(f"{key}={overrides[key]} is said as --dataset {overrides[key]} (in Python as the first "
+                          "argument)")
+    given = {key: value for key, value in options.items() if value is not None}
+    for key, value in (overrides | given).items():
+        bare = key.partition(".")[2]
+        for same in {key, bare} & set(overrides):
+            if overrides[same] != value:
+                said = f"--{bare} {value}" if key in given else f"{key}={value}"
+                raise ConfigError(f"{said} and {same}={overrides[same]} do not agree: leave one of them out")
+    return overrides | given
+
+
+def _load(name: str | None, folder: str | Path | None, fields: recipes.DataFields, progress: bool,
+          load: Callable[..., RealData] | None = None) -> RealData:
+    return (load or data.load)(name or None, folder, resolution=fields.resolution or None, split=fields.split or None,
+                               normaliser=fields.normaliser or None, progress=progress)
 
 
 def _own(tables: dict[str, Any], real: RealData, method: str, ipc: int, notes: list[str]) -> dict[str, Any]:

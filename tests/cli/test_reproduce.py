@@ -6,6 +6,7 @@ import json
 
 import pytest
 
+import speedk
 from speedk.cli import main
 from speedk.distillation import loop
 from speedk.errors import Interrupted
@@ -63,6 +64,27 @@ def test_what_the_minutes_did_not_reach_goes_on(run, tmp_path, capsys):
     assert lines(tmp_path)[1]["distil_seconds"] > lines(tmp_path)[0]["distil_seconds"]
 
 
+def test_what_is_changed_is_what_is_run(run, tmp_path, capsys):
+    words = ["T", "--row", "DM", "steps=1", "batch=4", "resolution=16", "normaliser=zca", "seed=3", "protocol=speed"]
+    assert run(*words, "--protocol", "quick", "--runs", "1") == 0
+    assert capsys.readouterr().out.count("--seed 3") == 1
+    path, = tmp_path.glob("runs/tables/*-seed3/distilled.safetensors")
+    loaded = speedk.load(path)
+    assert (loaded.header["normaliser"]["kind"], loaded.header["seed"], loaded.geometry.resolution) == ("zca", 3, 16)
+    line, = lines(tmp_path)
+    assert (line["seed"], line["resolution"], line["protocol"]["standardisation"]) == (3, 16, "speed")
+    assert "seed" not in line["changed"]  # of which there is a column
+    assert json.loads(path.with_name("data.json").read_text())["split"] == line["split"]
+
+
+def test_the_protocol_of_rows_without_a_recipe(run, tmp_path, capsys):
+    words = ["T", "--row", "Random", "protocol=speed", "--protocol", "quick", "--runs", "1"]
+    assert run(*words) == 0
+    assert lines(tmp_path)[0]["protocol"]["standardisation"] == "speed"
+    assert run("T", "--row", "Random", "--row", "Whole", "protocol=speed", "--dry-run") == 0
+    assert "--whole --dataset digits --networks mlp --standardisation speed" in capsys.readouterr().out
+
+
 def test_experts_count_as_distilling(run, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("SPEEDK_CACHE", str(tmp_path / "cache"))
     small = ["steps=1", "batch=4", "inner_steps=2", "max_start=1", "expert_epochs=1", "expert_count=2", "network=mlp",
@@ -93,7 +115,21 @@ def test_a_run_that_is_stopped_says_how_it_goes_on(run, capsys, monkeypatch, com
     (["T", "--row", "Randm"], "did you mean 'Random'"),
     (["T", "--row", "Other"], "another paper's method"),
     (["T", "T"], "one table at a time"),
-    (["T", "k=3"], "key=value changes a recipe"),
+    (["T", "k=3"], "k=... changes a recipe"),
+    (["T", "--row", "DM", "kk=3", "--dry-run"], "no recipe field 'kk'"),
+    (["T", "--row", "DM", "batch=x", "--dry-run"], "batch='x' must be a whole number"),
+    (["T", "--row", "DM", "images_per_class=2", "--dry-run"], "no recipe field 'images_per_class'"),
+    (["T", "--row", "DM", "network=mpl", "--dry-run"], "did you mean 'mlp'"),
+    (["T", "--row", "DM", "ipc=2"], "ipc is not to be changed here"),
+    (["T", "--row", "DM", "seed=3", "--seed", "4"], "the seeds 3 and 4 do not agree"),
+    (["T", "--row", "DM", "seed=x"], "seed=x is not from 0"),
+    (["T", "--row", "DM", "--seed", "-1"], "seed=-1 is not from 0"),
+    (["T", "--row", "DM", "batch=3", "batch=4"], "batch is given twice"),
+    (["T", "--row", "DM", "split=ilsvrc", "steps=1"], "split 'ilsvrc' is not one that can be asked for"),
+    (["T", "--row", "Whole", "epochs=3"], "of the whole data set: split, protocol"),
+    (["T", "--row", "Whole", "normaliser=zca"], "normaliser=... changes a recipe"),
+    (["T", "--row", "Random", "protocol=sped"], "protocol='sped' is not one of mtt, speed"),
+    (["T", "--row", "Random", "split=fastai"], "split 'fastai' is not one that can be asked for"),
     (["T", "--row", "Random", "k=3"], "of a coreset: epochs=N"),
     (["T", "--row", "Random", "epochs=0"], "epochs=0 must be a whole number"),
     (["T", "--budget", "0"], "--budget 0 must be above 0"),

@@ -83,6 +83,12 @@ def test_a_cell_over_the_budget_needs_to_be_allowed(run, tmp_path, capsys):
     (["kk=2,3"], "no recipe field 'kk'"),
     (["k=2,3", "--networks", "mpl"], "did you mean 'mlp'"),
     (["k=2,3", "--runs", "0"], "there is nothing to run"),
+    (["steps=3,4", "--steps", "3"], "steps=4: --steps 3 and steps=4 do not agree"),
+    (["objective.steps=3,4", "--steps", "3"], "--steps 3 and objective.steps=4 do not agree"),
+    (["k=2,3", "seed=1", "--seed", "2"], "--seed 2 and seed=1 do not agree"),
+    (["ipc=3,4"], "--ipc 2 and ipc=3 do not agree"),
+    (["k=2,3", "network=mlp", "--network", "convnet"], "--network convnet and network=mlp do not agree"),
+    (["k=2,3", "parameterization.k=2"], "parameterization.k=2 and k=3 do not agree"),
 ])
 def test_one_line_for_each_mistake(run, capsys, words, message):
     assert run(*words) == 1
