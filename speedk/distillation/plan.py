@@ -36,7 +36,8 @@ OWN_SETTINGS: dict[str, dict[str, Any]] = {
     "pixels": {"dm": {"optimizer": "sgd", "momentum": 0.5, "rates": {"pixels": 1.0}, "steps": DEFAULT_STEPS},
                "dc": _GRADIENTS, "dsa": _GRADIENTS, "tm": _TRAJECTORIES},
 }
-"""Outer settings by method and objective where no recipe says them; those of pixels are the original's."""
+"""Outer settings by method and objective where no recipe says them; those of pixels are the originals', of tm the
+defaults of its code (how trajectories are matched is then SPEED's, see `_settled`)."""
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 
 import pytest
 
@@ -12,14 +13,24 @@ from speedk.errors import ConfigError
 ROW = "cifar10-ipc1-speed"
 
 
-@pytest.mark.parametrize("name", list(shipped()))
-def test_every_shipped_recipe_resolves_and_survives_its_own_file(name, tmp_path):
-    recipe = resolve(read(name), "dm")
+OWN = [(name, objective) for name in shipped() for objective in read(name)["objective"]]
+
+
+@pytest.mark.parametrize(("name", "objective"), OWN)
+def test_every_shipped_recipe_resolves_and_survives_its_own_file(name, objective, tmp_path):
+    recipe = resolve(read(name), objective)
     assert recipe.about.name == name
+    assert {**read(name)["objective"][objective], "name": objective}.items() <= recipe.to_dict()["objective"].items()
     path = tmp_path / "recipe.toml"
     path.write_text(recipes.to_toml(recipe.to_dict()))
     assert recipes.from_resolved(read(path)) == recipe
     assert json.loads(json.dumps(recipe.to_dict())) == recipe.to_dict()
+
+
+@pytest.mark.parametrize("name", list(shipped()))
+def test_a_recipe_has_settings_for_every_number_it_quotes(name):
+    quoted = re.findall(r"\((\w+)\)", resolve(read(name), "dm").about.published)
+    assert set(quoted) <= set(read(name)["objective"])
 
 
 def test_overrides():

@@ -12,9 +12,17 @@ from speedk.distillation import loop
 from speedk.distillation import recipe as recipes
 from speedk.distillation.recipe import find_row, read, resolve, shipped
 
-OBJECTIVES = ("dm", "dc", "dsa")  # those that need nothing but images
 FEW = {"images_per_class": 1, "fit_steps": 1}
-CASES = [(name, objective) for name in shipped() for objective in OBJECTIVES if objective in read(name)["objective"]]
+TOY_EXPERTS = {"expert_count": 1, "max_start": 1, "expert_epochs": 1, "inner_steps": 2}
+CASES = [(name, objective) for name in shipped() for objective in read(name)["objective"]]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory):
+    """Where the experts go."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SPEEDK_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 @pytest.mark.parametrize("name", list(shipped()))
@@ -26,6 +34,10 @@ def test_it_fits_its_budget_and_says_where_it_comes_from(name):
     assert f"{spent.counted:,.0f}" in opening or recipe.data.name == "digits"
     assert all(word in opening for word in recipe.about.published.split())
     assert "speedk distill" in opening
+    if "published code's" in opening:  # whose start and top-k are others
+        spec = recipe.parameterization
+        assert (spec.init, spec.sparse) == ("fit", "always") and "init and sparse are speedk's own" in opening
+        assert "fit and always, where the paper has random and end" in " ".join(opening.replace("#", "").split())
     if recipe.method == "speed":
         spec = recipe.parameterization
         assert spec.D // spec.H <= spec.K and spec.k < 0.05 * spec.K * spec.patches(recipes.geometry(recipe))
@@ -33,11 +45,13 @@ def test_it_fits_its_budget_and_says_where_it_comes_from(name):
 
 @pytest.mark.parametrize(("name", "objective"), CASES)
 def test_it_runs_three_steps(name, objective):
-    """The recipe's own sizes, rates and network; two classes of two images, and batches of one."""
+    """The recipe's own sizes, rates and network; two classes of two images, batches of one, and one expert of an
+    epoch."""
     fewer = {"objective.batch": 1, "steps": 3, "ipc": 1, "budget": "off"}
     recipe = resolve(read(name), objective)
     fewer |= FEW if recipe.method == "speed" else {}
     fewer |= {"inner": 1, "outer": 2} if objective in ("dc", "dsa") and recipe.data.ipc > 1 else {}
+    fewer |= TOY_EXPERTS if objective == "tm" else {}
     geometry = recipes.geometry(recipe)
     tables = resolve(read(name), objective, fewer).to_dict()
     del tables["recipe"], tables["data"]["name"]
