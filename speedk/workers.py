@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from typing import Any
 
 import torch
@@ -20,15 +22,16 @@ class Stopped(Exception):
 class Pool:
     """`threads` threads (default: as many as torch has), each of which computes on its own while the pool is entered.
 
-    Pieces do not depend on the number of threads and come back in order, so neither does what is made of them. Where
-    the device is not the CPU there are no threads (`threads` is 0), and pieces are as large as memory allows.
+    Pieces do not depend on the number of threads and come back in order, so neither does what is made of them. Pools
+    of as many threads share them, so a piece must not wait for a pool itself. Where the device is not the CPU there are
+    no threads (`threads` is 0), and pieces are as large as memory allows.
     """
 
     def __init__(self, device: torch.device, threads: int | None = None) -> None:
         self.device = device
         self.threads = (threads or torch.get_num_threads()) if device.type == "cpu" else 0
         self.stopped = False
-        self._pool = single_threaded(self.threads) if self.threads > 1 else None
+        self._pool = _shared(self.threads) if self.threads > 1 else None
         self.piece = PIECE if self.threads else 16 * PIECE
 
     def __enter__(self) -> Pool:
@@ -52,6 +55,15 @@ class Pool:
         if self._pool is None:
             return [work(*item) for item in items]
         return list(self._pool.map(lambda item: work(*item), list(items)))
+
+
+@cache
+def _shared(count: int) -> ThreadPoolExecutor:
+    """The threads of every pool of so many: a pool that is held and not used costs nothing."""
+    return single_threaded(count)
+
+
+os.register_at_fork(after_in_child=_shared.cache_clear)  # threads do not outlive a fork
 
 
 def single_threaded(count: int) -> ThreadPoolExecutor:

@@ -19,6 +19,7 @@ from speedk.distillation.objectives.base import ABSURD, Diverged, Objective, Ski
 from speedk.distillation.parameterizations.base import Parameterization
 from speedk.distillation.recipe import Recipe
 from speedk.distillation.rundir import RunDir
+from speedk.distillation.step_graph import repeatable
 from speedk.errors import ConfigError, Interrupted, TrainingError, one_line
 
 CHECKPOINT_SECONDS = 30.0
@@ -138,7 +139,7 @@ def distill(recipe: Recipe, real: RealData, out: str | Path, *, resume: bool = F
     progress = progress or Progress()
     until = math.inf if minutes is None else time.monotonic() + 60 * minutes
     run = Run(recipe, real, torch.device(device))
-    with signals.noted() as stop, RunDir(out, recipe, real, resume, chosen) as folder:
+    with signals.noted() as stop, repeatable(run.device), RunDir(out, recipe, real, resume, chosen) as folder:
         try:
             found = checkpoint.load_newest(folder.checkpoints, run.device)
             if found is not None:

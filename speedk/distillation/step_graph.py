@@ -1,7 +1,7 @@
 """One training step as a graph: built, differentiated along a direction, dropped. What `unroll` walks over.
 
 Every way to unroll builds a step with `Training.build` and differentiates it with `StepGraph.adjoint`, so all of them
-give the same bits.
+give the same bits, where the operations themselves do.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ class Training:
     def running(self) -> Iterator[Pool | Alone]:
         """Where steps are built and differentiated, forward and backward alike; gives what runs the pieces."""
         # Of the attention kernels only the plain one can be differentiated twice.
-        with sdpa_kernel(SDPBackend.MATH), self._pool as pool:
+        with sdpa_kernel(SDPBackend.MATH), repeatable(self.device), self._pool as pool:
             yield pool
 
     def build(self, step: int, theta: Tensor, images: Tensor, labels: Tensor, needs: tuple[bool, bool],
@@ -147,7 +147,7 @@ class Training:
         """Raise ConfigError if the steps so far have changed a buffer; in a GPU's memory that waits for them."""
         before = dict(self.student.named_buffers())
         changed = [name for name, b in self.buffers.items()
-                   if name in self._replaced or not torch.equal(b, before[name])]
+                   if name in self._replaced or not _alike(b, before[name])]
         if changed:
             raise ConfigError(f"the student changes its buffers {', '.join(changed)} as it trains, which is not "
                               "unrolled: put those modules in eval mode, or take a norm without running statistics")
@@ -165,6 +165,19 @@ class Training:
                 with torch.cuda.device(self.device):
                     torch.cuda.manual_seed(seed)
             yield
+
+
+@contextlib.contextmanager
+def repeatable(device: torch.device) -> Iterator[None]:
+    """Inside, cuDNN computes a convolution's gradients to the same bits each time. `benchmark` stays as the user has
+    it: what it picks for a shape it keeps as long as the process lives."""
+    before = torch.backends.cudnn.deterministic
+    if device.type == "cuda":
+        torch.backends.cudnn.deterministic = True
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.deterministic = before
 
 
 class Alone(contextlib.nullcontext):
@@ -188,6 +201,11 @@ class _Held(torch.autograd.graph.saved_tensors_hooks):
         storage = tensor.untyped_storage()
         self.storages[storage.data_ptr()] = storage.nbytes()
         return tensor.detach()  # a node that holds its own output would never be freed
+
+
+def _alike(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors of one shape hold the same values, nan like nan."""
+    return bool(((a == b) | ((a != a) & (b != b))).all())
 
 
 def _drops(module: nn.Module) -> bool:

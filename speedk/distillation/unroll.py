@@ -7,7 +7,7 @@ gradient differentiated along one direction, and its graph dropped: docs/math/un
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,7 +20,7 @@ from speedk.errors import ConfigError
 from speedk.ops import unroll_step, unroll_step_adjoint
 
 
-def unroll(student: nn.Module, theta: Tensor, images: Tensor, labels: Tensor, schedule: Sequence[Tensor], lr: Tensor,
+def unroll(student: nn.Module, theta: Tensor, images: Tensor, labels: Tensor, schedule: Iterable[Tensor], lr: Tensor,
            momentum: float = 0.9, augment: Augment | None = None, loss: Loss | None = None,
            memory: str | int = "constant") -> Tensor:
     """The parameters after training `student` from `theta`: one step for each batch of `schedule`.
@@ -32,14 +32,15 @@ def unroll(student: nn.Module, theta: Tensor, images: Tensor, labels: Tensor, sc
     student: any module; it is left as it is. It trains in the mode it is in: dropout acts where `student.training`.
     theta: [P] float, the `named_parameters()` flattened and laid end to end, in order.
     images: [N, C, H, W] float; labels: int64 [N], or float [N, classes].
-    schedule: int64 index tensors [B_t] into images, one a step; an index may come twice.
+    schedule: int64 index tensors [B_t] (or sequences of ints) into images, one a step; an index may come twice.
     lr: a scalar tensor (or a number). momentum: 0 up to, not including, 1.
     augment: `augment(images [B_t, C, H, W], step) -> images`, differentiable once. It is called again in the backward
     pass and must do the same then: it may depend on `step` and draw from torch's default generators, which are
     seeded for each step; `dsa_steps(seed)` makes one.
     loss: `loss(logits, labels)`, a scalar; cross entropy, mean over the batch, unless given.
     memory: "constant" builds each step's graph again in the backward pass; "full" keeps them all; a number of bytes
-    keeps as many as fit in that. All give the same bits.
+    keeps as many as fit in that. All give the same bits on the CPU, and on a GPU where no operation of the student, the
+    loss or `augment` adds in an order of its own there (docs/unroll.md).
 
     Random numbers of dropout and augmentation follow from one draw of torch's default CPU generator.
     On the CPU a student that says `per_sample = True` (no operation of it mixes the samples of a batch, and it draws no
@@ -49,6 +50,7 @@ def unroll(student: nn.Module, theta: Tensor, images: Tensor, labels: Tensor, sc
     Returns theta_T [P]. Raises ConfigError where the arguments do not fit, and for a student whose buffers change as
     it trains (the running statistics of a batch norm), by name.
     """
+    schedule = [_indices(index, step) for step, index in enumerate(schedule)]
     _check(student, theta, images, labels, schedule, momentum)
     lr = torch.as_tensor(lr, dtype=theta.dtype, device=theta.device)
     if lr.dim():
@@ -188,8 +190,22 @@ def _limit(memory: str | int) -> float:
     return float(memory)
 
 
+def _indices(index: Tensor | Sequence[int], step: int) -> Tensor:
+    try:
+        return torch.as_tensor(index)
+    except (TypeError, ValueError, RuntimeError):
+        raise ConfigError(f"schedule[{step}] must be int64 [B], or a sequence of ints, got {type(index).__name__}"
+                          ) from None
+
+
 def _check(student: nn.Module, theta: Tensor, images: Tensor, labels: Tensor, schedule: Sequence[Tensor],
            momentum: float) -> None:
+    if torch.is_inference_mode_enabled():
+        raise ConfigError("each step is differentiated, which torch.inference_mode forbids: take torch.no_grad")
+    for name, tensor in (("theta", theta), ("images", images), ("labels", labels)):
+        if tensor.is_inference():
+            raise ConfigError(f"{name} was made in torch.inference_mode, and nothing can be differentiated through it: "
+                              "clone it outside")
     parameters = sum(p.numel() for p in student.parameters())
     if theta.shape != (parameters,):
         raise ConfigError(f"theta has shape {tuple(theta.shape)} but the student has {parameters} parameters: lay its "
@@ -198,9 +214,14 @@ def _check(student: nn.Module, theta: Tensor, images: Tensor, labels: Tensor, sc
         raise ConfigError(f"theta and images must be floating point, got {theta.dtype} and {images.dtype}")
     if images.dim() != 4:
         raise ConfigError(f"images must be [N, C, H, W], got {tuple(images.shape)}")
-    if labels.shape[:1] != images.shape[:1] or labels.dim() != (2 if labels.is_floating_point() else 1):
+    if (labels.shape[:1] != images.shape[:1] or labels.dim() != (2 if labels.is_floating_point() else 1)
+            or not (labels.is_floating_point() or labels.dtype == torch.int64)):
         raise ConfigError(f"labels must be int64 [{len(images)}] or float [{len(images)}, classes], got {labels.dtype} "
                           f"{tuple(labels.shape)}")
+    floats = {t.dtype for t in (theta, images, labels) if t.is_floating_point()}
+    if len(floats) > 1 and not torch.is_autocast_enabled(theta.device.type):
+        raise ConfigError(f"theta is {theta.dtype}, images are {images.dtype}, labels {labels.dtype}: make the floats "
+                          "one dtype")
     if not theta.device == images.device == labels.device:
         raise ConfigError(f"theta is on {theta.device}, images on {images.device}, labels on {labels.device}")
     if not 0 <= momentum < 1:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import signal
 
 import pytest
@@ -16,6 +17,7 @@ import speedk
 from speedk import networks
 from speedk.distillation import checkpoint, experts, loop
 from speedk.distillation import plan as plans
+from speedk.distillation import recipe as recipes
 from speedk.distillation.expertfolder import ExpertFolder, Identity
 from speedk.distillation.objectives import tm
 from speedk.distillation.objectives.base import Skip
@@ -167,18 +169,71 @@ def test_experts_of_a_folder_are_used_and_never_named(real, tmp_path):
         loop.distill(recipe(experts=str(moved)), make_real(resolution=8, count=8, seed=1), tmp_path / "newer")
 
 
+@pytest.mark.parametrize("limit", [1, 5 * 3 * 8 * 8 * 8])
+def test_the_way_back_is_walked_in_chunks_under_a_limit(real, monkeypatch, limit):
+    run = make_run(real, method="speed")
+    run.synthetic.double()
+    generator = torch.Generator().manual_seed(0)
+    given, chunks = {}, []
+
+    def match(start, target, images, *_):
+        assert not images.grad_fn and images.dtype == torch.float64  # decoded without a graph
+        given["d"] = torch.randn(images.shape, generator=generator, dtype=torch.float64)
+        return 0.5, given["d"], None, torch.zeros(())
+
+    monkeypatch.setattr(run.objective, "_match", match)
+    monkeypatch.setattr(tm, "batches", lambda *_: [torch.arange(run.synthetic.size)])
+    monkeypatch.setattr(tm, "DECODE_BYTES", limit)
+    accumulate = run.synthetic.accumulate
+    monkeypatch.setattr(run.synthetic, "accumulate", lambda index, *rest, **pool: (
+        chunks.append(len(index)), accumulate(index, *rest, **pool)))
+    run.objective.step(run.synthetic, 0)
+    image = 8 * run.real.geometry.pixels  # bytes
+    assert sum(chunks) == run.synthetic.size == 12 and max(chunks) == max(1, limit // image)
+    assert max(chunks) * image <= max(limit, image)
+
+    got = {name: p.grad.clone() for name, p in run.synthetic.named_parameters()}
+    run.synthetic.zero_grad()
+    (run.synthetic.decode(torch.arange(12))[0] * given["d"]).sum().backward()
+    for name, p in run.synthetic.named_parameters():
+        assert p.grad.abs().max() > 0
+        torch.testing.assert_close(got[name], p.grad, rtol=1e-11, atol=1e-13)
+
+
+def test_the_largest_row_fits_beside_its_own_parameters():
+    """TinyImageNet at 10 images per class uses all its images in every iteration: they and their gradients are held,
+    1.6 GB, and of the way back a chunk that is small beside the set's own numbers."""
+    made = resolve(recipes.read("tinyimagenet-ipc10-speed"), "tm")
+    geometry, spec = recipes.geometry(made), made.objective
+    size = made.parameterization.images_per_class * geometry.classes
+    assert size == 15_600
+    drawn = tm.batches(size, spec.batch, spec.inner_steps, torch.Generator())
+    needed, image = len(torch.unique(torch.cat(drawn))), 4 * geometry.pixels
+    own = 4 * geometry.budget(made.data.ipc)
+    assert needed == size and 2 * needed * image < 1.6e9
+    rows = tm.DECODE_BYTES // image
+    assert rows > 16 and rows * image < own / 5 < 2 * needed * image / 50
+
+
 def test_what_it_needs_is_said_before_it_starts(real):
     objective = make_run(real).objective
     said, seconds = objective.preparation()
-    assert said.startswith("2 experts of 3 epochs from ") and said.endswith("6 of 6 epochs are to be trained")
+    assert said.startswith("2 experts of 3 epochs from ") and "6 of 6 epochs are to be trained" in said
     assert seconds > 0
+    promised = float(re.search(r"([\d.]+) MB of disk in all", said)[1])
     objective.prepare()
+    files = sum(file.stat().st_size for file in folder_of(real).path.glob("expert-*.safetensors"))
+    assert promised == pytest.approx(files / 1e6, rel=0.1)
     assert objective.preparation()[0].endswith("all are there") and objective.preparation()[1] == 0
 
 
-def test_an_estimate_trains_no_experts(real, tmp_path):
+def test_an_estimate_trains_no_experts_and_skips_nothing(real, tmp_path, monkeypatch):
     made = plans.Plan(recipe(), real, torch.device("cpu"), tmp_path / "run", "", ())
+    seen = []
+    advance = loop.Run.advance
+    monkeypatch.setattr(loop.Run, "advance", lambda run: seen.append(advance(run)) or seen[-1])
     assert plans.estimate(made).step_seconds > 0
+    assert len(seen) == 4 and all(0.1 < numbers["loss"] < tm.DIVERGED for numbers in seen)  # not one was skipped
     assert not (tmp_path / "cache").exists() and not (tmp_path / "run").exists()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import threading
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ import speedk
 from speedk import networks
 from speedk.augment import dsa
 from speedk.distillation import seeds
+from speedk.distillation.step_graph import repeatable
 from speedk.distillation.unroll import dsa_steps
 from speedk.errors import ConfigError
 from speedk.geometry import Geometry
@@ -266,6 +268,69 @@ def test_refusals():
     }.items():
         with pytest.raises(ConfigError, match=message):
             speedk.unroll(student, *arguments)
+
+
+def test_what_does_not_fit_is_said_in_a_line():
+    student = STUDENTS["mlp"]()
+    theta, images, labels, schedule, lr, _ = problem(student, soft=False)
+    with torch.inference_mode():
+        made_inside = images * 1
+    for message, arguments in {
+        r"labels must be int64 \[10\] .* got torch.int32": (theta, images, labels.int(), schedule, lr),
+        "images are torch.float32.*make the floats one dtype": (theta, images.float(), labels, schedule, lr),
+        "labels torch.float32: make the floats": (theta, images, F.one_hot(labels).float(), schedule, lr),
+        "theta is on cpu, images on meta": (theta, images.to("meta"), labels, schedule, lr),
+        "images was made in torch.inference_mode.*clone it": (theta, made_inside, labels, schedule, lr),
+        r"schedule\[1\] must be int64 \[B\], or a sequence of ints, got str": (theta, images, labels, [[0], "ab"], lr),
+        r"schedule\[0\] must be int64 \[B\] with B at least 1, got torch.int64 \(\)": (theta, images, labels, [3], lr),
+        r"schedule\[0\] must be int64 \[B\] with B at least 1": (theta, images, labels, [[]], lr),
+    }.items():
+        with pytest.raises(ConfigError, match=message):
+            speedk.unroll(student, *arguments)
+    with torch.inference_mode(), pytest.raises(ConfigError, match="torch.inference_mode forbids: take torch.no_grad"):
+        speedk.unroll(student, theta, images, labels, schedule, lr)
+
+
+def test_a_schedule_may_be_a_generator_of_lists_or_one_tensor():
+    student = STUDENTS["mlp"]()
+    theta, images, labels, _, lr, _ = problem(student)
+    table = torch.tensor([[1, 2, 3], [0, 1, 9]])
+    want = speedk.unroll(student, theta, images, labels, list(table), lr)
+    assert not torch.equal(want, theta)
+    for schedule in ((row for row in table), table.tolist(), table):
+        assert torch.equal(speedk.unroll(student, theta, images, labels, schedule, lr), want)
+
+
+def test_a_constant_nan_in_a_buffer_is_no_change():
+    student = STUDENTS["mlp"]()
+    student.register_buffer("unknown", torch.tensor([float("nan"), 1.0]))
+    theta, images, labels, schedule, lr, _ = problem(student)
+    assert bool(speedk.unroll(student, theta, images, labels, schedule, lr).isfinite().all())
+
+
+def test_results_that_are_held_hold_no_threads(monkeypatch):
+    monkeypatch.setattr("speedk.distillation.step_graph.PIECE", 8 * 8)
+    student = STUDENTS["convnet"]()
+    theta, images, labels, schedule, lr, _ = problem(student)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        held = [speedk.unroll(student, theta, images, labels, schedule, lr)]
+        threads = threading.active_count()
+        held += [speedk.unroll(student, theta, images, labels, schedule, lr) for _ in range(5)]
+    finally:
+        torch.set_num_threads(before)
+    assert threading.active_count() == threads and all(torch.equal(one, held[0]) for one in held)
+
+
+def test_cudnn_is_repeatable_for_the_time_being():
+    before = torch.backends.cudnn.deterministic
+    with repeatable(torch.device("cpu")):
+        assert torch.backends.cudnn.deterministic == before
+    with pytest.raises(KeyError), repeatable(torch.device("cuda")):
+        assert torch.backends.cudnn.deterministic
+        raise KeyError
+    assert torch.backends.cudnn.deterministic == before
 
 
 def peak_bytes(call) -> int:

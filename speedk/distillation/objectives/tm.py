@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from speedk import networks
+from speedk import memory, networks
 from speedk.distillation import experts, seeds
 from speedk.distillation.expertfolder import ExpertFolder, Identity
 from speedk.distillation.objectives.base import ABSURD, Diverged, Objective, ObjectiveSpec, Skip, too_high
@@ -110,7 +109,9 @@ class TrajectoryMatching(Objective):
         if not need:
             return f"{said}: all are there", 0.0
         each = experts.image_seconds(self.spec.network, self.real.geometry, self.device) * len(self.real.train)
-        return f"{said}: {need:,} of {count * self.spec.epochs:,} epochs are to be trained", need * each
+        disk = 4e-6 * count * (self.spec.epochs + 1) * networks.parameter_count(self._student)
+        return (f"{said}: {need:,} of {count * self.spec.epochs:,} epochs are to be trained, {disk:,.1f} MB of disk in "
+                "all"), need * each
 
     def prepare(self, progress: Progress | None = None) -> None:
         if self._experts is not None or self._pretended is not None:
@@ -127,8 +128,9 @@ class TrajectoryMatching(Objective):
         self._experts, self._count, self._key = folder, count, folder.identity.key
 
     def pretend(self) -> None:
+        # A target so far away that a few steps are nothing to it: the loss is about 1, and no iteration is skipped.
         theta = nn.utils.parameters_to_vector(self._student.parameters()).detach()
-        self._pretended = theta, theta + 0.01 * theta.abs().mean()
+        self._pretended = theta, theta + 1.0
 
     def step(self, synthetic: Parameterization, step: int) -> dict[str, float]:
         self.prepare()
@@ -271,13 +273,9 @@ def _decoded(synthetic: Parameterization, index: Tensor) -> tuple[Tensor, Tensor
 
 
 def _spare(device: torch.device) -> int:
-    """Bytes that step graphs may take: half of what is free on a GPU, a quarter of the machine's free memory. How much
-    that is does not change the numbers."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0] // 2
-    if "SC_AVPHYS_PAGES" not in os.sysconf_names:  # where the system does not say
-        return 0
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 4
+    """Bytes that step graphs may take: half of what is free on a GPU, a quarter elsewhere, where others want some too.
+    How much that is does not change the numbers."""
+    return memory.spare(device) // (2 if device.type == "cuda" else 4)
 
 
 PLUGIN = TrajectoryMatching
