@@ -228,7 +228,7 @@ def test_what_it_needs_is_said_before_it_starts(real):
 
 
 def test_an_estimate_trains_no_experts_and_skips_nothing(real, tmp_path, monkeypatch):
-    made = plans.Plan(recipe(), real, torch.device("cpu"), tmp_path / "run", "", ())
+    made = plans.Plan(recipe(synthetic_lr=0.5), real, torch.device("cpu"), tmp_path / "run", "", ())
     seen = []
     advance = loop.Run.advance
     monkeypatch.setattr(loop.Run, "advance", lambda run: seen.append(advance(run)) or seen[-1])
