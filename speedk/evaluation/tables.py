@@ -105,7 +105,8 @@ def table(name: str) -> Table:
     """Raises ConfigError where there is none of that number."""
     known = tables()
     if name not in known:
-        raise ConfigError(f"there is no table {name!r}, only {', '.join(known)}")
+        raise ConfigError(f"there is no table {name!r}, only {', '.join(known)}; docs/paper.md says what makes the "
+                          "figures and the other tables")
     return known[name]
 
 
