@@ -122,7 +122,7 @@ def add_layer_norm_bwd(
     D = x.shape[-1]
     d_x = torch.empty(x.shape, device=x.device, dtype=x.dtype)
     if d_x.numel() == 0:
-        return d_x, torch.zeros_like(weight), torch.zeros_like(weight)
+        return d_x, weight.new_zeros(D), weight.new_zeros(D)
     x, d_out = x.reshape(-1, D), d_out.reshape(-1, D)
     residual = x if (plain := residual is None) else residual.reshape(-1, D)
     meta = add_layer_norm_meta(D)

@@ -242,11 +242,13 @@ def freenet_block_bwd(
     total = [torch.zeros(w.shape, device=w.device, dtype=torch.float32) for w in weights]
     d_features = torch.empty(shape, device=features.device, dtype=features.dtype)
     d_state = None if state is None else torch.empty_like(d_features)
+    if d_features.numel() == 0:
+        return d_features, d_state, [t.to(w.dtype) for t, w in zip(total, weights, strict=True)]
     features, d_out = features.reshape(-1, D), d_out.reshape(-1, D)
     state = None if state is None else state.reshape(-1, D)
     M = len(features)
     buffers = torch.empty(5, min(M, CHUNK), D, device=features.device, dtype=features.dtype)
-    for start in range(0, M, CHUNK) if D else ():
+    for start in range(0, M, CHUNK):
         rows = slice(start, start + CHUNK)
         x, s = features[rows], None if state is None else state[rows]
         d_s = None if state is None else d_state.view(-1, D)[rows]

@@ -120,7 +120,7 @@ def mhsc_bwd(
     D = saet.shape[1]
     d_scm = torch.empty(N, H, J, K, device=scm.device, dtype=scm.dtype) if need_scm else None
     if N * J * K * D == 0 or not (need_scm or need_saet):
-        return d_scm.zero_() if need_scm else None, torch.zeros_like(saet) if need_saet else None
+        return d_scm.zero_() if need_scm else None, saet.new_zeros(saet.shape) if need_saet else None
     precision = dot_precision(scm.dtype)
     meta = mhsc_bwd_meta(K, D // H, precision, scm.element_size())
     blocks, columns = triton.cdiv(N * J, meta["BM"]), triton.cdiv(K, meta["BK"])

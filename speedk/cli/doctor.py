@@ -24,7 +24,6 @@ def run(args: argparse.Namespace) -> int:
     import torch
 
     import speedk
-    from speedk import ops
     from speedk.ops import dispatch
 
     native = dispatch.native()
@@ -41,11 +40,18 @@ def run(args: argparse.Namespace) -> int:
     }
     print("\n".join(f"{name:<16}{value}" for name, value in facts.items()))
     print()
-    rows = [("op", "takes", "why not the ones before")]
-    for op in dispatch.ops():
-        found = ops.explain(op)
-        chosen = next((b for b, said in found.items() if said == "chosen"), "nothing")
-        before = [f"{b}: {said}" for b, said in found.items() if said not in ("chosen", "available")]
-        rows.append((op, chosen, "; ".join(before)))
-    print(table(rows))
+    devices = ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]
+    print("\n\n".join(table(_choices(device)) for device in devices))
     return 0
+
+
+def _choices(device: str) -> list[tuple[str, ...]]:
+    from speedk.ops import dispatch
+
+    rows = [(f"op on {'the GPU' if device == 'cuda' else 'the CPU'}", "takes", "why not the others")]
+    for op in dispatch.ops():
+        found = dispatch.installed(op, device)
+        chosen = next((b for b, said in found.items() if said == "chosen"), "nothing")
+        others = [f"{b}: {said}" for b, said in found.items() if said not in ("chosen", "available")]
+        rows.append((op, chosen, "; ".join(others)))
+    return rows

@@ -9,6 +9,7 @@ from torch.nn.functional import layer_norm
 from speedk.ops import arguments, dispatch
 
 
+@dispatch.public
 def add_layer_norm(x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float = 1e-6) -> Tensor:
     """LayerNorm over the last dimension of x + residual.
 

@@ -17,6 +17,7 @@ def index_dtype(size: int) -> torch.dtype:
     return torch.uint8 if size <= 256 else torch.uint16
 
 
+@dispatch.public
 def coo_encode(scm: Tensor, k: int, *, check: bool | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """The k largest entries of each (image, head) as values and coordinates, in order of j K + k.
 
@@ -45,6 +46,7 @@ def coo_encode_reference(scm: Tensor, k: int, check: bool = True) -> tuple[Tenso
     return scm.reshape(n, h, j * tokens).gather(-1, flat), (flat // width).to(dtype), (flat % width).to(dtype)
 
 
+@dispatch.public
 def coo_decode(values: Tensor, rows: Tensor, cols: Tensor, J: int, K: int, *, check: bool | None = None) -> Tensor:
     """The dense codes [N, H, J, K] of stored entries; zero elsewhere. Entries of one coordinate add up.
 
@@ -58,7 +60,10 @@ def coo_decode(values: Tensor, rows: Tensor, cols: Tensor, J: int, K: int, *, ch
     """
     _fits(values, rows, cols, J, K)
     backend = _decode.choose(values, rows, cols)
-    check = dispatch.checks(check, backend, values)
+    return _dense(values, rows, cols, J, K, dispatch.checks(check, backend, values), backend)
+
+
+def _dense(values: Tensor, rows: Tensor, cols: Tensor, J: int, K: int, check: bool, backend: str) -> Tensor:
     if backend == "torch":
         return coo_decode_reference(values, rows, cols, J, K, check)
     return _coo_decode(values, rows, cols, J, K, check, backend)
@@ -75,6 +80,7 @@ def coo_decode_reference(values: Tensor, rows: Tensor, cols: Tensor, J: int, K: 
     return dense[..., :J * K].reshape(n, h, J, K)
 
 
+@dispatch.public
 def mhsc_coo(values: Tensor, rows: Tensor, cols: Tensor, saet: Tensor, J: int, *, check: bool | None = None) -> Tensor:
     """`mhsc` from stored entries: mhsc(coo_decode(values, rows, cols, J, K), saet), without the dense codes.
 
@@ -140,7 +146,7 @@ def why_not_triton(values: Tensor, rows: Tensor, cols: Tensor, *saet: Tensor) ->
     return dispatch.why_not_triton(values, rows, cols, *saet)
 
 
-_encode = dispatch.Op("coo_encode", native=why_not_native_topk)
+_encode = dispatch.Op("coo_encode", native=why_not_native_topk, cuda=True)
 _decode = dispatch.Op("coo_decode", triton=why_not_triton, native=why_not_native)
 _mhsc = dispatch.Op("mhsc_coo", triton=why_not_triton, native=why_not_native)
 
@@ -172,7 +178,9 @@ def _encode_save(ctx, inputs, output) -> None:
 
 
 def _encode_backward(ctx, d_values: Tensor, *none: None):
-    return coo_decode(d_values, *ctx.saved_tensors, *ctx.size, check=False), None, None, None
+    rows, cols = ctx.saved_tensors
+    backend = _decode.prefer(d_values, rows, cols)
+    return _dense(d_values, rows, cols, *ctx.size, False, backend), None, None, None
 
 
 _coo_encode.register_autograd(_encode_backward, setup_context=_encode_save)

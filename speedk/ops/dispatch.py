@@ -4,7 +4,10 @@ A backend other than PyTorch is a function `why_not(*arguments) -> str | None` i
 take these arguments, or None. Nothing here catches an error of a kernel: one that fails, fails aloud.
 
 `use_backend("native")` and the environment variable SPEEDK_BACKEND are strict: an op that cannot run there raises a
-ValueError with the reason. `explain("mhsc", scm, saet)` lists the reasons.
+ValueError with the reason. `explain("mhsc", scm, saet)` lists the reasons. A backward pass is not strict about the ops
+that it calls beside its own kernel: `Op.prefer`.
+
+Under autocast every op computes in the widest dtype among its arguments, whatever its backend: `public`.
 """
 
 from __future__ import annotations
@@ -13,26 +16,31 @@ import functools
 import importlib
 import importlib.util
 import os
+import threading
 from collections.abc import Callable
 from types import ModuleType
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
 
 BACKENDS = ("triton", "native", "torch")
 WhyNot = Callable[..., "str | None"]
 
 _ops: dict[str, Op] = {}
+_public: dict[str, Callable] = {}
 _forced: str | None = None
+_asking: set[int] = set()  # the threads that are in `explain`
 
 
 class Op:
     """An op's table of backends. PyTorch is always there and takes everything; a backend that is left out has no
-    kernel for this op."""
+    kernel for this op. `cuda`: whether the native kernel is there for the GPU, too."""
 
-    def __init__(self, name: str, *, triton: WhyNot | None = None, native: WhyNot | None = None) -> None:
-        self.name = name
+    def __init__(self, name: str, *, triton: WhyNot | None = None, native: WhyNot | None = None,
+                 cuda: bool = False) -> None:
+        self.name, self.cuda = name, cuda
         self._why_not = {"triton": triton, "native": native}
         _ops[name] = self
 
@@ -54,16 +62,76 @@ class Op:
 
     def choose(self, *arguments: object) -> str:
         """The backend for `arguments`. Raises ValueError where one is forced that cannot take them."""
+        if _asking and threading.get_ident() in _asking:
+            raise _Asked(self, arguments)
         if _forced is not None:
             reason = self.why_not(_forced, *arguments)
             if reason is not None:
                 raise ValueError(f"{self.name} cannot run on the {_forced} backend: {reason}")
             return _forced
+        return self._first(*arguments)
+
+    def prefer(self, *arguments: object) -> str:
+        """The backend for a call that a backward pass makes: the one that is forced where it takes `arguments`, else
+        the first that does."""
+        if _forced is not None and self.why_not(_forced, *arguments) is None:
+            return _forced
+        return self._first(*arguments)
+
+    def _first(self, *arguments: object) -> str:
         for backend in BACKENDS:
             # Triton's interpreter is for tests: right and very slow, so it has to be asked for by name.
             if not (backend == "triton" and INTERPRETED) and self.why_not(backend, *arguments) is None:
                 return backend
         raise AssertionError("unreachable: the torch backend takes everything")
+
+
+class _Asked(Exception):
+    """An op has come to its choice while `explain` asks for it: (its table, what it would choose for)."""
+
+
+def public(function: Callable) -> Callable:
+    """An op as users call it: `explain` finds it by its name, and under autocast it computes as it would outside, in
+    the widest floating dtype among its arguments."""
+
+    @functools.wraps(function)
+    def op(*arguments: object, **keywords: object) -> object:
+        kind = _autocast_for((*arguments, *keywords.values()))
+        if kind is None:
+            return function(*arguments, **keywords)
+        dtypes = {t.dtype for t in _tensors((arguments, tuple(keywords.values()))) if t.is_floating_point()}
+        widest = functools.reduce(torch.promote_types, dtypes)
+        with torch.autocast(kind, enabled=False):
+            return function(*_cast(arguments, widest), **{name: _cast(x, widest) for name, x in keywords.items()})
+
+    _public[function.__name__] = op
+    return op
+
+
+def _autocast_for(arguments: tuple) -> str | None:
+    """The kind of device of the first tensor, where autocast is on for it."""
+    for argument in arguments:
+        if isinstance(argument, Tensor):
+            kind = argument.device.type
+            on = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+            return kind if on and argument.is_floating_point() else None
+    return None
+
+
+def _tensors(argument: object) -> list[Tensor]:
+    """The tensors of an op's arguments, which may hold them in tuples and lists."""
+    if isinstance(argument, Tensor):
+        return [argument]
+    return [tensor for part in argument for tensor in _tensors(part)] if isinstance(argument, (tuple, list)) else []
+
+
+def _cast(argument: object, dtype: torch.dtype) -> object:
+    if isinstance(argument, Tensor):
+        return argument.to(dtype) if argument.is_floating_point() else argument
+    if isinstance(argument, (tuple, list)):
+        parts = [_cast(part, dtype) for part in argument]
+        return type(argument)(*parts) if hasattr(argument, "_fields") else type(argument)(parts)
+    return argument
 
 
 class use_backend:
@@ -86,18 +154,33 @@ class use_backend:
         _forced = self._before
 
 
-def explain(op: str, *arguments: object) -> dict[str, str]:
+def explain(op: str, *arguments: object, **keywords: object) -> dict[str, str]:
     """For each backend of `op`, first choice first: "chosen", "available", or the reason it cannot take `arguments`.
 
-    Without arguments it tells what holds for every input here (what is built, what hardware is there).
+    Arguments are those of the op, and refused as the op refuses them; nothing is computed. Without arguments it tells
+    what holds for every input on the GPU, or on the CPU where there is none.
     """
-    if op not in _ops:
-        raise ValueError(f"{op!r} is not one of {', '.join(sorted(_ops))}")
-    table = _ops[op]
-    if not arguments:
-        found = {b: _installed(table, b) for b in BACKENDS}
-    else:
-        found = {b: table.why_not(b, *arguments) for b in BACKENDS}
+    if op not in _public:
+        raise ValueError(f"{op!r} is not one of {', '.join(sorted(_public))}")
+    if not arguments and not keywords:
+        return installed(op, "cuda" if torch.cuda.is_available() else "cpu")
+    thread = threading.get_ident()
+    _asking.add(thread)
+    try:
+        _public[op](*arguments, **keywords)
+    except _Asked as asked:
+        table, given = asked.args
+    finally:
+        _asking.discard(thread)
+    return _told({b: table.why_not(b, *given) for b in BACKENDS})
+
+
+def installed(op: str, device: str) -> dict[str, str]:
+    """What `explain` says of every input on a `device`, "cpu" or "cuda": what is built, what hardware is there."""
+    return _told({b: _not_installed(_ops[op], b, device) for b in BACKENDS})
+
+
+def _told(found: dict[str, str | None]) -> dict[str, str]:
     wanted = (_forced,) if _forced else tuple(b for b in BACKENDS if not (b == "triton" and INTERPRETED))
     chosen = next((b for b in wanted if found[b] is None), None)
     return {b: reason or ("chosen" if b == chosen else "available") for b, reason in found.items()}
@@ -113,10 +196,17 @@ def ops() -> list[str]:
     return sorted(_ops)
 
 
-def _installed(table: Op, backend: str) -> str | None:
+def _not_installed(table: Op, backend: str, device: str) -> str | None:
     if backend not in table.backends:
         return f"there is no {backend} kernel of {table.name}"
-    return {"triton": triton_missing, "native": native_missing, "torch": lambda: None}[backend]()
+    if backend == "triton":
+        here = "cpu" if INTERPRETED else "cuda"
+        return triton_missing() or (None if device == here else "the kernel is for the GPU")
+    if backend == "native" and device == "cpu":
+        return native_missing()
+    if backend == "native":
+        return native_missing() or (native_cuda_missing() if table.cuda else "the kernel is for the CPU")
+    return None
 
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -184,11 +274,9 @@ def why_not_native_cpu(*tensors: Tensor) -> str | None:
 
 def why_not_native_cuda(*tensors: Tensor) -> str | None:
     """The part of a native backend's `why_not` that is the same for every CUDA op."""
-    missing = native_missing()
+    missing = native_missing() or native_cuda_missing()
     if missing is not None:
         return missing
-    if not native_cuda():
-        return "the extension is built without its CUDA files (nvcc was not found, or SPEEDK_CUDA=OFF)"
     for tensor in tensors:
         if not tensor.is_cuda:
             return f"a tensor is on {tensor.device}, the kernel is for the GPU"
@@ -201,11 +289,18 @@ def native_cuda() -> bool:
     return native() is not None and native().cuda
 
 
+def native_cuda_missing() -> str | None:
+    """Why the extension runs nothing on a GPU, or None."""
+    if native_cuda():
+        return None
+    return "the extension is built without its CUDA files (nvcc was not found, or SPEEDK_CUDA=OFF)"
+
+
 def checks(check: bool | None, backend: str, tensor: Tensor) -> bool:
     """Whether an op looks for bad values (a NaN, an index out of range) in `tensor` and raises.
 
     As the caller says; by default wherever that costs no more than a glance. The native CPU kernels look anyway; the
-    rest has to wait for the answer, which graphs and transforms cannot.
+    rest has to wait for the answer, which graphs and transforms cannot, and tensors without values never have.
     """
     if check is not None:
         return check
@@ -213,7 +308,20 @@ def checks(check: bool | None, backend: str, tensor: Tensor) -> bool:
         return True
     if torch.compiler.is_compiling() or transformed():
         return False
+    if tensor.is_meta or isinstance(tensor, FakeTensor):
+        return False
     return not (tensor.is_cuda and torch.cuda.is_current_stream_capturing())
+
+
+def batched(gradient: Tensor) -> bool:
+    """Whether a backward pass runs for a batch of gradients at once: `is_grads_batched`, or vmap over autograd.grad."""
+    return torch._C._functorch.is_batchedtensor(gradient) or torch._C._functorch.is_legacy_batchedtensor(gradient)
+
+
+def gradients_in_torch(function: Callable[..., Tensor], inputs: list[Tensor], d_out: Tensor) -> tuple[Tensor, ...]:
+    """The gradients of `function(*inputs)` by autograd: for a batch of d_out, where PyTorch takes a registered op apart
+    by itself only if that has no list of tensors."""
+    return torch.func.vjp(function, *(tensor.detach() for tensor in inputs))[1](d_out)
 
 
 @torch.compiler.assume_constant_result

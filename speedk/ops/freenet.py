@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from speedk.ops import arguments, dispatch, native
-from speedk.ops.coo import mhsc_coo
-from speedk.ops.freenet_block import MATRICES, NORMS, BlockWeights, freenet_block
-from speedk.ops.mhsc import mhsc
-from speedk.ops.patches import patch_length, square_side, tokens_to_images
+from speedk.ops.coo import fits_mhsc_coo, mhsc_coo
+from speedk.ops.coo import why_not_triton as why_not_mhsc_coo
+from speedk.ops.freenet_block import NORMS, BlockWeights, fits_block, freenet_block, freenet_block_reference
+from speedk.ops.freenet_block import why_not_triton as why_not_block
+from speedk.ops.mhsc import fits_mhsc, mhsc
+from speedk.ops.mhsc import why_not_triton as why_not_mhsc
+from speedk.ops.patches import patch_length, square_side, tokens_to_images, tokens_to_images_reference
+from speedk.ops.patches import why_not_triton_product as why_not_product
 
 
 class FReeNetWeights(NamedTuple):
@@ -26,6 +31,7 @@ class FReeNetWeights(NamedTuple):
     norm: str = "branch"
 
 
+@dispatch.public
 def freenet(scm: Tensor, saet: Tensor, weights: FReeNetWeights) -> Tensor:
     """Decode codes to images: Eq. 2, with E A computed once for all blocks.
 
@@ -35,28 +41,28 @@ def freenet(scm: Tensor, saet: Tensor, weights: FReeNetWeights) -> Tensor:
     Raises ValueError where shapes or dtypes do not fit.
     Backends: Triton, native (CPU, float32: all blocks in one pass over the tokens), torch.
     """
-    return _decode(mhsc(scm, saet), weights)
+    fits_mhsc(scm, saet)
+    _fits_weights(scm.shape[2], saet, weights)
+    backend = _op.choose(saet, weights, scm)
+    return _decode(mhsc(scm, saet), weights, backend)
 
 
+@dispatch.public
 def freenet_coo(values: Tensor, rows: Tensor, cols: Tensor, saet: Tensor, weights: FReeNetWeights, *,
                 check: bool | None = None) -> Tensor:
     """`freenet` from stored entries ([N, H, k] each): the artifact's path, with no dense code matrix of its own.
 
     `check` and errors as for `mhsc_coo`, the rest as for `freenet`.
     """
-    return _decode(mhsc_coo(values, rows, cols, saet, weights.patches, check=check), weights)
+    fits_mhsc_coo(values, rows, cols, saet, weights.patches)
+    _fits_weights(weights.patches, saet, weights)
+    backend = _coo.choose(saet, weights, values, rows, cols)
+    return _decode(mhsc_coo(values, rows, cols, saet, weights.patches, check=check), weights, backend)
 
 
-def _decode(features: Tensor, weights: FReeNetWeights) -> Tensor:
-    if not weights.blocks:
-        raise ValueError("FReeNet needs at least one block")
-    if weights.norm not in NORMS:
-        raise ValueError(f"norm={weights.norm!r} is not one of {NORMS}")
-    if features.shape[1] != weights.patches:
-        raise ValueError(f"the codes have J={features.shape[1]} patches but the weights are for {weights.patches}")
-    tensors = [tensor for block in weights.blocks for tensor in block] + [weights.weight, weights.bias]
-    fits_decoder(features, tensors, weights.channels, weights.patch)
-    if _op.choose(features, *tensors) == "native":
+def _decode(features: Tensor, weights: FReeNetWeights, backend: str) -> Tensor:
+    if backend == "native":
+        tensors = [tensor for block in weights.blocks for tensor in block] + [weights.weight, weights.bias]
         keep = torch.is_grad_enabled() and any(t.requires_grad for t in (features, *tensors))
         return _freenet(features, tensors, weights.channels, weights.patch, weights.norm == "sum", keep)[0]
     state = None
@@ -65,40 +71,61 @@ def _decode(features: Tensor, weights: FReeNetWeights) -> Tensor:
     return tokens_to_images(state, weights.weight, weights.bias, weights.channels, weights.patch)
 
 
-NAMES = (*BlockWeights._fields, "weight", "bias")
+def _fits_weights(J: int, saet: Tensor, weights: FReeNetWeights) -> None:
+    if not weights.blocks:
+        raise ValueError("FReeNet needs at least one block")
+    if weights.norm not in NORMS:
+        raise ValueError(f"norm={weights.norm!r} is not one of {NORMS}")
+    if weights.patches != J:
+        raise ValueError(f"the codes have J={J} patches but the weights are for {weights.patches}")
+    for block in weights.blocks:
+        fits_block(block, saet=saet)
+    _fits_last(J, weights.weight, weights.bias, weights.channels, weights.patch, saet=saet)
 
 
-def fits_decoder(features: Tensor, tensors: list[Tensor], channels: int, patch: int) -> None:
-    """Raise ValueError unless features [N, J, D] go through `tensors`, ten of each block and the final two."""
+def _fits(features: Tensor, tensors: list[Tensor], channels: int, patch: int) -> None:
+    """The same for the registered op, whose `tensors` are ten of each block and the final two."""
     if features.ndim != 3 or len(tensors) % 10 != 2:
         raise ValueError(f"features must be [N, J, D] and weights ten of each block and two, got "
                          f"{tuple(features.shape)} and {len(tensors)}")
-    square_side(features.shape[1])
-    D, L = features.shape[2], patch_length(channels, patch)
-    shapes = [(D, D) if name in MATRICES else (D,) for name in BlockWeights._fields] * (len(tensors) // 10)
-    for i, (tensor, shape) in enumerate(zip(tensors, [*shapes, (L, D), (L,)], strict=True)):
-        name = NAMES[i % 10 if i < len(tensors) - 2 else i - len(tensors)]
-        if tensor.shape != shape:
-            raise ValueError(f"{name} for D={D} and L={L} must be {shape}, got {tuple(tensor.shape)}")
-        arguments.alike(features=features, **{name: tensor})
+    for start in range(0, len(tensors) - 2, 10):
+        fits_block(tensors[start:start + 10], features=features)
+    _fits_last(features.shape[1], *tensors[-2:], channels, patch, features=features)
 
 
-def why_not_native(*tensors: Tensor) -> str | None:
-    if tensors[0].dtype != torch.float32:
-        return f"{tensors[0].dtype} is computed in PyTorch"
-    if len(tensors) > 10 * 64 + 3:
+def _fits_last(J: int, weight: Tensor, bias: Tensor, channels: int, patch: int, **tokens: Tensor) -> None:
+    ((name, first),) = tokens.items()
+    square_side(J)
+    D, L = first.shape[-1], patch_length(channels, patch)
+    if weight.shape != (L, D) or bias.shape != (L,):
+        raise ValueError(f"for {channels} channels and patch={patch} the last weight must be {(L, D)} and bias {(L,)}, "
+                         f"got {tuple(weight.shape)} and {tuple(bias.shape)}")
+    arguments.alike(**{name: first}, weight=weight, bias=bias)
+
+
+def why_not_native(saet: Tensor, weights: FReeNetWeights, *codes: Tensor) -> str | None:
+    if saet.dtype != torch.float32:
+        return f"{saet.dtype} is computed in PyTorch"
+    if len(weights.blocks) > 64:
         return "more than 64 blocks are computed in PyTorch"
-    return dispatch.why_not_native_cpu(*tensors)
+    return dispatch.why_not_native_cpu(saet)
 
 
-# Triton's decoder is the composition of its ops below, each with a choice of its own.
-_op = dispatch.Op("freenet", triton=dispatch.why_not_triton, native=why_not_native)
+def why_not_triton(saet: Tensor, weights: FReeNetWeights, *codes: Tensor) -> str | None:
+    """Triton's decoder is the composition of its ops, each with a choice of its own."""
+    return ((why_not_mhsc if len(codes) == 1 else why_not_mhsc_coo)(*codes, saet)
+            or why_not_block(saet, None, weights.blocks[0])
+            or why_not_product(saet, weights.weight, weights.bias, weights.channels, weights.patch))
+
+
+_op = dispatch.Op("freenet", triton=why_not_triton, native=why_not_native)
+_coo = dispatch.Op("freenet_coo", triton=why_not_triton, native=why_not_native)
 
 
 @torch.library.custom_op("speedk::freenet", mutates_args=())
 def _freenet(features: Tensor, weights: list[Tensor], channels: int, patch: int, sum_norm: bool,
              keep: bool) -> tuple[Tensor, Tensor]:
-    fits_decoder(features, weights, channels, patch)
+    _fits(features, weights, channels, patch)
     return native.decode_fwd(features, weights, channels, patch, sum_norm, keep)
 
 
@@ -119,7 +146,7 @@ def _kept(features: Tensor, weights: list[Tensor]) -> int:
 @torch.library.custom_op("speedk::freenet_bwd", mutates_args=())
 def _freenet_bwd(d_images: Tensor, kept: Tensor, features: Tensor, weights: list[Tensor], channels: int, patch: int,
                  sum_norm: bool) -> tuple[Tensor, Tensor]:
-    fits_decoder(features, weights, channels, patch)
+    _fits(features, weights, channels, patch)
     n, j, _ = features.shape
     side = square_side(j) * patch
     arguments.shaped("d_images", d_images, (n, channels, side, side))
@@ -144,9 +171,22 @@ def _save(ctx, inputs, output) -> None:
 
 def _backward(ctx, d_images: Tensor, _: None):
     kept, features, *weights = ctx.saved_tensors
+    if dispatch.batched(d_images):
+        reference = functools.partial(_freenet_reference, *ctx.settings)
+        d_features, *d_weights = dispatch.gradients_in_torch(reference, [features, *weights], d_images)
+        return d_features, d_weights, None, None, None, None
     d_features, d_weights = _freenet_bwd(d_images, kept, features, weights, *ctx.settings)
     pieces = d_weights.split([w.numel() for w in weights])
-    return d_features, [piece.view(w.shape) for piece, w in zip(pieces, weights)], None, None, None, None
+    # Copies: a view would keep the gradients of all weights alive, in memory and in a file that one is saved to.
+    return d_features, [piece.view(w.shape).clone() for piece, w in zip(pieces, weights)], None, None, None, None
+
+
+def _freenet_reference(channels: int, patch: int, sum_norm: bool, features: Tensor, *weights: Tensor) -> Tensor:
+    state = None
+    for start in range(0, len(weights) - 2, 10):
+        block = BlockWeights(*weights[start:start + 10])
+        state = freenet_block_reference(features, state, block, "sum" if sum_norm else "branch")
+    return tokens_to_images_reference(state, *weights[-2:], channels, patch)
 
 
 _freenet.register_autograd(_backward, setup_context=_save)

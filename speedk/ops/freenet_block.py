@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -31,6 +32,7 @@ class BlockWeights(NamedTuple):
     norm2_bias: Tensor  # [D]
 
 
+@dispatch.public
 def freenet_block(features: Tensor, state: Tensor | None, weights: BlockWeights, norm: str = "branch") -> Tensor:
     """One recurrent block of Eq. 4.
 
@@ -46,7 +48,7 @@ def freenet_block(features: Tensor, state: Tensor | None, weights: BlockWeights,
     Backends: Triton, torch.
     """
     _fits(features, state, weights, norm)
-    backend = _op.choose(features, state, *weights)
+    backend = _op.choose(features, state, weights)
     if backend == "torch":
         return freenet_block_reference(features, state, weights, norm)
     return _freenet_block(features, state, list(weights), norm)
@@ -73,16 +75,25 @@ def _fits(features: Tensor, state: Tensor | None, weights: Sequence[Tensor], nor
         raise ValueError(f"features must be [N, J, D], got {tuple(features.shape)}")
     if state is not None and state.shape != features.shape:
         raise ValueError(f"features are {tuple(features.shape)} but state is {tuple(state.shape)}")
+    fits_block(weights, features=features)
+    arguments.alike(features=features, state=state)
+
+
+def fits_block(weights: Sequence[Tensor], **tokens: Tensor) -> None:
+    """Raise ValueError unless `weights` are those of a block for the D columns of the one tensor in `tokens`."""
+    ((of, first),) = tokens.items()
     if len(weights) != len(BlockWeights._fields):
-        raise ValueError(f"a block has the 10 weights of BlockWeights, got {len(weights)}")
-    D = features.shape[-1]
-    for name, weight in zip(BlockWeights._fields, weights):
+        raise ValueError(f"a block has the {len(BlockWeights._fields)} weights of BlockWeights, got {len(weights)}: "
+                         f"{[tuple(weight.shape) for weight in weights]}")
+    D = first.shape[-1]
+    named = dict(zip(BlockWeights._fields, weights))
+    for name, weight in named.items():
         if weight.shape != ((D, D) if name in MATRICES else (D,)):
-            raise ValueError(f"features have D={D}, which does not fit a {name} of {tuple(weight.shape)}")
-    arguments.alike(features=features, state=state, **dict(zip(BlockWeights._fields, weights)))
+            raise ValueError(f"{of} has D={D}, which does not fit a {name} of {tuple(weight.shape)}")
+    arguments.alike(**tokens, **named)
 
 
-def why_not_triton(features: Tensor, state: Tensor | None, *weights: Tensor) -> str | None:
+def why_not_triton(features: Tensor, state: Tensor | None, weights: Sequence[Tensor]) -> str | None:
     tensors = [features, *weights] if state is None else [features, state, *weights]
     if features.shape[-1] > 512:
         return f"D={features.shape[-1]} is wider than the 512 that one program holds"
@@ -128,8 +139,18 @@ def _save(ctx, inputs, output) -> None:
 
 def _backward(ctx, d_out: Tensor):
     features, state, *weights = ctx.saved_tensors
+    if dispatch.batched(d_out):
+        tensors = [features, *weights] if state is None else [features, *weights, state]
+        d_features, *d_weights = dispatch.gradients_in_torch(functools.partial(_in_torch, ctx.norm), tensors, d_out)
+        return d_features, None if state is None else d_weights[10], d_weights[:10], None
     d_features, d_state, *d_weights = _freenet_block_bwd(d_out, features, state, weights, ctx.norm)
     return d_features, None if state is None else d_state, d_weights, None
+
+
+def _in_torch(norm: str, features: Tensor, *weights: Tensor) -> Tensor:
+    """The block with its state last, which may be missing."""
+    state = weights[10] if len(weights) > 10 else None
+    return freenet_block_reference(features, state, BlockWeights(*weights[:10]), norm)
 
 
 _freenet_block.register_autograd(_backward, setup_context=_save)

@@ -8,6 +8,7 @@ from torch import Tensor
 from speedk.ops import arguments, dispatch
 
 
+@dispatch.public
 def mhsc(scm: Tensor, saet: Tensor) -> Tensor:
     """Combine the epitomic tokens by the codes, head by head, and lay the heads side by side.
 

@@ -9,6 +9,7 @@ from torch.nn.functional import avg_pool2d, group_norm, relu
 from speedk.ops import arguments, dispatch, native
 
 
+@dispatch.public
 def norm_act_pool(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Tensor:
     """2x2 average pooling of ReLU of the affine InstanceNorm of x.
 
@@ -61,7 +62,7 @@ def _why_not_native(x: Tensor, weight: Tensor, bias: Tensor) -> str | None:
     return dispatch.why_not_native_cpu(x, weight, bias)
 
 
-_op = dispatch.Op("norm_act_pool", native=_why_not_native)
+_op = dispatch.Op("norm_act_pool", native=_why_not_native, cuda=True)
 
 
 @torch.library.custom_op("speedk::norm_act_pool", mutates_args=())

@@ -9,6 +9,7 @@ from torch.nn.functional import linear
 from speedk.ops import arguments, dispatch, native
 
 
+@dispatch.public
 def patchify(images: Tensor, patch: int) -> Tensor:
     """Cut images into non-overlapping square patches, one token each.
 
@@ -33,6 +34,7 @@ def patchify_reference(images: Tensor, patch: int) -> Tensor:
     return grid.permute(0, 2, 4, 3, 5, 1).reshape(n, (h // patch) * (w // patch), patch * patch * c)
 
 
+@dispatch.public
 def unpatchify(tokens: Tensor, channels: int, patch: int) -> Tensor:
     """Put tokens back together into square images: the inverse of `patchify`. Differentiable any number of times.
 
@@ -56,6 +58,7 @@ def unpatchify_reference(tokens: Tensor, channels: int, patch: int) -> Tensor:
     return grid.permute(0, 5, 1, 3, 2, 4).reshape(n, channels, side * patch, side * patch)
 
 
+@dispatch.public
 def tokens_to_images(state: Tensor, weight: Tensor, bias: Tensor, channels: int, patch: int) -> Tensor:
     """The last line of Eq. 4: project each token to its patch and put the patches together.
 
@@ -67,7 +70,7 @@ def tokens_to_images(state: Tensor, weight: Tensor, bias: Tensor, channels: int,
     Backends: Triton, native (CPU, float32), torch.
     """
     _fits_projection(state, weight, bias, channels, patch)
-    backend = _project.choose(state, weight, bias)
+    backend = _project.choose(state, weight, bias, channels, patch)
     if backend == "torch":
         return tokens_to_images_reference(state, weight, bias, channels, patch)
     return _tokens_to_images(state, weight, bias, channels, patch, backend)
@@ -122,15 +125,15 @@ def why_not_native(*tensors: Tensor) -> str | None:
     return dispatch.why_not_native_cpu(*tensors)
 
 
-def why_not_native_product(*tensors: Tensor) -> str | None:
-    if tensors[0].dtype != torch.float32:
-        return f"{tensors[0].dtype} is computed in PyTorch"
-    return dispatch.why_not_native_cpu(*tensors)
+def why_not_native_product(state: Tensor, weight: Tensor, bias: Tensor, channels: int, patch: int) -> str | None:
+    if state.dtype != torch.float32:
+        return f"{state.dtype} is computed in PyTorch"
+    return dispatch.why_not_native_cpu(state, weight, bias)
 
 
-def why_not_triton_product(state: Tensor, weight: Tensor, bias: Tensor) -> str | None:
-    if weight.shape[0] > 3 * 128**2:
-        return "patches wider than 128 are projected in PyTorch"
+def why_not_triton_product(state: Tensor, weight: Tensor, bias: Tensor, channels: int, patch: int) -> str | None:
+    if patch > 128:
+        return f"patch={patch} is wider than the 128 that one program holds"
     return dispatch.why_not_triton(state, weight, bias)
 
 

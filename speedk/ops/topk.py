@@ -8,6 +8,7 @@ from torch import Tensor
 from speedk.ops import arguments, dispatch, native
 
 
+@dispatch.public
 def topk_mask(scm: Tensor, k: int, *, check: bool | None = None) -> Tensor:
     """True for exactly the k entries of largest magnitude of each (image, head).
 
@@ -28,6 +29,7 @@ def topk_mask(scm: Tensor, k: int, *, check: bool | None = None) -> Tensor:
     return _topk_mask(scm, k, check, backend)
 
 
+@dispatch.public
 def sparsify(scm: Tensor, k: int, *, check: bool | None = None) -> Tensor:
     """scm with all but its k largest entries per (image, head) set to zero: the bar-A of Eq. 6.
 
@@ -73,8 +75,8 @@ def why_not_native_topk(scm: Tensor, k: int) -> str | None:
     return dispatch.why_not_native_cuda(scm) if scm.is_cuda else dispatch.why_not_native_cpu(scm)
 
 
-_mask = dispatch.Op("topk_mask", native=why_not_native_topk)
-_sparse = dispatch.Op("sparsify", native=why_not_native_topk)
+_mask = dispatch.Op("topk_mask", native=why_not_native_topk, cuda=True)
+_sparse = dispatch.Op("sparsify", native=why_not_native_topk, cuda=True)
 
 
 @torch.library.custom_op("speedk::topk_mask", mutates_args=())

@@ -8,6 +8,7 @@ from torch import Tensor
 from speedk.ops import arguments, dispatch, native
 
 
+@dispatch.public
 def unroll_step(theta: Tensor, m: Tensor, gradient: Tensor, lr: Tensor, momentum: float) -> tuple[Tensor, Tensor]:
     """m' = momentum m + (1 - momentum) gradient; theta' = theta - lr m'. Momentum 0 is plain SGD.
 
@@ -23,6 +24,7 @@ def unroll_step(theta: Tensor, m: Tensor, gradient: Tensor, lr: Tensor, momentum
     return _unroll_step(theta, m, gradient, lr, momentum, backend)
 
 
+@dispatch.public
 def unroll_step_adjoint(d_theta: Tensor, d_m: Tensor, m: Tensor | None, lr: Tensor,
                         momentum: float) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients before a step, from those after it: (d_gradient [P], d_m [P], d_lr []).
@@ -73,8 +75,8 @@ def _why_not_native(*tensors: Tensor | None) -> str | None:
     return (dispatch.why_not_native_cuda if given[0].is_cuda else dispatch.why_not_native_cpu)(*given)
 
 
-_op = dispatch.Op("unroll_step", native=_why_not_native)
-_adjoint_op = dispatch.Op("unroll_step_adjoint", native=_why_not_native)
+_op = dispatch.Op("unroll_step", native=_why_not_native, cuda=True)
+_adjoint_op = dispatch.Op("unroll_step_adjoint", native=_why_not_native, cuda=True)
 
 
 @torch.library.custom_op("speedk::unroll_step", mutates_args=())

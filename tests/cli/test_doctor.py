@@ -15,6 +15,25 @@ def test_every_op_is_told(capsys):
     assert ("built" in lines["native"]) == (dispatch.native() is not None)
 
 
+def test_each_device_is_told_what_it_takes(capsys, monkeypatch):
+    """A GPU, Triton, and an extension that was built without nvcc."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda i: "a GPU")
+    monkeypatch.setattr(dispatch, "INTERPRETED", False)
+    monkeypatch.setattr(dispatch, "triton_missing", lambda: None)
+    monkeypatch.setattr(dispatch, "native_missing", lambda: None)
+    monkeypatch.setattr(dispatch, "native_cuda", lambda: False)
+    assert main(["doctor"]) == 0
+    gpu, cpu = capsys.readouterr().out.split("op on the GPU")[1].split("op on the CPU")
+    on_gpu, on_cpu = ({line.split()[0]: line for line in part.splitlines()[1:] if line} for part in (gpu, cpu))
+    for op in ("sparsify", "topk_mask", "coo_encode", "norm_act_pool", "unroll_step", "unroll_step_adjoint"):
+        assert on_gpu[op].split()[1] == "torch" and "built without its CUDA files" in on_gpu[op]
+        assert on_cpu[op].split()[1] == "native"
+    assert on_gpu["mhsc"].split()[1] == "triton" and "native: the kernel is for the CPU" in on_gpu["mhsc"]
+    assert on_cpu["mhsc"].split()[1] == "native" and "triton: the kernel is for the GPU" in on_cpu["mhsc"]
+
+
 def test_a_forced_backend_that_cannot_run(capsys):
     with use_backend("triton"):
         assert main(["doctor"]) == 0

@@ -13,20 +13,6 @@ FLOATS = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 
 
-# What each op asks its backends about, on a device; shapes and values are of no account.
-QUESTIONS = {
-    "topk_mask": lambda new: (new(1, 1, 4, 4), 3),
-    "coo_encode": lambda new: (new(1, 1, 4, 4), 3),
-    "coo_decode": lambda new: (new(1, 1, 3), new(1, 1, 3).to(torch.uint8), new(1, 1, 3).to(torch.uint8)),
-    "mhsc_coo": lambda new: (*QUESTIONS["coo_decode"](new), new(4, 4)),
-    "mhsc": lambda new: (new(1, 1, 4, 4), new(4, 4)),
-    "patchify": lambda new: (new(1, 1, 4, 4),),
-    "tokens_to_images": lambda new: (new(1, 4, 4), new(4, 4), new(4)),
-    "freenet": lambda new: (new(1, 4, 4),),
-    "unroll_step": lambda new: (new(4), new(4), new(4), new(())),
-}
-
-
 def on_backends(op: str, devices: list[str] | None = None) -> pytest.MarkDecorator:
     """Run a test on each backend of `op` but Triton, whose kernels have tests of their own; with `devices`, on each
     pair (backend, device) that dispatch knows a kernel for."""
@@ -34,9 +20,8 @@ def on_backends(op: str, devices: list[str] | None = None) -> pytest.MarkDecorat
     pairs = [(b, d) for b in table.backends if b != "triton" for d in devices or ["cpu"]]
 
     def pair(backend: str, device: str):
-        reason = table.why_not(backend, *QUESTIONS[op](lambda *s: torch.empty(*s, device=device))) if devices else None
-        if backend == "native" and dispatch.native() is None:
-            reason = "not built"
+        said = dispatch.installed(op, device)[backend]
+        reason = None if said in ("chosen", "available") else said
         values = (backend, device) if devices else (backend,)
         return pytest.param(*values, marks=pytest.mark.skipif(reason is not None, reason=reason or ""))
 

@@ -63,6 +63,19 @@ def test_encode(shape, dtype, device, backend):
     assert torch.equal(dense_by_loops(values, rows, cols, j, tokens), sparsify(scm, k).double())
 
 
+@on_backends("coo_encode", DEVICES)
+def test_encode_refuses_a_nan_or_ranks_it_last(device, backend):
+    scm = torch.randn(2, 2, 7, 11, device=device)
+    scm[1, 0, 3, 4] = torch.nan
+    with use_backend(backend):
+        for k in (0, 5, 77):
+            with pytest.raises(ValueError, match="NaN"):
+                coo_encode(scm, k)
+        values, rows, cols = coo_encode(scm, 76, check=False)
+    assert torch.isfinite(values).all()
+    assert not ((rows == 3) & (cols == 4))[1, 0].any()
+
+
 @on_backends("coo_decode", DEVICES)
 @pytest.mark.parametrize("order", ["sorted", "mixed", "repeated"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
