@@ -1,13 +1,14 @@
-"""Networks of the user's own: "my.module:Net", a class that is called as Net(channels, classes, resolution).
+"""Networks of the user's own: "my.module:Net", a class or function that gives a torch.nn.Module.
 
-The module is one that Python finds, in the current folder too. The network takes images [B, channels, resolution,
-resolution], normalised, and gives logits [B, classes]; with a method features(images) -> [B, F] it can be a student of
-distribution matching and choose coresets.
+The module is one that Python finds, in the current folder too. Net gets what it has parameters for, by their names: see
+`NAMES`. The network takes images [B, channels, resolution, resolution], normalised, and gives logits [B, classes]; with
+a method features(images) -> [B, F] it can be a student of distribution matching and choose coresets.
 """
 
 from __future__ import annotations
 
 import importlib
+import inspect
 import os
 import sys
 from typing import Any
@@ -17,6 +18,10 @@ from torch import nn
 
 from speedk.errors import ConfigError, one_line
 from speedk.geometry import Geometry
+
+NAMES = {"channels": ("in_channels", "in_chans", "channels"), "classes": ("num_classes", "n_classes", "classes"),
+         "resolution": ("image_size", "img_size", "resolution")}
+"""What a network of the user's own may call the three numbers of a geometry; the first that it has is taken."""
 
 _allowed: set[str] = set()
 
@@ -35,13 +40,16 @@ def build(name: str, geometry: Geometry) -> nn.Module:
     if name not in _allowed:
         raise ConfigError(f"network {name!r} is code of your own, which is imported only where you name it yourself: "
                           f"say network={name}")
-    network = _call(name, _find(name), geometry.channels, geometry.classes, geometry.resolution)
+    network = _made(name, _find(name), geometry)
     if not isinstance(network, nn.Module):
         raise ConfigError(f"{name} gives a {type(network).__name__}, not a torch.nn.Module")
     images = torch.zeros(2, geometry.channels, geometry.resolution, geometry.resolution)
     mode = network.training
     with torch.no_grad():
-        logits = _call(name, network.eval(), images)
+        try:
+            logits = network.eval()(images)
+        except Exception as error:  # what other code raises can be anything
+            raise ConfigError(f"{name} fails on two images of {list(images.shape[1:])}: {_line(error)}") from error
     if not isinstance(logits, torch.Tensor) or tuple(logits.shape) != (2, geometry.classes):
         found = list(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
         raise ConfigError(f"{name} gives {found} for two images, not logits of shape [2, {geometry.classes}]")
@@ -61,15 +69,30 @@ def _find(name: str) -> Any:
     return getattr(found, attribute)
 
 
-def _call(name: str, target: Any, *arguments: Any) -> Any:
+def _made(name: str, target: Any, geometry: Geometry) -> Any:
+    """What `target` gives for the geometry: called with the numbers that it has names for; where it names none, but
+    takes three, with channels, classes and resolution in this order."""
     try:
-        return target(*arguments)
-    except Exception as error:
-        if isinstance(target, nn.Module):
-            shape = list(arguments[0].shape[1:])
-            raise ConfigError(f"{name} fails on two images of {shape}: {_line(error)}") from error
-        shown = ", ".join(map(str, arguments))
-        raise ConfigError(f"{name}({shown}), its channels, classes and resolution, fails: {_line(error)}") from error
+        parameters = list(inspect.signature(target).parameters.values())
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{name} is no class or function that can be called: {_line(error)}") from error
+    named = {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+    found = {next((known for known in names if known in named), None): getattr(geometry, role)
+             for role, names in NAMES.items()}
+    found.pop(None, None)
+    needed = [p for p in parameters if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    missing = [p.name for p in needed if p.name not in found]
+    given: tuple[int, ...] = ()
+    if not found and len(missing) == 3 and all(p.kind is not p.KEYWORD_ONLY for p in needed):
+        given, missing = (geometry.channels, geometry.classes, geometry.resolution), []
+    if missing:
+        raise ConfigError(f"{name} needs {', '.join(missing)}, and gets by name only in_channels, num_classes and "
+                          "image_size (or channels, classes and resolution): give the others defaults")
+    try:
+        return target(*given, **found)
+    except Exception as error:  # what other code raises can be anything
+        shown = ", ".join([*map(str, given), *(f"{key}={value}" for key, value in found.items())])
+        raise ConfigError(f"{name}({shown}) fails: {_line(error)}") from error
 
 
 def _line(error: Exception) -> str:

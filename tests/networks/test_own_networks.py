@@ -59,8 +59,34 @@ class Broken(Blind):
         return self.all(images[:, :, 1:])
 
 class Other(nn.Module):
-    def __init__(self, width):
+    def __init__(self, width, num_classes=10):
         super().__init__()
+
+class Failing(Blind):
+    def __init__(self, in_channels, num_classes):
+        raise ValueError("no")
+
+class Named(Blind):
+    """As libraries of networks have it; channels is its width."""
+
+    def __init__(self, image_size=224, in_channels=3, num_classes=1000, channels=64):
+        super().__init__(in_channels, num_classes, image_size)
+        assert channels == 64
+
+class Classes(Blind):
+    def __init__(self, *, num_classes, **options):
+        super().__init__(1, num_classes, 32)
+        assert not options
+
+class Placed(Blind):
+    def __init__(self, c, k, side, /):
+        super().__init__(c, k, side)
+
+class Fixed(Blind):
+    def __init__(self):
+        super().__init__(1, 10, 32)
+
+number = 3
 
 def function(channels, classes, resolution):
     return [channels, classes]
@@ -90,6 +116,17 @@ def test_a_class_of_the_current_folder(nets):
     assert torch.equal(student(images), student(images))  # no dropout
 
 
+@pytest.mark.parametrize("name", ["Blind", "Named", "Classes", "Placed", "Fixed"])
+def test_a_class_gets_what_it_has_parameters_for(nets, name):
+    network = networks.build(networks.given(f"{nets}:{name}"), GEOMETRY)
+    assert network.all[1].weight.shape == (10, 32 * 32)
+
+
+def test_a_class_of_fixed_sizes_is_for_its_own_data(nets):
+    with pytest.raises(ConfigError, match=r"gives \[2, 10\] for two images, not logits of shape \[2, 100\]"):
+        networks.build(networks.given(f"{nets}:Fixed"), Geometry(100, 1, 32))
+
+
 def test_nothing_is_imported_that_the_user_did_not_name(nets):
     with pytest.raises(ConfigError, match="only where you name it yourself: say network="):
         networks.build(f"{nets}:Net", GEOMETRY)
@@ -97,7 +134,9 @@ def test_nothing_is_imported_that_the_user_did_not_name(nets):
 
 
 @pytest.mark.parametrize(("name", "message"), [
-    ("Other", r"\(1, 10, 32\), its channels, classes and resolution, fails: TypeError: "),
+    ("Other", "needs width, and gets by name only in_channels, num_classes and image_size"),
+    ("Failing", r"Failing\(in_channels=1, num_classes=10\) fails: ValueError: no"),
+    ("number", "is no class or function that can be called: TypeError: "),
     ("Short", r"gives \[2, 9\] for two images, not logits of shape \[2, 10\]"),
     ("Broken", r"fails on two images of \[1, 32, 32\]: RuntimeError: "),
     ("function", "gives a list, not a torch.nn.Module"),
