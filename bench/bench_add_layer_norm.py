@@ -5,7 +5,8 @@ import importlib.util
 
 import pytest
 import torch
-from cases import DEEP, DEVICE, MIDDLE
+from cases import DEEP, MIDDLE
+from measuring import DEVICE
 from torch.nn.functional import layer_norm
 
 from speedk.ops import add_layer_norm

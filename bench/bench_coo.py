@@ -1,8 +1,12 @@
-"""The stored form: encode against torch.topk, decode against scatter and torch.sparse, decode and combine in one."""
+"""The stored form: encode against torch.topk, decode against scatter and torch.sparse, decode and combine in one.
+
+The yardstick of decoding, `fill`, is `torch.zeros` of the same tensor, in the same run: what its memory costs alone.
+"""
 
 import pytest
 import torch
-from cases import DEVICE, LARGE, MIDDLE
+from cases import LARGE, MIDDLE
+from measuring import DEVICE
 
 from speedk.ops import coo_decode, coo_encode, mhsc_coo
 

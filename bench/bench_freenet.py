@@ -1,12 +1,13 @@
 """The whole decoder: from stored entries without gradients, and in training, with peak memory.
 
 The peer is the straightforward form: the SAETs repeated for each image, E A in each block. `torch.compile` gets the
-same function.
+same function. On a GPU both sides run in float32, tf32 and bf16.
 """
 
 import pytest
 import torch
-from cases import DEEP, DEVICE, LARGE, MIDDLE, SMALL
+from cases import DEEP, IN_EACH_PRECISION, LARGE, MANY, MIDDLE, SMALL
+from measuring import CUDA, precisions
 from torch.nn.functional import gelu, layer_norm, linear
 
 from speedk.ops import freenet, freenet_coo
@@ -33,31 +34,36 @@ def products(case) -> int:
     return 2 * tokens * (case.K * case.D + case.R * 3 * case.D**2 + case.D * case.L)
 
 
-@pytest.mark.parametrize("case", [MIDDLE, LARGE], ids=lambda c: c.name)
-def bench_freenet_coo(contest, case):
-    stored, saet, weights = case.entries(), case.saet(), case.weights()
+@IN_EACH_PRECISION
+@pytest.mark.parametrize("case", [*(MANY if CUDA else ()), MIDDLE, LARGE], ids=lambda c: c.name)
+def bench_freenet_coo(contest, case, precision):
+    stored, saet, weights = case.entries(precision), case.saet(precision), case.weights(precision)
 
     def dense():
         at = stored[1].long() * case.K + stored[2].long()
-        scm = torch.zeros(case.N, case.H, case.J * case.K, device=DEVICE).scatter_(-1, at, stored[0])
+        scm = stored[0].new_zeros(case.N, case.H, case.J * case.K).scatter_(-1, at, stored[0])
         return straightforward(scm.view(case.N, case.H, case.J, case.K), saet, weights)
 
     with torch.no_grad():
         contest("freenet_coo", case.name, {"speedk": lambda: freenet_coo(*stored, saet, weights, check=False)},
-                {"dense, eager": dense}, flops=products(case) - 2 * case.N * case.J * case.K * case.D, memory=True)
+                {"dense, eager": dense}, flops=products(case) - 2 * case.N * case.J * case.K * case.D, memory=True,
+                precision=precision, items=case.N)
 
 
+@pytest.mark.parametrize("precision", precisions()[::-1])  # the fast ones first: time may run out
 @pytest.mark.parametrize("case", [SMALL, MIDDLE, DEEP, LARGE], ids=lambda c: c.name)
-def bench_freenet_training(contest, case):
-    weights = case.weights()
+def bench_freenet_training(contest, case, precision):
+    weights = case.weights(precision)
     flat = [t for block in weights.blocks for t in block] + [weights.weight, weights.bias]
-    leaves = [t.requires_grad_() for t in (case.scm(), case.saet(), *flat)]
-    d_images = case.images()
+    leaves = [t.requires_grad_() for t in (case.scm(precision), case.saet(precision), *flat)]
+    d_images = case.images(precision)
 
     def both(function):
         return lambda: torch.autograd.grad(function(*leaves[:2], weights), leaves, d_images)
 
     peers = {"eager": both(straightforward)}
-    if case is MIDDLE:
+    if case is MIDDLE if not CUDA else case in (MIDDLE, DEEP) and precision != "float32":
+        torch._dynamo.reset()  # a compilation of its own for each case, not one for shapes that change
         peers["torch.compile"] = both(torch.compile(straightforward))
-    contest("freenet fwd+bwd", case.name, {"speedk": both(freenet)}, peers, flops=3 * products(case), memory=True)
+    contest("freenet fwd+bwd", case.name, {"speedk": both(freenet)}, peers, flops=3 * products(case), memory=True,
+            precision=precision)

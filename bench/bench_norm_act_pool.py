@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from cases import DEVICE
+from measuring import DEVICE
 from torch.nn.functional import avg_pool2d, instance_norm, relu
 
 from speedk.ops import norm_act_pool

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from cases import DEVICE, LARGE, MIDDLE
+from cases import LARGE, MIDDLE
+from measuring import DEVICE
 from torch.nn.functional import fold, linear, unfold
 
 from speedk.ops import patchify, tokens_to_images, unpatchify

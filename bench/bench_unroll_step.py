@@ -1,7 +1,7 @@
 """The update of an unrolled training step and its adjoint, at the size of the students' ConvNet."""
 
 import torch
-from cases import DEVICE
+from measuring import DEVICE
 
 from speedk.ops import unroll_step, unroll_step_adjoint
 from speedk.ops.unroll_step import unroll_step_adjoint_reference, unroll_step_reference

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import pytest
 import torch
+from measuring import DEVICE, dtype_of, precisions
 
 from speedk.ops import BlockWeights, FReeNetWeights, coo_encode
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+IN_EACH_PRECISION = pytest.mark.parametrize("precision", precisions())
 
 
 @dataclass(frozen=True)
@@ -34,24 +36,28 @@ class Case:
     def side(self) -> int:
         return round(self.J**0.5) * self.patch
 
-    def scm(self) -> torch.Tensor:
-        return torch.randn(self.N, self.H, self.J, self.K, device=DEVICE)
+    def scm(self, precision: str = "float32") -> torch.Tensor:
+        return torch.randn(self.N, self.H, self.J, self.K, device=DEVICE, dtype=dtype_of(precision))
 
-    def saet(self) -> torch.Tensor:
-        return torch.randn(self.K, self.D, device=DEVICE)
+    def saet(self, precision: str = "float32") -> torch.Tensor:
+        return torch.randn(self.K, self.D, device=DEVICE, dtype=dtype_of(precision))
 
-    def entries(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        return coo_encode(self.scm(), self.k)
+    def entries(self, precision: str = "float32") -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        pieces = [coo_encode(piece, self.k) for piece in self.scm(precision).split(16384)]
+        return tuple(torch.cat(parts) for parts in zip(*pieces))
 
-    def images(self) -> torch.Tensor:
-        return torch.randn(self.N, self.channels, self.side, self.side, device=DEVICE)
+    def images(self, precision: str = "float32") -> torch.Tensor:
+        return torch.randn(self.N, self.channels, self.side, self.side, device=DEVICE, dtype=dtype_of(precision))
 
-    def weights(self) -> FReeNetWeights:
+    def weights(self, precision: str = "float32") -> FReeNetWeights:
+        def draw(*shape: int) -> torch.Tensor:
+            return torch.randn(shape, device=DEVICE, dtype=dtype_of(precision))
+
         def linear(out: int) -> tuple[torch.Tensor, torch.Tensor]:
-            return torch.randn(out, self.D, device=DEVICE) * self.D**-0.5, torch.randn(out, device=DEVICE) * 0.1
+            return draw(out, self.D) * self.D**-0.5, draw(out) * 0.1
 
         def norm() -> tuple[torch.Tensor, torch.Tensor]:
-            return torch.ones(self.D, device=DEVICE), torch.zeros(self.D, device=DEVICE)
+            return torch.ones_like(draw(self.D)), torch.zeros_like(draw(self.D))
 
         blocks = tuple(BlockWeights(*linear(self.D), *norm(), *linear(self.D), *linear(self.D), *norm())
                        for _ in range(self.R))  # fmt: skip
@@ -62,3 +68,6 @@ SMALL = Case("cifar10-ipc1", 170, 2, 64, 16, 32, 1, 48, 4)
 MIDDLE = Case("cifar10-ipc10", 1240, 3, 64, 64, 96, 1, 48, 4)
 DEEP = Case("cifar10-ipc50-batch", 256, 6, 64, 64, 192, 3, 48, 4)
 LARGE = Case("imagenet-ipc1", 150, 4, 256, 256, 192, 2, 192, 8)
+
+# Storehouses of images of CIFAR-10's size, decoded on a GPU, as SMALL, MIDDLE and DEEP decode theirs.
+MANY = [replace(case, name=f"cifar10 D={case.D} N=131072", N=131_072) for case in (SMALL, MIDDLE, DEEP)]
