@@ -1,4 +1,4 @@
-.PHONY: install demo test lint bench gpu-check wheel-check
+.PHONY: install demo test lint bench kernels gpu-check wheel-check
 
 install:
 	@tools/install.sh
@@ -14,6 +14,9 @@ test: lint
 
 bench: install
 	@.venv/bin/pytest bench/
+
+kernels: install
+	@.venv/bin/python tools/compile_kernels.py
 
 wheel-check: install
 	@tools/wheel_check.sh

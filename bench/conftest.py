@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gc
 import os
+import signal
 import tempfile
 import time
 from pathlib import Path
@@ -33,6 +34,7 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # who is stopped says what was measured so far
     torch.manual_seed(0)
     # A compilation that was once killed leaves a broken file in the shared cache, which fails every later one.
     cache = tempfile.TemporaryDirectory(prefix="speedk-bench-", ignore_cleanup_errors=True)

@@ -26,13 +26,13 @@ part() {
     local name=$1 most=$2 since=$SECONDS code=0
     shift 2
     echo "== $name"
-    timeout -s INT -k 15 "$most" "$@" || code=$?
+    timeout -k 15 "$most" "$@" || code=$?
     note "$name" $((SECONDS - since)) $code
 }
 behind() {  # the same in the background; `collect` shows what it said
     local name=$1 most=$2 since=$SECONDS code=0
     shift 2
-    { timeout -s INT -k 15 "$most" "$@" > "$site/logs/$name.txt" 2>&1 || code=$?
+    { timeout -k 15 "$most" "$@" > "$site/logs/$name.txt" 2>&1 || code=$?
       echo $((SECONDS - since)) $code > "$site/logs/$name.end"; } &
 }
 collect() {
