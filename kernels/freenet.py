@@ -190,15 +190,21 @@ def freenet_block_fwd_meta(D: int, precision: str, itemsize: int) -> dict[str, i
     BD = block(D)
     if BD == 512:  # 64 rows of float32 would spill; 32 go through mma, not wgmma, on Hopper
         return {"BM": 32, "BD": BD, "BK": 32, "BC": 32, "num_warps": 8, "num_stages": 2}
+    if BD == 256 and D % 16:  # no address is a multiple of 16 bytes, and each takes registers of its own
+        return {"BM": 32, "BD": BD, "BK": 32, "BC": 32, "num_warps": 8, "num_stages": 2}
     wide = 64 if BD == 256 and itemsize == 2 else 32
-    return {"BM": 64, "BD": BD, "BK": wide, "BC": min(BD, wide), "num_warps": 4 if BD <= 128 else 8,
+    registers = itemsize == 4 and precision == "ieee"  # no tensor cores: operands come through registers
+    return {"BM": 64, "BD": BD, "BK": wide, "BC": min(BD, wide),
+            "num_warps": 4 if BD < 128 or (BD == 128 and not registers) else 8,
             "num_stages": 2 if precision == "ieee" else 3}  # fmt: skip
 
 
 def freenet_block_bwd_meta(D: int, precision: str, itemsize: int) -> dict[str, int]:
     """The same for the backward kernel, which holds more at a time."""
     BD = block(D)
-    if itemsize == 4 and precision == "ieee":  # no tensor cores: operands come through registers
+    if BD == 256 and D % 16:
+        return {"BM": 16, "BD": BD, "BK": 32, "BC": 32, "num_warps": 8, "num_stages": 2}
+    if itemsize == 4 and precision == "ieee":
         BM, narrow, warps, stages = {128: (32, 32, 8, 2), 256: (16, 32, 8, 2), 512: (16, 16, 16, 1)}.get(
             BD, (64, 32, 4, 2))  # fmt: skip
     elif itemsize == 4:

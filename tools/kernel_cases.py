@@ -43,6 +43,9 @@ def cases() -> Iterator[tuple[str, Callable[[], object]]]:
         yield from _of(ODD, torch.float32, f"odd tf32 {'/'.join(map(str, ODD))}", products=False)
         for sizes in (ONES, LONG):
             yield from _of(sizes, torch.float32, f"edge tf32 {'/'.join(map(str, sizes))}", products=False)
+    for k, index in ((0, torch.uint8), (5, torch.int64)):  # nothing stored; indices of 64 bits, which are narrowed
+        values, scm, saet = (torch.empty(shape, device="meta") for shape in ((2, 2, k), (2, 2, 9, 6), (6, 8)))
+        yield from _stored(values, values.to(index), scm, saet, f"edge k={k} {str(index).removeprefix('torch.')}")
     yield from _of(RECIPES[0], torch.float16, f"float16 {'/'.join(map(str, RECIPES[0]))}", products=False)
 
 
@@ -74,6 +77,11 @@ def _of(recipe: tuple[int, ...], dtype: torch.dtype, label: str, products: bool)
     yield label, lambda: add_layer_norm.add_layer_norm_bwd(state, state, state, vector, 1e-6)
     yield label, lambda: patches.patchify_fwd(images, patch)
     yield label, lambda: patches.unpatchify_fwd(new(N, J, L), C, patch)
+    yield from _stored(values, index, scm, saet, label)
+
+
+def _stored(values: torch.Tensor, index: torch.Tensor, scm: torch.Tensor, saet: torch.Tensor, label: str) -> Iterator:
+    J, K = scm.shape[2:]
     yield label, lambda: coo.coo_decode_fwd(values, index, index, J, K)
     yield label, lambda: coo.coo_decode_bwd(scm, index, index)
     yield label, lambda: coo.mhsc_coo_fwd(values, index, index, saet, J)

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from support import on_backends
+from test_public_ops import CASES
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_map
 
 from speedk.ops import dispatch
 
@@ -16,3 +20,14 @@ def test_a_device_without_a_kernel_is_skipped(op):
     without = [] if dispatch._ops[op].cuda and dispatch.native_cuda() else [("native", "cuda")]
     assert [p for p, mark in pairs.items() if mark.args[0]] == without
     assert all(pairs[p].kwargs["reason"] for p in without)
+
+
+@pytest.mark.skipif(dispatch.native() is None, reason="not built")
+@pytest.mark.parametrize("name", CASES)
+def test_what_is_said_of_a_gpu_is_what_tensors_there_are_told(name):
+    """Tensors of a GPU without values need none to be here."""
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        there = tree_map(lambda x: x.new_empty(x.shape, device="cuda") if isinstance(x, torch.Tensor) else x,
+                         CASES[name])
+        told = dispatch.explain(name, *there)["native"] in ("chosen", "available")
+    assert told == (dispatch.installed(name, "cuda")["native"] in ("chosen", "available"))
