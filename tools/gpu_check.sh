@@ -39,7 +39,7 @@ collect() {
     local name seconds code
     wait
     for name in "$@"; do
-        tail -n 250 "$site/logs/$name.txt"
+        tail -n 700 "$site/logs/$name.txt"
         read -r seconds code < "$site/logs/$name.end"
         note "$name" "$seconds" "$code"
     done
