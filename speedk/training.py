@@ -8,6 +8,7 @@ a piece's activations stay in the cache, which alone saves a quarter of the time
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -67,12 +68,13 @@ def seeded(network: nn.Module, seed: int, pool: Pool) -> Iterator[None]:
 
 
 def epoch(network: nn.Module, data: ImageSet, generator: torch.Generator, pool: Pool, update: Callable[[], object], *,
-          batch: int, augment: bool, standardise: bool,
+          batch: int, augment: bool, standardise: bool, precision: str = "float32",
           on_answers: Callable[[Tensor, Tensor], object] | None = None) -> float:
     """One pass over `data` in a new order, with `update` called on the gradients (of the mean loss) of each batch.
 
-    generator: on the CPU; gives the order and the augmentation. on_answers: called, before each update, with the
-    batch's index and whether the network was right about each image (bool [B]). Returns the mean loss.
+    generator: on the CPU; gives the order and the augmentation. precision: see `products`. on_answers: called, before
+    each update, with the batch's index and whether the network was right about each image (bool [B]). Returns the mean
+    loss.
     """
     network.train()
     parameters = [p for p in network.parameters() if p.requires_grad]
@@ -83,7 +85,8 @@ def epoch(network: nn.Module, data: ImageSet, generator: torch.Generator, pool: 
         if augment:
             images = dsa.apply(images, dsa.draw(len(images), images.shape[-1], generator))
         right = [] if on_answers is None else [torch.empty(len(index), dtype=torch.bool, device=index.device)]
-        pieces = in_pieces(pool, gradients, network, images, data.labels[index], *right)
+        work = functools.partial(gradients, precision=precision)
+        pieces = in_pieces(pool, work, network, images, data.labels[index], *right)
         if on_answers is not None:
             on_answers(index, *right)
         for p, *parts in zip(parameters, *(found for _, found in pieces), strict=True):
@@ -95,16 +98,16 @@ def epoch(network: nn.Module, data: ImageSet, generator: torch.Generator, pool: 
 
 @torch.no_grad()
 def accuracies(nets: Sequence[nn.Module], data: ImageSet, pool: Pool, *, batch: int, standardise: bool = False,
-               on_batch: Callable[[], None] = lambda: None) -> list[float]:
+               precision: str = "float32", on_batch: Callable[[], None] = lambda: None) -> list[float]:
     """The accuracy (0 to 1) of each network, in one pass over `data` in its stored order."""
-    correct = [0] * len(nets)
+    correct, work = [0] * len(nets), functools.partial(_correct, precision=precision)
     for net in nets:
         net.eval()
     for index in torch.arange(len(data)).split(batch):
         index = index.to(data.labels.device)
         images, labels = data.batch(index, standardise), data.labels[index]
         for i, net in enumerate(nets):
-            correct[i] += sum(int(n) for n in in_pieces(pool, _correct, net, images, labels))
+            correct[i] += sum(int(n) for n in in_pieces(pool, work, net, images, labels))
         on_batch()
     return [n / len(data) for n in correct]
 
@@ -120,12 +123,20 @@ def in_pieces(pool: Pool, work: Callable[..., object], network: nn.Module, *batc
     return pool.map(work, [(network, *piece) for piece in pieces])
 
 
-def gradients(network: nn.Module, images: Tensor, labels: Tensor,
-              right: Tensor | None = None) -> tuple[Tensor, list[Tensor]]:
+def products(device: torch.device, precision: str) -> contextlib.AbstractContextManager:
+    """Inside, a network's convolutions and matrix products round their operands and results to `precision`, "float32"
+    (they do not) or "bf16"; parameters, their gradients and their updates stay float32."""
+    return torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else contextlib.nullcontext()
+
+
+def gradients(network: nn.Module, images: Tensor, labels: Tensor, right: Tensor | None = None, *,
+              precision: str = "float32") -> tuple[Tensor, list[Tensor]]:
     """The summed loss of a piece and its gradients, in the order of the parameters; `right`, bool [B], takes whether
     each answer is (labels int64)."""
     with torch.enable_grad():
-        logits = network(images)
+        with products(images.device, precision):
+            logits = network(images)
+        logits = logits.to(images.dtype)
         if right is not None:
             torch.eq(logits.detach().argmax(1), labels, out=right)
         loss = F.cross_entropy(logits, labels, reduction="sum")
@@ -133,5 +144,6 @@ def gradients(network: nn.Module, images: Tensor, labels: Tensor,
 
 
 @torch.no_grad()
-def _correct(network: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
-    return (network(images).argmax(1) == labels).sum()
+def _correct(network: nn.Module, images: Tensor, labels: Tensor, *, precision: str) -> Tensor:
+    with products(images.device, precision):
+        return (network(images).argmax(1) == labels).sum()

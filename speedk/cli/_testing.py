@@ -19,6 +19,12 @@ def networks(text: str) -> list[str]:
     return [given(name.strip()) for name in text.split(",") if name.strip()]
 
 
+def add_precision(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--precision", choices=("float32", "bf16"), default="float32", help="of the networks' "
+                        "convolutions and matrix products; bf16 is faster and not the published protocol (default: "
+                        "float32)")
+
+
 def device(name: str) -> str:
     """The device that --device asks for."""
     import torch

@@ -42,6 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--standardisation", choices=("mtt", "speed"), help="default: the file's own")
     parser.add_argument("--rate", metavar="R", type=float, help="in place of the one stored in the file")
     parser.add_argument("--epochs", metavar="N", type=int, help="in place of the protocol's")
+    _testing.add_precision(parser)
     parser.add_argument("--seed", metavar="S", type=int, default=0, help="run r has the seed S + r (default: 0)")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: auto")
     parser.add_argument("--other-data", action="store_true", help="test files on data they were not distilled from")
@@ -61,7 +62,8 @@ def run(args: argparse.Namespace) -> int:
     _, real = _testing.source([*telling, *args.files][0], args)
     report = continual(args.files, real, steps=args.steps, networks=names, runs=args.runs,
                        protocol=args.protocol, seed=args.seed, standardisation=args.standardisation, rate=args.rate,
-                       epochs=args.epochs, device=_testing.device(args.device), other_data=args.other_data)
+                       epochs=args.epochs, precision=args.precision, device=_testing.device(args.device),
+                       other_data=args.other_data)
     print(text(report))
     first = args.files[0]
     out = args.out or (first if first.is_dir() else first.parent) / "continual.json"

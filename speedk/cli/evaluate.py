@@ -49,6 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         "deviation, in testing too; mtt: not (default: the file's own, else mtt)")
     parser.add_argument("--rate", metavar="R", type=float, help="in place of the one stored in the file")
     parser.add_argument("--epochs", metavar="N", type=int, help="in place of the protocol's")
+    _testing.add_precision(parser)
     parser.add_argument("--seed", metavar="S", type=int, default=0, help="run r has the seed S + r (default: 0)")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: auto")
     parser.add_argument("--whole", action="store_true", help="train on the whole data set instead: the upper bound")
@@ -84,7 +85,7 @@ def run(args: argparse.Namespace) -> int:
     beside = _curves.reports(args.compare, _corruptions)
     report = evaluate(source, real, networks=names, runs=args.runs, protocol=args.protocol, seed=args.seed,
                       standardisation=args.standardisation, rate=args.rate, epochs=args.epochs,
-                      device=_testing.device(args.device), other_data=args.other_data,
+                      precision=args.precision, device=_testing.device(args.device), other_data=args.other_data,
                       corruptions=args.corruptions or False)
     conclude(report, out, keep=args.out is None, beside=beside)
     return 0

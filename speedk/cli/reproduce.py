@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from speedk.cli import _testing
 from speedk.errors import ConfigError, Interrupted
 
 if TYPE_CHECKING:
@@ -42,6 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", metavar="DIR", type=Path,
                         help="the folder of the data set, or one with a folder for each, by its name")
     parser.add_argument("--protocol", choices=("paper", "quick"), default="paper", help="default: paper")
+    _testing.add_precision(parser)
     parser.add_argument("--runs", metavar="N", type=int, default=5, help="networks of each kind (default: 5)")
     parser.add_argument("--seed", metavar="S", type=int, help="of distilling (default: 0)")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: auto")
@@ -187,12 +189,12 @@ def _folder(target: Target, args: argparse.Namespace) -> Path | None:
 def _measure(target: Target, cells: list[Cell], args: argparse.Namespace, changed: dict[str, Any],
              load: Callable[..., RealData], minutes: float | None) -> dict[str, Any]:
     """The run of `target`, its networks those of `cells`; `load` is `speedk.data.load`, or as good."""
-    from speedk.cli import _testing
     from speedk.cli._progress import Bars
     from speedk.distillation import plan as plans
     from speedk.evaluation import cell as cell_of
 
-    how = cell_of.Evaluation(tuple(dict.fromkeys(cell.network for cell in cells)), args.runs, args.protocol)
+    how = cell_of.Evaluation(tuple(dict.fromkeys(cell.network for cell in cells)), args.runs, args.protocol,
+                             precision=args.precision)
     folder = _folder(target, args)
     out = args.out / "-".join([target.folder, *(f"{name}={value}" for name, value in sorted(changed.items())),
                                f"seed{args.seed}"])

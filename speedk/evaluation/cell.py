@@ -37,6 +37,7 @@ class Evaluation:
     epochs: int | None = None
     seed: int = 0
     standardisation: str | None = None
+    precision: str = "float32"
 
 
 def found(made: Plan, how: Evaluation) -> dict[str, Any] | None:
@@ -115,8 +116,8 @@ def _measure(out: Path, real: RealData, device: torch.device | str, wanted: dict
         if out.is_dir():
             _write(record, {"seconds": spent})
     report = evaluate(source, real, networks=how.networks, runs=how.runs, protocol=how.protocol, epochs=how.epochs,
-                      seed=how.seed, standardisation=how.standardisation, device=device, progress=bars,
-                      out=out / "evaluation.json").to_dict()
+                      seed=how.seed, standardisation=how.standardisation, precision=how.precision, device=device,
+                      progress=bars, out=out / "evaluation.json").to_dict()
     line = {
         "dataset": real.name, "split": real.split, "resolution": real.geometry.resolution, **describe(source),
         "distil_seconds": round(spent, 1), "evaluate_seconds": report["seconds"], "device": report["device"],

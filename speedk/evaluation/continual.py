@@ -89,8 +89,8 @@ class ContinualReport:
 def continual(given: Sequence[str | os.PathLike[str] | Distilled | sources.Source], real: RealData | None = None, *,
               steps: int | None = None, networks: Sequence[str] = ("convnet",), runs: int = 5, protocol: str = "paper",
               seed: int = 0, standardisation: str | None = None, rate: float | None = None, epochs: int | None = None,
-              device: torch.device | str = "cpu", other_data: bool = False, threads: int | None = None,
-              progress: bool | None = None) -> ContinualReport:
+              precision: str = "float32", device: torch.device | str = "cpu", other_data: bool = False,
+              threads: int | None = None, progress: bool | None = None) -> ContinualReport:
     """Learn the classes of each of `given` in `steps` and test on all seen after each.
 
     given: what `evaluate` takes, each a memory of all classes, of which a step sees its part: run r splits them at
@@ -117,7 +117,7 @@ def continual(given: Sequence[str | os.PathLike[str] | Distilled | sources.Sourc
             parts = None
         real = real or own
         plan = schedule(protocol, standardisation or source.standardisation or "mtt", False,
-                        rate if rate is not None else source.rate, epochs)
+                        rate if rate is not None else source.rate, epochs, precision)
         made.append(_Memory(source, own.to(device), parts, plan))
     classes = real.geometry.classes
     steps = _agree(steps, [m.parts for m in made if m.parts is not None], classes)
@@ -256,5 +256,6 @@ def _learn(memory: _Memory, names: list[str], splits: dict[int, list[list[int]]]
 def _accuracy(run: train.Run, test: ImageSet, plan: Schedule, pool: Pool) -> float | None:
     if run.failure is not None:
         return None
-    right, = training.accuracies([run.network], test, pool, batch=plan.batch, standardise=plan.standardise)
+    right, = training.accuracies([run.network], test, pool, batch=plan.batch, standardise=plan.standardise,
+                                 precision=plan.precision)
     return round(100 * right, 6)

@@ -32,9 +32,9 @@ FOREIGN = {".npz": read.npz, ".parquet": read.parquet}
 def evaluate(source: str | os.PathLike[str] | Distilled | sources.Source, real: RealData | None = None, *,
              networks: Sequence[str] = ("convnet",), runs: int = 5, protocol: str = "paper", seed: int = 0,
              standardisation: str | None = None, rate: float | None = None, epochs: int | None = None,
-             device: torch.device | str = "cpu", other_data: bool = False, out: str | os.PathLike[str] | None = None,
-             corruptions: bool | str | os.PathLike[str] = False, threads: int | None = None,
-             progress: bool | None = None) -> Report:
+             precision: str = "float32", device: torch.device | str = "cpu", other_data: bool = False,
+             out: str | os.PathLike[str] | None = None, corruptions: bool | str | os.PathLike[str] = False,
+             threads: int | None = None, progress: bool | None = None) -> Report:
     """Train fresh networks on the images of `source` and test each once, after its last epoch.
 
     source: the path of a distilled file, or of images and labels (.npz, .parquet); or what `speedk.load` gives; or a
@@ -43,8 +43,9 @@ def evaluate(source: str | os.PathLike[str] | Distilled | sources.Source, real: 
     protocol: "paper" (1,001 epochs) or "quick" (200). standardisation: "mtt" or "speed"; None is the file's own, else
     "mtt". rate: None is the one learned with the file, else 0.01. other_data: a distilled file may be tested on data it
     was not distilled from. out: write the report there as JSON. corruptions: test on corrupted test images too, made
-    here (True) or read from a folder like CIFAR-10-C (its path). threads: of the CPU; they do not change the numbers,
-    but for networks with dropout. progress: a bar; None shows it on a terminal.
+    here (True) or read from a folder like CIFAR-10-C (its path). precision: of the networks' convolutions and matrix
+    products, "float32" or "bf16". threads: of the CPU; they do not change the numbers, but for networks with dropout.
+    progress: a bar; None shows it on a terminal.
 
     A run whose loss is not finite is reported as failed, and its network has no mean. Raises ConfigError for options
     that do not exist, ArtifactError for a damaged file, DataError for data that do not fit it.
@@ -56,7 +57,8 @@ def evaluate(source: str | os.PathLike[str] | Distilled | sources.Source, real: 
         given(name)
     source, real = resolve(source, real, other_data, progress is not False)
     standardisation = standardisation or source.standardisation or "mtt"
-    plan = schedule(protocol, standardisation, source.whole, rate if rate is not None else source.rate, epochs)
+    plan = schedule(protocol, standardisation, source.whole, rate if rate is not None else source.rate, epochs,
+                    precision)
     device = torch.device(device)
     real = real.to(device)
     variants = None
@@ -68,7 +70,7 @@ def evaluate(source: str | os.PathLike[str] | Distilled | sources.Source, real: 
     report = Report(
         source=source.title, images=source.size, storage=source.storage, data=real.describe(),
         protocol={"name": name, "standardisation": standardisation, "schedule": str(plan), "epochs": plan.epochs,
-                  "rate": plan.rate, "batch": plan.batch},
+                  "rate": plan.rate, "batch": plan.batch, "precision": plan.precision},
         seed=seed, device=device_name(device), seconds=time.monotonic() - started, results=_results(trained),
         details=source.details, corrupted_by=variants.source if variants is not None else "",
         robustness=_robustness(trained, corrupted) if corrupted is not None else [])
@@ -126,13 +128,14 @@ def _train_and_test(source: sources.Source, real: RealData, names: list[str], se
         with tqdm(total=math.ceil(len(test) / plan.batch), desc="testing", unit="batch", disable=hidden,
                   leave=False) as bar:
             found = training.accuracies(nets, test, pool, batch=plan.batch, standardise=plan.standardise,
-                                        on_batch=bar.update)
+                                        precision=plan.precision, on_batch=bar.update)
         corrupted = None
         if variants is not None:
             with tqdm(total=robustness.VARIANTS, desc="testing on corrupted images", unit="variant", disable=hidden,
                       leave=False) as bar:
                 corrupted = robustness.measure(nets, variants, real, pool, batch=plan.batch,
-                                               standardise=plan.standardise, on_variant=bar.update)
+                                               standardise=plan.standardise, precision=plan.precision,
+                                               on_variant=bar.update)
     for run, accuracy in zip(finished, found, strict=True):
         run.accuracy = accuracy
     return trained, corrupted

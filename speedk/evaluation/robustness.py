@@ -125,12 +125,13 @@ def read(folder: Path, real: RealData) -> Variants:
 
 
 def measure(networks: Sequence[nn.Module], variants: Variants, real: RealData, pool: Pool, *, batch: int,
-            standardise: bool, on_variant: Callable[[], None] = lambda: None
+            standardise: bool, precision: str = "float32", on_variant: Callable[[], None] = lambda: None
             ) -> dict[str, list[list[float]]]:
     """For each corruption and severity the accuracy of each network, in per cent."""
     found: dict[str, list[list[float]]] = {name: [] for name in NAMES}
     for name, _, data in variants.sets(real):
-        right = training.accuracies(networks, data, pool, batch=batch, standardise=standardise)
+        right = training.accuracies(networks, data, pool, batch=batch, standardise=standardise,
+                                    precision=precision)
         found[name].append([round(100 * a, 6) for a in right])
         on_variant()
     return found

@@ -15,7 +15,7 @@ class Schedule:
 
     standardise: every batch, in training and in testing, is shifted and scaled by its own mean and standard deviation
     (one number each, over all its images), before it is augmented. The accuracy on an image then depends on the batch
-    it is tested in.
+    it is tested in. precision: what convolutions and matrix products are rounded to, in training and in testing.
     """
 
     epochs: int
@@ -25,6 +25,7 @@ class Schedule:
     weight_decay: float = 5e-4
     augment: bool = True
     standardise: bool = False
+    precision: str = "float32"
 
     @property
     def drop(self) -> int:
@@ -37,25 +38,32 @@ class Schedule:
             parts.append(f"x 0.1 with a fresh optimiser after epoch {self.drop:,}")
         parts.append(f"momentum {self.momentum:g}, weight decay {self.weight_decay:g}")
         parts.append("DSA" if self.augment else "no augmentation")
+        if self.precision != "float32":
+            parts.append(f"products in {self.precision}")
         return ", ".join(parts)
 
 
 PROTOCOLS = {"paper": Schedule(epochs=1001), "quick": Schedule(epochs=200)}
 WHOLE = Schedule(epochs=50)
 STANDARDISATIONS = ("mtt", "speed")
+PRECISIONS = ("float32", "bf16")
 
 
 def schedule(protocol: str, standardisation: str = "mtt", whole: bool = False, rate: float | None = None,
-             epochs: int | None = None) -> Schedule:
+             epochs: int | None = None, precision: str = "float32") -> Schedule:
     """The schedule of a named protocol ("paper": 1,001 epochs, "quick": 200; the whole data set: always 50).
 
     standardisation: "speed" standardises every batch by its own statistics, "mtt" does not. rate, epochs: in place of
-    the schedule's own. Raises ConfigError for another name or a number that cannot be.
+    the schedule's own. precision: "float32", or "bf16", which is faster and no longer the published protocol. Raises
+    ConfigError for another name or a number that cannot be.
     """
-    for value, known in ((protocol, [*PROTOCOLS]), (standardisation, [*STANDARDISATIONS])):
+    for what, value, known in (("protocol", protocol, [*PROTOCOLS]),
+                               ("protocol", standardisation, [*STANDARDISATIONS]),
+                               ("precision", precision, [*PRECISIONS])):
         if value not in known:
-            raise ConfigError(f"protocol {value!r} is not one of {', '.join(known)}{nearest(value, known)}")
-    chosen = replace(WHOLE if whole else PROTOCOLS[protocol], standardise=standardisation == "speed")
+            raise ConfigError(f"{what} {value!r} is not one of {', '.join(known)}{nearest(value, known)}")
+    chosen = replace(WHOLE if whole else PROTOCOLS[protocol], standardise=standardisation == "speed",
+                     precision=precision)
     if rate is not None:
         if not 0 < rate < float("inf"):
             raise ConfigError(f"a rate of {rate} cannot train: it must be above 0 and finite")

@@ -260,6 +260,8 @@ def _short_of(line: Mapping[str, Any]) -> str:
     reasons += [f"{name}={value}" for name, value in line.get("changed", {}).items()]
     if line["protocol"]["name"] not in ("paper", "whole"):
         reasons.append(f"{line['protocol']['epochs']:,} epochs of evaluation")
+    if (precision := line["protocol"].get("precision", "float32")) != "float32":
+        reasons.append(f"evaluation in {precision}")
     if line["runs"] < RUNS:
         reasons.append(f"{line['runs']} networks")
     return ", ".join(reasons)

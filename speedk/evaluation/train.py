@@ -81,7 +81,8 @@ def train(network: nn.Module, data: ImageSet, schedule: Schedule, generator: tor
             rate = schedule.rate * (0.1 if epoch else 1.0)
             optimiser = torch.optim.SGD(parameters, rate, schedule.momentum, weight_decay=schedule.weight_decay)
         loss = training.epoch(network, data, generator, pool, optimiser.step, batch=schedule.batch,
-                              augment=schedule.augment, standardise=schedule.standardise)
+                              augment=schedule.augment, standardise=schedule.standardise,
+                              precision=schedule.precision)
         on_epoch()
         if not math.isfinite(loss):
             break

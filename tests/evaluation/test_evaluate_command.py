@@ -46,6 +46,13 @@ def test_a_file_gives_a_table_and_json_beside_it(run, real, write_artifact, caps
     assert run.asked == [("stripes", None, {"split": None, "resolution": 8, "normaliser": "channel"})]
 
 
+def test_a_precision_is_said_in_the_report(run, real, write_artifact, capsys):
+    path = write_artifact(real)
+    assert run(f"{path} --dataset stripes {SHORT} --precision bf16") == 0
+    assert "DSA, products in bf16" in capsys.readouterr().out
+    assert json.loads(path.with_name("evaluation.json").read_text())["protocol"]["precision"] == "bf16"
+
+
 def test_an_earlier_report_is_kept(run, real, write_artifact, capsys):
     path = write_artifact(real)
     for seed in (1, 2, 3):

@@ -117,13 +117,14 @@ def row_of(page, table, row):
 def test_the_page_shows_what_was_run_and_what_was_not(tmp_path):
     path = tmp_path / "lines.jsonl"
     tables.append(path, [line()])
-    tables.append(path, [line(), line("MLP", 30.0, steps=4, runs=2, changed={"batch": 64})])
+    rounded = line()["protocol"] | {"precision": "bf16"}
+    tables.append(path, [line(), line("MLP", 30.0, steps=4, runs=2, changed={"batch": 64}, protocol=rounded)])
     lines = tables.read(path)
     assert len(lines) == 2
     page = tables.page(lines)
     assert row_of(page, 4, "SPEED") == ("| SPEED | 73.5±0.2 / **50.0±0.5** | 44.4±0.4 / **30.0±0.5**† | "
                                         "69.5±0.4 / not run | 51.5±0.3 / not run |")
-    assert "4 of 10 steps, batch=64, 2 networks" in page
+    assert "4 of 10 steps, batch=64, evaluation in bf16, 2 networks" in page
     assert row_of(page, 4, "HaBa").count("n/a") == 4 and row_of(page, 1, "KIP").endswith("| - | - | - | - |")
     assert page.count("Nothing of this table has been run yet.") == len(ALL) - 1
     tables.append(path, [line(mean=60.0)])

@@ -136,7 +136,9 @@ def test_the_protocols():
     assert {(s.batch, s.momentum, s.weight_decay, s.augment) for s in (paper, quick, WHOLE)} == {(256, 0.9, 5e-4, True)}
     chosen = schedule("quick", "speed", rate=0.5)
     assert chosen == dataclasses.replace(quick, standardise=True, rate=0.5)
+    assert schedule("paper", precision="bf16") == dataclasses.replace(paper, precision="bf16")
     for wrong in ({"protocol": "quik"}, {"protocol": "quick", "standardisation": "sped"},
-                  {"protocol": "quick", "rate": 0.0}, {"protocol": "quick", "epochs": 0}):
+                  {"protocol": "quick", "rate": 0.0}, {"protocol": "quick", "epochs": 0},
+                  {"protocol": "quick", "precision": "fp8"}):
         with pytest.raises(ConfigError):
             schedule(**wrong)

@@ -38,6 +38,17 @@ def test_pieces_of_a_batch_sum_to_the_batch(name, monkeypatch):
         torch.testing.assert_close(sum(gradients[i] for _, gradients in pieces), gradient, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.parametrize("name", ["convnet", "mlp", "vit"])
+def test_bf16_rounds_the_products_and_nothing_else(name):
+    data, network = make_set(), networks.fresh(name, GEOMETRY, 0).eval()  # no dropout
+    images = data.batch(torch.arange(20))
+    exact, rounded = (training.gradients(network, images, data.labels, precision=p) for p in ("float32", "bf16"))
+    assert {t.dtype for t in (rounded[0], *rounded[1], *network.parameters())} == {torch.float32}
+    ours, theirs = (torch.cat([g.flatten().double() for g in gradients]) for _, gradients in (rounded, exact))
+    assert not torch.equal(ours, theirs)
+    assert float(F.cosine_similarity(ours, theirs, dim=0)) > 0.99 and 0.9 < float(ours.norm() / theirs.norm()) < 1.1
+
+
 def test_standardised_batches_have_mean_0_and_deviation_1():
     data = make_set()
     images = data.batch(torch.tensor([3, 5, 8]), standardise=True)
