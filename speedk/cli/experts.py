@@ -32,7 +32,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dataset", metavar="NAME", help="as for distill (default: digits)")
     parser.add_argument("--data", metavar="DIR", type=Path, help="a folder of images, as for distill")
     parser.add_argument("--ipc", metavar="N", type=int, help="the row whose recipe says how to train (default: 1)")
-    parser.add_argument("--recipe", metavar="NAME|FILE", help="the recipe that says how to train (default: the row's)")
+    parser.add_argument("--recipe", metavar="NAME|FILE",
+                        help="the recipe that says how to train (default: the row's for SPEED, which reads the most)")
     parser.add_argument("--count", metavar="N", type=int, help="experts (default: the recipe's, or 100)")
     parser.add_argument("--epochs", metavar="E", type=int, help="of each (default: as many as the recipe can read)")
     parser.add_argument("--network", metavar="NAME", help="the student (default: the recipe's, or convnet)")
@@ -56,23 +57,27 @@ def _train(args: argparse.Namespace) -> int:
     from speedk.cli._text import duration, table
     from speedk.distillation import experts
     from speedk.distillation import plan as plans
+    from speedk.distillation import recipe as recipes
     from speedk.distillation.expertfolder import ExpertFolder
     from speedk.distillation.objectives import tm
-    from speedk.distillation.recipe import parse_overrides
 
     if args.precision != "float32" and args.out is None:
         raise ConfigError(f"--precision {args.precision} is for a folder of your own: say --out, and experts=DIR to "
                           "distill")
     if args.epochs is not None and args.epochs < 1:
         raise ConfigError(f"--epochs {args.epochs} is nothing to train: say at least 1")
-    fields = parse_overrides(args.fields)
+    # Nothing is distilled, so nothing can exceed the budget.
+    fields = {"data.budget": "off", **recipes.parse_overrides(args.fields)}
     for name, value in (("objective.network", args.network), ("objective.expert_seed", args.seed),
                         ("objective.expert_count", args.count)):
         if value is not None:
             fields[name] = value
-    method = None if args.recipe else "pixels"  # how trajectories are matched is the same, and nothing is solved for
-    made = plans.plan(args.dataset, data=args.data, ipc=args.ipc, method=method, recipe=args.recipe, objective="tm",
-                      device=args.device, overrides=fields, progress=True)
+    # Of a row's recipes SPEED's reads the most epochs, so what it needs serves the others too. Where it has none, all
+    # methods match alike, and the sizes of pixels need not be solved for.
+    named = args.dataset or ("" if args.data else "digits")
+    method = "speed" if recipes.find_row(named, args.ipc or 1, "speed") else "pixels"
+    made = plans.plan(args.dataset, data=args.data, ipc=args.ipc, method=None if args.recipe else method,
+                      recipe=args.recipe, objective="tm", device=args.device, overrides=fields, progress=True)
     spec, real = made.recipe.objective, made.real
     identity = tm.expert_identity(spec, real, args.precision)
     epochs = spec.epochs if args.epochs is None else args.epochs

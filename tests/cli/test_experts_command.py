@@ -13,7 +13,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from speedk import data
 from speedk.cli import main
+from speedk.distillation import experts
+from speedk.distillation import recipe as recipes
 from speedk.distillation.expertfolder import ExpertFolder
 
 SMALL = ("--network", "mlp", "expert_batch=6", "expert_rate=0.1")
@@ -67,6 +70,30 @@ def test_distill_says_what_experts_cost_and_uses_them(folder, tmp_path, capsys, 
     assert "6 of 6 epochs" in capsys.readouterr().out
     assert speedk(*command) == 0
     assert "2 experts of 3 epochs from" in (page := capsys.readouterr().out) and "all are there" in page
+
+
+@pytest.mark.parametrize("fields,epochs", [
+    (("--ipc", 1), 11), ((), 11), (("--ipc", 10), 21), (("--recipe", "cifar10-ipc1-pixels"), 3), (("--ipc", 7), 41),
+    (("--ipc", 1, "resolution=16"), 11),  # too small for the row's sizes, which experts have no use for
+])
+def test_a_rows_experts_have_the_epochs_that_speed_reads(folder, tmp_path, capsys, monkeypatch, fields, epochs):
+    """Start epoch and target of any later `speedk distill`: 10 + 2 - 1 for CIFAR10 at one image per class."""
+    load = data.load
+    monkeypatch.setenv("SPEEDK_CACHE", str(tmp_path))
+    monkeypatch.setattr(data, "load", lambda *_, resolution, **options: load(None, folder, resolution=resolution or 32))
+    monkeypatch.setattr(experts, "train", lambda *_, **options: None)
+    assert speedk("experts", "--dataset", "cifar10", "--count", 3, "--network", "mlp", *fields) == 0
+    assert f"{3 * epochs} of {3 * epochs} epochs" in capsys.readouterr().out
+
+
+def test_no_recipe_of_a_row_reads_more_than_speeds():
+    read = {}
+    for name in recipes.shipped():
+        recipe = recipes.resolve(recipes.read(name), "tm")
+        if "tm" in recipes.read(name)["objective"]:
+            read[recipe.data.name, recipe.data.ipc, recipe.method] = recipe.objective.epochs
+    assert len(read) > 40
+    assert all(epochs <= read[name, ipc, "speed"] for (name, ipc, _), epochs in read.items())
 
 
 def test_what_cannot_be_is_one_line(folder, tmp_path, capsys):
