@@ -80,6 +80,7 @@ class Training:
         self._pool = Pool(device) if self.in_pieces else Alone()
         self._replaced: set[str] = set()
         self._students = [student]
+        self._modes = [(module, module.training) for module in student.modules()]
         self._seed = int(torch.randint(2**62, ()))
         kind = device.type
         self._autocast = {"device_type": kind, "dtype": torch.get_autocast_dtype(kind),
@@ -89,7 +90,7 @@ class Training:
     def running(self) -> Iterator[Pool | Alone]:
         """Where steps are built and differentiated, forward and backward alike; gives what runs the pieces."""
         # Of the attention kernels only the plain one can be differentiated twice.
-        with sdpa_kernel(SDPBackend.MATH), repeatable(self.device), self._pool as pool:
+        with sdpa_kernel(SDPBackend.MATH), repeatable(self.device), _in_modes(self._modes), self._pool as pool:
             yield pool
 
     def build(self, step: int, theta: Tensor, images: Tensor, labels: Tensor, needs: tuple[bool, bool],
@@ -178,6 +179,20 @@ def repeatable(device: torch.device) -> Iterator[None]:
         yield
     finally:
         torch.backends.cudnn.deterministic = before
+
+
+@contextlib.contextmanager
+def _in_modes(modes: list[tuple[nn.Module, bool]]) -> Iterator[None]:
+    """Inside, each module trains or not as it did at the start, whatever was said since: a step that is built again has
+    to be the one that ran. Set one by one, as `train` reaches the modules below and may be the user's own."""
+    now = [(module, module.training) for module, _ in modes]
+    try:
+        for module, mode in modes:
+            module.training = mode
+        yield
+    finally:
+        for module, mode in now:
+            module.training = mode
 
 
 class Alone(contextlib.nullcontext):

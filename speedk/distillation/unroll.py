@@ -29,7 +29,8 @@ def unroll(student: nn.Module, theta: Tensor, images: Tensor, labels: Tensor, sc
     for momentum 0. Differentiable once, in images, float labels, lr and theta, and exactly so: every path through the
     later steps counts, as in a full unroll with `create_graph=True`.
 
-    student: any module; it is left as it is. It trains in the mode it is in: dropout acts where `student.training`.
+    student: any module; it is left as it is. Each of its modules trains in the mode it is in now, in the backward pass
+    too: dropout acts where `training` is set.
     theta: [P] float, the `named_parameters()` flattened and laid end to end, in order.
     images: [N, C, H, W] float; labels: int64 [N], or float [N, classes].
     schedule: int64 index tensors [B_t] (or sequences of ints) into images, one a step; an index may come twice.

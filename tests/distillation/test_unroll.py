@@ -149,6 +149,27 @@ def test_dropout_is_replayed():
     torch.testing.assert_close((got * noise).sum(), (ahead - behind) / 2e-5, rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize("memory", ["constant", 20_000, "full"])
+@pytest.mark.parametrize("now,later", [(True, False), (False, True)])
+def test_the_mode_of_the_start_counts(memory, now, later):
+    """A student put in another mode before the backward pass: dropout, and a batch norm whose statistics are fixed."""
+    student = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Dropout2d(0.5), nn.ReLU(), nn.Dropout(0.5),
+                            nn.Flatten(), nn.Linear(144, 3))
+    theta, images, labels, schedule, lr, direction = problem(student, torch.float32)
+    leaves, results = (theta, images, labels, lr), []
+    for changed in (False, True):
+        student.train(now)[1].eval()
+        torch.manual_seed(5)
+        theta_T = speedk.unroll(student, *leaves[:3], schedule, lr, memory=memory)
+        if changed:
+            student.train(later)[4].train(now)  # the last dropout differs from the rest
+        modes = [module.training for module in student.modules()]
+        results.append(gradients(theta_T, direction, leaves))
+        assert modes == [module.training for module in student.modules()]
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    assert bool(student[1].num_batches_tracked == 0)
+
+
 def test_a_loss_of_ones_own():
     student = STUDENTS["mlp"]()
     theta, images, labels, schedule, lr, direction = problem(student)
