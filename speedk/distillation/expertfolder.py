@@ -192,8 +192,7 @@ class ExpertFolder:
                 raise ConfigError(f"{self.file(number)} has {record.epochs} epochs, not {epoch}: extend it with "
                                   f"`speedk experts --epochs {epoch}`")
             row = file.get_slice("theta")[epoch : epoch + 1][0]
-            if _digest(row) != record.digests[epoch]:
-                raise self._damaged(number, f"the parameters of epoch {epoch} are not the ones that were written")
+            self._check(number, epoch, row, record)
             return row.to(torch.float32, copy=True)
 
     def last(self, number: int) -> tuple[Record, Tensor]:
@@ -208,9 +207,12 @@ class ExpertFolder:
         return record, row
 
     def rows(self, number: int) -> Tensor:
-        """All of theta [epochs + 1, P], as stored."""
+        """All of theta [epochs + 1, P], as stored, checked against their hashes: `write` makes these anew."""
         with self._opened(number) as file:
-            return file.get_tensor("theta").clone()
+            record, rows = self._record(number, file), file.get_tensor("theta").clone()
+            for epoch, row in enumerate(rows):
+                self._check(number, epoch, row, record)
+            return rows
 
     def write(self, number: int, rows: Tensor, last: Tensor, losses: list[float], accuracies: list[float]) -> None:
         """Store an expert's rows [epochs + 1, P] (of the folder's precision) and its `last` parameters (float32)."""
@@ -257,6 +259,10 @@ class ExpertFolder:
                 or len(record.accuracies) != record.epochs + 1 or len(record.digests) != record.epochs + 1 + bf16):
             raise ValueError(f"its header and its {shape} numbers do not agree")
         return record
+
+    def _check(self, number: int, epoch: int, row: Tensor, record: Record) -> None:
+        if _digest(row) != record.digests[epoch]:
+            raise self._damaged(number, f"the parameters of epoch {epoch} are not the ones that were written")
 
     def _damaged(self, number: int, why: str) -> ArtifactError:
         return ArtifactError(f"{self.file(number)} is damaged ({one_line(why, 120)}): delete it, and it will be "

@@ -208,6 +208,20 @@ def test_a_damaged_file_is_one_line(real, tmp_path, damage):
     assert caught.value.exit_code == 2 and "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("precision", ["float32", "bf16"])
+def test_a_damaged_row_is_not_carried_into_a_longer_file(real, tmp_path, precision):
+    folder = make(tmp_path, real, count=1, epochs=2, precision=precision)
+    first = folder.rows(0)[0].contiguous().view(torch.uint8).numpy().tobytes()
+    data = folder.file(0).read_bytes()
+    place = data.index(first)
+    damaged = data[:place] + bytes([data[place] ^ 1]) + data[place + 1:]
+    folder.file(0).write_bytes(damaged)
+    with pytest.raises(ArtifactError, match="0000.safetensors is damaged .*epoch 0 are not .*: delete it") as caught:
+        make(tmp_path, real, count=1, epochs=3, precision=precision)
+    assert caught.value.exit_code == 2 and "\n" not in str(caught.value)
+    assert folder.file(0).read_bytes() == damaged
+
+
 def test_a_damaged_folder_is_one_line(real, tmp_path):
     make(tmp_path, real, count=1, epochs=1)
     for text in ('{"format": 1}', "{", '{"format": 2, "identity": {}}', '{"format": 1, "identity": {"rate": 1}}'):
