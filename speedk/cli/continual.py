@@ -33,7 +33,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         help="a distilled file, or a folder with one for each step")
     parser.add_argument("--steps", metavar="N", type=int, help="default: 5, or as many as a folder has files")
     parser.add_argument("--dataset", metavar="NAME", help="the data to test on (default: what the file came from)")
-    parser.add_argument("--data", metavar="DIR", type=Path, help="the folder with that data")
+    parser.add_argument("--data", metavar="DIR", type=Path,
+                        help="the folder with that data, or one with a folder of its name")
     parser.add_argument("--split", choices=("fastai", "ilsvrc"), help="of imagenette and imagewoof")
     parser.add_argument("--networks", metavar="A,B", default="convnet", help="default: convnet")
     parser.add_argument("--runs", metavar="N", type=int, default=5, help="fresh networks a step (default: 5)")

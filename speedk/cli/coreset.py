@@ -35,7 +35,8 @@ LOWER = "lower --ipc, or choose with a smaller --network"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--method", metavar="NAME", required=True, help="random, herding, kcenter, kmeans, forgetting")
     parser.add_argument("--dataset", metavar="NAME", help="the data to choose from (default: digits, without --data)")
-    parser.add_argument("--data", metavar="DIR", type=Path, help="the folder with that data, or with your own")
+    parser.add_argument("--data", metavar="DIR", type=Path,
+                        help="the folder with that data, or one with a folder of its name, or your own images")
     parser.add_argument("--split", choices=("fastai", "ilsvrc"), help="of imagenette and imagewoof")
     parser.add_argument("--ipc", metavar="N", type=int, default=1, help="images of each class (default: 1)")
     parser.add_argument("--out", metavar="DIR", type=Path, help="where the file goes (default: a folder under runs/)")

@@ -34,7 +34,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dataset", metavar="NAME", help="digits, cifar10, cifar100, tinyimagenet, imagenette, "
                         "imagewoof, imagefruit, imagemeow, imagesquawk or imageyellow (default: digits)")
     parser.add_argument("--data", metavar="DIR", type=Path,
-                        help="a folder of images: parquet files, or train/ and test/ with a folder per class")
+                        help="a folder of images: parquet files, or train/ and test/ with a folder per class; of a "
+                        "named data set also one with a folder of its name")
     parser.add_argument("--ipc", metavar="N", type=int, help="images per class whose storage may be used (default: 1)")
     parser.add_argument("--method", metavar="NAME", help="speed or pixels (default: speed)")
     parser.add_argument("--objective", metavar="NAME", default="auto",

@@ -39,7 +39,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", metavar="FILE", nargs="?", type=Path,
                         help="a distilled file, or images and labels as .npz or .parquet")
     parser.add_argument("--dataset", metavar="NAME", help="the data to test on (default: what the file came from)")
-    parser.add_argument("--data", metavar="DIR", type=Path, help="the folder with that data")
+    parser.add_argument("--data", metavar="DIR", type=Path,
+                        help="the folder with that data, or one with a folder of its name")
     parser.add_argument("--split", choices=("fastai", "ilsvrc"), help="of imagenette and imagewoof")
     parser.add_argument("--networks", metavar="A,B", default="convnet", help="convnet, mlp, resnet18, vit, or a "
                         "class of your own as my.module:Net (default: convnet)")

@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("fields", metavar="info DIR | key=value", nargs="*",
                         help="print what DIR holds; or a recipe field (expert_rate, expert_batch, standardise, ...)")
     parser.add_argument("--dataset", metavar="NAME", help="as for distill (default: digits)")
-    parser.add_argument("--data", metavar="DIR", type=Path, help="a folder of images, as for distill")
+    parser.add_argument("--data", metavar="DIR", type=Path, help="a folder, as for distill")
     parser.add_argument("--ipc", metavar="N", type=int, help="the row whose recipe says how to train (default: 1)")
     parser.add_argument("--recipe", metavar="NAME|FILE",
                         help="the recipe that says how to train (default: the row's for SPEED, which reads the most)")

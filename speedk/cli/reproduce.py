@@ -167,7 +167,7 @@ def _listing(lines: list[dict[str, Any]]) -> str:
 def _command(target: Target, cells: list[Cell], args: argparse.Namespace, changed: dict[str, Any]) -> str:
     """The run as one would type it, without the evaluation's options."""
     networks = ",".join(dict.fromkeys(cell.network for cell in cells))
-    data = f" --data {_folder(target, args)}" if args.data is not None else ""
+    data = f" --data {args.data}" if args.data is not None else ""
     seed = f" --seed {args.seed}" if args.seed else ""
     if target.kind == "recipe":
         fields = "".join(f" {name}={value}" for name, value in (*target.fields, *changed.items()))
@@ -181,11 +181,6 @@ def _command(target: Target, cells: list[Cell], args: argparse.Namespace, change
     return f"speedk evaluate --whole --dataset {target.dataset} --networks {networks}{data}{split}{how}"
 
 
-def _folder(target: Target, args: argparse.Namespace) -> Path | None:
-    """The folder of the target's data set: one of its name in --data, or --data itself."""
-    return args.data if args.data is None or not (args.data / target.dataset).is_dir() else args.data / target.dataset
-
-
 def _measure(target: Target, cells: list[Cell], args: argparse.Namespace, changed: dict[str, Any],
              load: Callable[..., RealData], minutes: float | None) -> dict[str, Any]:
     """The run of `target`, its networks those of `cells`; `load` is `speedk.data.load`, or as good."""
@@ -195,11 +190,10 @@ def _measure(target: Target, cells: list[Cell], args: argparse.Namespace, change
 
     how = cell_of.Evaluation(tuple(dict.fromkeys(cell.network for cell in cells)), args.runs, args.protocol,
                              precision=args.precision)
-    folder = _folder(target, args)
     out = args.out / "-".join([target.folder, *(f"{name}={value}" for name, value in sorted(changed.items())),
                                f"seed{args.seed}"])
     if target.kind == "recipe":
-        made = plans.plan(recipe=target.name, data=folder, objective=target.objective, out=out, seed=args.seed,
+        made = plans.plan(recipe=target.name, data=args.data, objective=target.objective, out=out, seed=args.seed,
                           device=args.device, overrides={**dict(target.fields), **changed}, load=load)
         bars = Bars()
         try:
@@ -207,7 +201,7 @@ def _measure(target: Target, cells: list[Cell], args: argparse.Namespace, change
         finally:
             bars.close()
     how = dataclasses.replace(how, standardisation=changed.get("protocol"))
-    real = load(target.dataset, folder, resolution=256 if target.data != target.dataset else None,
+    real = load(target.dataset, args.data, resolution=256 if target.data != target.dataset else None,
                 split=changed.get("split"))
     device = _testing.device(args.device)
     if target.kind == "whole":

@@ -38,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         help="a recipe field and its values, one value to fix it (see `speedk recipes show`)")
     parser.add_argument("--recipe", metavar="NAME|FILE", help="see `speedk recipes` (default: that of the row)")
     parser.add_argument("--dataset", metavar="NAME", help="as for distill (default: the recipe's, or digits)")
-    parser.add_argument("--data", metavar="DIR", type=Path, help="a folder of images, as for distill")
+    parser.add_argument("--data", metavar="DIR", type=Path, help="a folder, as for distill")
     parser.add_argument("--ipc", metavar="N", type=int, help="images per class whose storage may be used (default: 1)")
     parser.add_argument("--method", metavar="NAME", help="speed or pixels (default: speed)")
     parser.add_argument("--objective", metavar="NAME", default="auto", help="as for distill (default: auto)")

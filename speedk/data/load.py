@@ -11,7 +11,7 @@ import torch
 from speedk.data import catalogue, digits, zca
 from speedk.data.catalogue import ILSVRC_CLASSES, ILSVRC_DOWNLOAD, ILSVRC_HUB, ILSVRC_TEST_PER_CLASS, Entry
 from speedk.data.decode import Decoded, decode, side_of
-from speedk.data.locate import locate
+from speedk.data.locate import locate, place
 from speedk.data.normaliser import ChannelNormaliser, Normaliser, channel_statistics
 from speedk.data.part import Part, storable
 from speedk.data.real import RealData, Subset, fingerprint
@@ -28,8 +28,9 @@ def load(name: str | None = None, path: str | Path | None = None, *, resolution:
     - `name` alone: `digits` is embedded; the others come through Hugging Face `datasets`.
     - `path` alone: any folder with parquet files or an image folder tree. Without `resolution` (side, pixels) its
       images must be square and of one size; with it they are stretched to it.
-    - both: the named data set from local files, with its resolution, normaliser and class order. The six ImageNet
-      subsets are cut by class index out of a whole ImageNet; a folder of just their ten classes is taken as it is.
+    - both: the named data set from local files, with its resolution, normaliser and class order; where `path` has a
+      folder of that name, from there. The six ImageNet subsets are cut by class index out of a whole ImageNet; a folder
+      of just their ten classes is taken as it is.
 
     `split`: "ilsvrc" takes imagenette and imagewoof from ImageNet, as the paper does, "fastai" (their default) from
     fastai's releases; None takes what is there. `normaliser`: "channel" or "zca" instead of the data set's own.
@@ -50,7 +51,7 @@ def load(name: str | None = None, path: str | Path | None = None, *, resolution:
     if entry is None:
         return _own(Path(path), resolution, normaliser, progress)
     side = resolution or entry.geometry.resolution
-    train, test, used = _named(entry, None if path is None else Path(path), side, split, progress)
+    train, test, used = _named(entry, None if path is None else place(Path(path), name), side, split, progress)
     training, testing = (decode(part, side, progress=progress) for part in _checked(train, test))
     notes = _notes(side, {"training": training, "test": testing})
     if entry.name.startswith("cifar") and "JPEG" in training.formats | testing.formats:

@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from speedk.data.catalogue import CATALOGUE
 from speedk.data.folder import read_folders, visible
 from speedk.data.part import Part
 from speedk.errors import DataError
@@ -13,7 +14,6 @@ from speedk.errors import DataError
 TRAIN = ("train", "training")
 TEST = ("test", "testing", "validation", "valid", "val", "eval")
 """In the order in which a part is looked for: where a folder has several, the first found is the test part."""
-
 
 
 @dataclass(frozen=True)
@@ -63,6 +63,19 @@ def locate(path: Path, prefer_validation: bool = False) -> Located:
     if (train[0].suffix.lower() == ".parquet") != (test[0].suffix.lower() == ".parquet"):
         raise DataError(f"{place} has a training and a test part of different kinds: parquet files and an image folder")
     return Located(train, test, train[0].suffix.lower() == ".parquet", tests[1] if len(tests) > 1 else "")
+
+
+def place(path: Path, name: str) -> Path:
+    """The folder of the named data set: the one of its name in `path`, or `path` itself. Raises DataError where `path`
+    is a folder of other data sets."""
+    if (path / name).is_dir():
+        return path / name
+    if path.is_dir() and "train" not in _parts(path):
+        sets = [entry.name for entry in visible(path)
+                if entry.is_dir() and _part(entry.name) is None and "train" in _parts(entry)]
+        if len(sets) > 1 or set(sets) & set(CATALOGUE):  # a single one of any other name may well be this set
+            raise DataError(f"there is no {name} in {path}, only {', '.join(sets[:6])}")
+    return path
 
 
 def _parts(place: Path) -> dict[str, list[Path]]:

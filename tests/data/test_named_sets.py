@@ -86,6 +86,22 @@ def test_subsets_take_their_resolution_and_say_that_images_were_enlarged(imagene
     refused("whole ImageNet, which has no fastai split: download https://", "imagenette", imagenet, split="fastai")
 
 
+def test_a_folder_may_hold_several_sets_by_their_names(tmp_path):
+    ten = [f"class{i}" for i in range(10)]
+    for name in ("cifar10", "imagenette"):
+        write_parquet(tmp_path / name / "train.parquet", list(range(10)), names=ten)
+        write_parquet(tmp_path / name / "test.parquet", list(range(10)), names=ten)
+    real = load("cifar10", tmp_path, normaliser="channel", progress=False)
+    assert real.fingerprint == load("cifar10", tmp_path / "cifar10", normaliser="channel", progress=False).fingerprint
+    assert load("imagenette", tmp_path, resolution=8, progress=False).name == "imagenette"
+    refused(f"there is no cifar100 in {tmp_path}, only cifar10, imagenette", "cifar100", tmp_path)
+    refused("holds several data sets, cifar10, imagenette: give one of them", None, tmp_path)
+    shutil.rmtree(tmp_path / "imagenette")  # what is left is not taken for another set
+    refused(f"there is no cifar100 in {tmp_path}, only cifar10", "cifar100", tmp_path)
+    (tmp_path / "cifar10").rename(tmp_path / "plain_text")
+    assert load("cifar10", tmp_path, normaliser="channel", progress=False).fingerprint == real.fingerprint
+
+
 @pytest.mark.parametrize("names", [None, [f"class{i}, other" for i in range(1000)]])
 def test_subsets_are_cut_out_of_parquet(tmp_path, names):
     if names:
