@@ -122,7 +122,7 @@ def _report(error: BaseException, argv: list[str]) -> int:
     if isinstance(error, KeyboardInterrupt | Interrupted):
         _say(str(error) or "interrupted")
         return INTERRUPTED
-    if _is_memory(error):
+    if is_memory(error):
         known = commands()
         lower = getattr(_module(known[argv[0]]), "LOWER", _LOWER) if argv and argv[0] in known else _LOWER
         _say(f"out of memory: {lower}")
@@ -144,7 +144,7 @@ def _drop_output() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def _is_memory(error: BaseException) -> bool:
+def is_memory(error: BaseException) -> bool:
     """Whether memory ran out: Python's, the GPU's, or what torch raises a plain RuntimeError for on the CPU."""
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True

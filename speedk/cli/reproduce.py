@@ -5,12 +5,13 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from speedk.cli import _testing
-from speedk.errors import ConfigError, Interrupted
+from speedk.cli import _testing, is_memory
+from speedk.errors import ConfigError, Interrupted, SpeedkError, TrainingError, one_line
 
 if TYPE_CHECKING:
     from speedk.data import RealData
@@ -18,8 +19,9 @@ if TYPE_CHECKING:
 
 HELP = "Run the rows of a table of the paper, and write what was published and what was measured."
 EPILOG = """\
-Without TABLE it lists the tables and their rows. A run that is finished is not run again, one that was stopped goes on.
-FILE gets a line of JSON for each cell that was measured; the page beside it (FILE with .md) is made of these lines.
+Without TABLE it lists the tables and their rows. A run that is finished is not run again, one that was stopped goes on;
+where one fails, the others are run all the same. FILE gets a line of JSON for each cell that was measured; the page
+beside it (FILE with .md) is made of these lines after each run.
 
 examples:
   speedk reproduce
@@ -79,6 +81,7 @@ def run(args: argparse.Namespace) -> int:
             print(_command(target, of_run, args, changed))
         return 0
     load = functools.lru_cache(maxsize=1)(data.load)  # one at a time: ImageNet's subsets are large
+    failed = []
     for number, (target, of_run) in enumerate(runs.items(), 1):
         print(f"\nrun {number} of {len(runs)}: {_command(target, of_run, args, changed)}", flush=True)
         try:
@@ -86,17 +89,34 @@ def run(args: argparse.Namespace) -> int:
         except OutOfTime as stop:
             print(f"{stop}; nothing is measured yet, the same command goes on")
             continue
-        except Interrupted as stop:
-            raise Interrupted(f"{stop}; the same command goes on") from None
+        except (Interrupted, KeyboardInterrupt) as stop:
+            raise Interrupted(f"{str(stop) or 'interrupted'}; the same command goes on") from None
+        except Exception as error:
+            if len(runs) == 1 or not (isinstance(error, SpeedkError) or is_memory(error)):
+                raise
+            why = str(error) if isinstance(error, SpeedkError) else f"out of memory: {LOWER}"
+            print(f"speedk: {one_line(f'{_named(of_run)}: {why}', 1000)}", file=sys.stderr, flush=True)
+            failed.append(_named(of_run))
+            continue
         found = [tables.cell_line(cell, measured | ({"changed": changed} if changed else {})) for cell in of_run]
         tables.append(args.results, found)
+        tables.write_page(args.results)
         for line in found:
             ours = "failed" if line["mean"] is None else f"{line['mean']:.1f}±{line['std']:.1f}"
             print(f"table {line['table']}, {line['row']}, {line['column']}: published {line['published']}, ours {ours}"
                   + (f" after {line['steps']:,} of {line['steps_of']:,} steps" if line["steps"] < line["steps_of"]
                      else ""))
+        if bad := [cell for cell, line in zip(of_run, found, strict=True) if line["mean"] is None]:
+            failed.append(_named(bad))
     print(f"\n{args.results}\n{tables.write_page(args.results)}")
+    if failed:
+        raise TrainingError(f"{len(failed)} of {len(runs)} runs failed: {'; '.join(failed)}")
     return 0
+
+
+def _named(cells: list[Cell]) -> str:
+    """The cells of one run, in words."""
+    return f"{cells[0].row} ({', '.join(cell.column for cell in cells)})"
 
 
 def _check(args: argparse.Namespace, names: list[str]) -> None:

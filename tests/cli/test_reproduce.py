@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import json
 
 import pytest
 
 import speedk
-from speedk.cli import main
+from speedk.cli import main, reproduce
 from speedk.distillation import loop
-from speedk.errors import Interrupted
-from speedk.evaluation import tables
+from speedk.errors import Interrupted, TrainingError
+from speedk.evaluation import cell, tables
 
 
 @pytest.fixture
@@ -52,6 +53,41 @@ def test_rows_are_run_once_and_written_down(run, tmp_path, capsys, monkeypatch):
     assert len(lines(tmp_path)) == 3
     assert run() == 0
     assert "not part of speedk" in capsys.readouterr().out
+
+
+def test_where_a_run_fails_the_others_are_run_and_it_is_named(run, tmp_path, capsys, monkeypatch):
+    seen = []
+
+    def distill(recipe, *_, **__):
+        seen.append((tmp_path / "results.md").read_text().count("**"))  # what came before is on the page
+        raise {"dm": TrainingError("the loss is nan at step 3"), "tm": MemoryError}[recipe.objective_name]
+
+    monkeypatch.setattr(loop, "distill", distill)
+    words = ["T", "--row", "Random", "--row", "DM", "--row", "TM", "--protocol", "quick", "--runs", "1"]
+    assert run(*words) == 1
+    assert seen == [4, 4] and [line["row"] for line in lines(tmp_path)] == ["Random"]  # two stars are in its head
+    said = capsys.readouterr().err.splitlines()
+    assert said == ["speedk: DM (MLP): the loss is nan at step 3",
+                    f"speedk: TM (MLP): out of memory: {reproduce.LOWER}",
+                    "speedk: 2 of 3 runs failed: DM (MLP); TM (MLP)"]
+    assert run("T", "--row", "DM") == 1
+    assert capsys.readouterr().err == "speedk: the loss is nan at step 3\n"
+
+    def stopped(*_, **__):
+        raise KeyboardInterrupt
+
+    (tmp_path / "results.md").unlink()
+    monkeypatch.setattr(loop, "distill", stopped)
+    assert run(*words) == 130
+    assert capsys.readouterr().err == "speedk: interrupted; the same command goes on\n"
+    assert (tmp_path / "results.md").read_text().count("**") == 4
+
+
+def test_networks_that_did_not_train_are_a_failure(run, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(cell, "evaluate", functools.partial(cell.evaluate, rate=1e30))
+    assert run("T", "--row", "Random", "--protocol", "quick", "--runs", "1") == 1
+    assert capsys.readouterr().err == "speedk: 1 of 1 runs failed: Random (MLP)\n"
+    assert "**failed**" in (tmp_path / "results.md").read_text()
 
 
 def test_what_the_minutes_did_not_reach_goes_on(run, tmp_path, capsys):
