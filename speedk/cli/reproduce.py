@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import functools
+import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,8 +42,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--row", metavar="ROW", action="append", default=[], help="only this one; may be said again")
     parser.add_argument("--column", metavar="NAME", action="append", default=[],
                         help="only this one; may be said again")
-    parser.add_argument("--budget", metavar="MINUTES", type=float, help="of distilling, shared by the runs; what is "
-                        "not finished is evaluated as it is, and goes on the next time (evaluation comes on top)")
+    parser.add_argument("--budget", metavar="MINUTES", type=float, help="of distilling, shared by the recipes' runs "
+                        "that are not finished; one that is not then is evaluated as it is, and goes on the next time "
+                        "(on top come evaluation, and the networks of coresets and of the whole data set)")
     parser.add_argument("--data", metavar="DIR", type=Path,
                         help="the folder of the data set, or one with a folder for each, by its name")
     parser.add_argument("--protocol", choices=("paper", "quick"), default="paper", help="default: paper")
@@ -81,11 +84,13 @@ def run(args: argparse.Namespace) -> int:
             print(_command(target, of_run, args, changed))
         return 0
     load = functools.lru_cache(maxsize=1)(data.load)  # one at a time: ImageNet's subsets are large
+    minutes = _Minutes(args.budget, [_out(target, args, changed) for target in runs if target.kind == "recipe"])
     failed = []
     for number, (target, of_run) in enumerate(runs.items(), 1):
         print(f"\nrun {number} of {len(runs)}: {_command(target, of_run, args, changed)}", flush=True)
         try:
-            measured = _measure(target, of_run, args, changed, load, args.budget and args.budget / len(runs))
+            with minutes.share(_out(target, args, changed)) as share:
+                measured = _measure(target, of_run, args, changed, load, share)
         except OutOfTime as stop:
             print(f"{stop}; nothing is measured yet, the same command goes on")
             continue
@@ -114,6 +119,32 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+class _Minutes:
+    """Those of --budget, or None: the runs `outs` that are not finished share what is left of them, so that what one of
+    them does not use is for the others."""
+
+    def __init__(self, budget: float | None, outs: list[Path]) -> None:
+        from speedk.evaluation import cell
+
+        self.left = budget
+        self.waiting = [] if budget is None else [out for out in outs if not cell.finished(out)]
+
+    @contextlib.contextmanager
+    def share(self, out: Path) -> Iterator[float | None]:
+        """The minutes of the run `out`, which are taken off as far as it distils."""
+        from speedk.evaluation import cell
+
+        if out not in self.waiting:
+            yield self.left  # it has nothing left to distil
+            return
+        before = cell.seconds(out)
+        try:
+            yield max(0.0, self.left) / len(self.waiting)
+        finally:
+            self.left -= (cell.seconds(out) - before) / 60
+            self.waiting.remove(out)
+
+
 def _named(cells: list[Cell]) -> str:
     """The cells of one run, in words."""
     return f"{cells[0].row} ({', '.join(cell.column for cell in cells)})"
@@ -122,8 +153,9 @@ def _named(cells: list[Cell]) -> str:
 def _check(args: argparse.Namespace, names: list[str]) -> None:
     if len(names) > 1:
         raise ConfigError(f"one table at a time, not {' and '.join(names)}; rows are named with --row")
-    if args.budget is not None and not args.budget > 0:
-        raise ConfigError(f"--budget {args.budget:g} must be above 0 minutes")
+    if args.budget is not None and not 0 < args.budget < math.inf:
+        raise ConfigError(f"--budget {args.budget:g} must be above 0 minutes" if not args.budget > 0 else
+                          "--budget inf is no budget: leave it out")
     if args.runs < 1:
         raise ConfigError(f"--runs {args.runs} must be at least 1")
     if args.results.suffix == ".md":
@@ -201,6 +233,12 @@ def _command(target: Target, cells: list[Cell], args: argparse.Namespace, change
     return f"speedk evaluate --whole --dataset {target.dataset} --networks {networks}{data}{split}{how}"
 
 
+def _out(target: Target, args: argparse.Namespace, changed: dict[str, Any]) -> Path:
+    """The run directory of `target`."""
+    return args.out / "-".join([target.folder, *(f"{name}={value}" for name, value in sorted(changed.items())),
+                                f"seed{args.seed}"])
+
+
 def _measure(target: Target, cells: list[Cell], args: argparse.Namespace, changed: dict[str, Any],
              load: Callable[..., RealData], minutes: float | None) -> dict[str, Any]:
     """The run of `target`, its networks those of `cells`; `load` is `speedk.data.load`, or as good."""
@@ -210,8 +248,7 @@ def _measure(target: Target, cells: list[Cell], args: argparse.Namespace, change
 
     how = cell_of.Evaluation(tuple(dict.fromkeys(cell.network for cell in cells)), args.runs, args.protocol,
                              precision=args.precision)
-    out = args.out / "-".join([target.folder, *(f"{name}={value}" for name, value in sorted(changed.items())),
-                               f"seed{args.seed}"])
+    out = _out(target, args, changed)
     if target.kind == "recipe":
         made = plans.plan(recipe=target.name, data=args.data, objective=target.objective, out=out, seed=args.seed,
                           device=args.device, overrides={**dict(target.fields), **changed}, load=load)

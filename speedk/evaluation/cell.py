@@ -17,6 +17,7 @@ import speedk
 from speedk.distillation import artifact, coreset
 from speedk.distillation.loop import Progress
 from speedk.distillation.plan import Plan
+from speedk.errors import ArtifactError
 from speedk.evaluation import sources
 from speedk.evaluation.evaluate import evaluate
 from speedk.files import write_atomic
@@ -43,6 +44,19 @@ class Evaluation:
 def found(made: Plan, how: Evaluation) -> dict[str, Any] | None:
     """What `measure` found in the run directory of `made` before, if that was all of it, or None."""
     return _found(made.out, _wanted(made.recipe.to_dict(), made.real, how))
+
+
+def finished(out: Path) -> bool:
+    """Whether the run in the directory `out` has made all of its steps."""
+    try:
+        return "steps" not in artifact.load(out / "distilled.safetensors").header["objective"]
+    except ArtifactError:
+        return False
+
+
+def seconds(out: Path) -> float:
+    """What distilling in the run directory `out` has taken, with all of its interruptions."""
+    return float(_read(out / NAME).get("seconds", 0.0))
 
 
 def measure(made: Plan, how: Evaluation, *, minutes: float | None = None, progress: Progress | None = None,
@@ -107,8 +121,7 @@ def _measure(out: Path, real: RealData, device: torch.device | str, wanted: dict
              make: Callable[[], Any], describe: Callable[[Any], dict[str, Any]], bars: bool | None) -> dict[str, Any]:
     if (line := _found(out, wanted)) is not None:
         return line
-    record = out / NAME
-    spent, began = float(_read(record).get("seconds", 0.0)), time.monotonic()
+    record, spent, began = out / NAME, seconds(out), time.monotonic()
     try:
         source = make()
     finally:  # an interrupted run goes on, and so does its clock

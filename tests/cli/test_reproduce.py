@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import functools
 import json
+import time
+from types import SimpleNamespace
 
 import pytest
 
 import speedk
 from speedk.cli import main, reproduce
 from speedk.distillation import loop
+from speedk.distillation import plan as plans
 from speedk.errors import Interrupted, TrainingError
 from speedk.evaluation import cell, tables
 
@@ -100,6 +103,39 @@ def test_what_the_minutes_did_not_reach_goes_on(run, tmp_path, capsys):
     assert lines(tmp_path)[1]["distil_seconds"] > lines(tmp_path)[0]["distil_seconds"]
 
 
+def test_the_minutes_are_for_the_runs_that_need_them(run, tmp_path, monkeypatch):
+    """Each run that is left has its share, and what one leaves is for the others; a coreset and the whole data set have
+    none."""
+    made = plans.plan(recipe="digits-ipc1-pixels", objective="dm", overrides={"steps": 1, "batch": 4},
+                      out=tmp_path / "runs/tables/digits-ipc1-pixels-dm-batch=4-steps=1-seed0")
+    given, clock = [], [0.0]
+
+    def distil(self, *, minutes, **how):
+        given.append((self.recipe.objective_name, minutes))
+        self.out.mkdir(parents=True, exist_ok=True)
+        clock[0] += 60.0
+        raise TrainingError("it diverged")
+
+    def none(*_, **__):
+        raise TrainingError("there is none")
+
+    real_run = plans.Plan.run
+    monkeypatch.setattr(plans.Plan, "run", distil)
+    monkeypatch.setattr(cell, "measure_coreset", none)
+    monkeypatch.setattr(cell, "measure_whole", none)
+    monkeypatch.setattr(cell, "time", SimpleNamespace(**{**vars(time), "monotonic": lambda: clock[0]}))
+    assert run("T", "--budget", "6") == 1
+    assert given == [("dm", 3.0), ("tm", 5.0)]
+    rows = ["T", "--row", "DM", "--row", "TM", "steps=1", "batch=4"]
+    assert run(*rows, "--budget", "1.5") == 1
+    assert given[2:] == [("dm", 0.75), ("tm", 0.5)]
+    real_run(made)
+    assert run(*rows, "--budget", "6") == 1
+    assert given[5:] == [("tm", 6.0)]  # the other one is finished, and is to be evaluated
+    assert run(*rows) == 1
+    assert given[6:] == [("dm", None), ("tm", None)]
+
+
 def test_what_is_changed_is_what_is_run(run, tmp_path, capsys):
     words = ["T", "--row", "DM", "steps=1", "batch=4", "resolution=16", "normaliser=zca", "seed=3", "protocol=speed"]
     assert run(*words, "--protocol", "quick", "--runs", "1") == 0
@@ -169,6 +205,8 @@ def test_a_run_that_is_stopped_says_how_it_goes_on(run, capsys, monkeypatch, com
     (["T", "--row", "Random", "k=3"], "of a coreset: epochs=N"),
     (["T", "--row", "Random", "epochs=0"], "epochs=0 must be a whole number"),
     (["T", "--budget", "0"], "--budget 0 must be above 0"),
+    (["T", "--budget", "nan"], "--budget nan must be above 0"),
+    (["T", "--budget", "inf"], "--budget inf is no budget"),
     (["T", "--runs", "0"], "--runs 0 must be at least 1"),
     (["T", "--results", "a.md"], "the page is written beside it"),
     (["T", "--results", "no/a.jsonl"], "create it first"),
