@@ -1,5 +1,6 @@
 """Gradient matching against a reference that is written out, in float64; its loops, and its resumption."""
 
+import copy
 import math
 
 import pytest
@@ -65,6 +66,55 @@ def test_the_match_and_its_gradient(name, options, piece):
     assert math.isclose(float(got), float(expected.detach()), rel_tol=1e-12)
     torch.testing.assert_close(gradient, slope, rtol=1e-9, atol=1e-12)
     assert float(slope.abs().max()) > 1e-4
+
+
+GIVEN = (("scale", {"x": 1.1, "y": 0.9}), ("crop", {"down": 1, "right": -1}), ("color", {
+    "brightness": 0.3, "saturation": 1.5, "contrast": 0.7}), ("rotate", {"degrees": 9.0}), ("flip", {"flip": True}))
+"""Draws that change every image, and no two alike: what is not given the right one is seen."""
+
+
+@pytest.mark.parametrize("name", ["dc", "dsa"])
+def test_a_step_is_the_written_out_one(name, monkeypatch):
+    """The first step, with a fresh student, and the second, before which it trains on the set: own classes on both
+    sides, with one draw for both."""
+    drawn = []
+
+    def draw(*_, **__):
+        op, values = GIVEN[len(drawn) % len(GIVEN)]
+        drawn.append(dsa.Draw(op, 8, {key: torch.tensor([value]) for key, value in values.items()}))
+        return drawn[-1]
+
+    monkeypatch.setattr(dsa, "draw", draw)
+    real = make_real(resolution=8)
+    # All images of a class, real or synthetic, are one batch: their order does not matter.
+    run = loop.Run(resolve(TABLES, name, {"objective.batch": 12, "inner_batch": 6}), real, torch.device("cpu"))
+    run.initialise(loop.Progress())
+    own, images = run.synthetic.classes, run.synthetic.images
+    for step, epochs in enumerate((0, 2)):
+        student = run.objective._fresh(0).double()
+        synthetic = images.detach().double().requires_grad_()
+        images.grad = None
+        loss = run.objective.step(run.synthetic, step)["loss"]
+        of_step = drawn[:] if name == "dsa" else [None] * 5
+        seen = dsa.apply if name == "dsa" else lambda found, _: found
+        assert len(drawn) == (epochs + 3 if name == "dsa" else 0)
+        drawn.clear()
+        with networks.twice_differentiable():
+            for of_epoch in of_step[:epochs]:
+                optimizer = torch.optim.SGD(student.parameters(), 0.01)
+                optimizer.zero_grad()
+                F.cross_entropy(student(seen(synthetic.detach(), of_epoch)), own).backward()
+                optimizer.step()
+            for got, want in zip(run.objective._student.parameters(), student.parameters(), strict=True):
+                torch.testing.assert_close(got.double(), want, rtol=1e-4, atol=1e-6)
+            student = copy.deepcopy(run.objective._student).double()
+            expected = sum(written_out(student, list(student.parameters()),
+                                       seen(real.normalised("train", real.train.labels == label).double(), of_class),
+                                       seen(synthetic[own == label], of_class), label)
+                           for label, of_class in enumerate(of_step[epochs:epochs + 3]))
+            slope, = torch.autograd.grad(expected, synthetic)
+        assert math.isclose(loss, float(expected.detach()), rel_tol=1e-4)
+        torch.testing.assert_close(images.grad.double(), slope, rtol=1e-2, atol=1e-3 * float(slope.abs().max()))
 
 
 def test_biases_and_norms_contribute_nothing():
