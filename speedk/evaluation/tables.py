@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from speedk.errors import ConfigError, DataError
+from speedk.evaluation import published
 from speedk.files import locked, write_atomic
 from speedk.registry import nearest
 
@@ -19,8 +20,6 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-RUNS = 5
-"""Networks that each published number is the mean of."""
 UNPUBLISHED = "unpublished"
 """Stands for the number of a row that is ours: its runs belong beside the paper's."""
 WITH_SPEED = " with SPEED"
@@ -114,10 +113,10 @@ def _table(name: str, found: Mapping[str, Any]) -> Table:
     cells = []
     for row in found["rows"]:
         numbers = row["published"].split() if "published" in row else [UNPUBLISHED] * len(found["columns"])
-        for column, published in zip(found["columns"], numbers, strict=True):
+        for column, number in zip(found["columns"], numbers, strict=True):
             facts = {**found.get("common", {}), **column, **row,
                      "fields": {**column.get("fields", {}), **row.get("fields", {})}}
-            cells.append(Cell(name, row["name"], column["name"], facts["network"], published.replace("-", ""),
+            cells.append(Cell(name, row["name"], column["name"], facts["network"], number.replace("-", ""),
                               _target(facts)))
     return Table(name, found["title"], found.get("note", ""), tuple(row["name"] for row in found["rows"]),
                  tuple(column["name"] for column in found["columns"]), tuple(cells))
@@ -136,12 +135,14 @@ def _target(facts: Mapping[str, Any]) -> Target | None:
 
 
 def cell_line(cell: Cell, measured: Mapping[str, Any]) -> dict[str, Any]:
-    """What the results file says of one cell: the table's facts, and of the run what belongs to the cell's network."""
+    """What the results file says of one cell: the table's facts, the settings of the run that a published one is known
+    of, so that a recipe can change without changing what was measured, and what belongs to the cell's network."""
     result = next(r for r in measured["results"] if r["network"] == cell.network)
     rest = {name: value for name, value in measured.items() if name != "results"}
     return {"table": cell.table, "row": cell.row, "column": cell.column, "network": cell.network,
             "published": cell.published, "mean": result["mean"], "std": result["std"],
-            "runs": len(result["accuracies"]), "accuracies": result["accuracies"], **rest}
+            "runs": len(result["accuracies"]), "accuracies": result["accuracies"],
+            "settings": published.settings(cell.target, measured.get("changed", {})), **rest}
 
 
 def read(path: Path) -> list[dict[str, Any]]:
@@ -189,7 +190,7 @@ def page(lines: Sequence[Mapping[str, Any]]) -> str:
         parts.append(_grid(found, last))
         if found.note:
             parts.append(f"{found.note}\n")
-        mine = [last[c.table, c.row, c.column] for c in found.cells if (c.table, c.row, c.column) in last]
+        mine = [(c, last[c.table, c.row, c.column]) for c in found.cells if (c.table, c.row, c.column) in last]
         parts.append(_details(mine) if mine else "Nothing of this table has been run yet.\n")
         gains = _gains(found, last)
         if gains:
@@ -203,7 +204,9 @@ Made by `speedk reproduce` from its lines of JSON and nothing else. Each cell is
 of the test set. "not run" has a command (`speedk reproduce TABLE --row ROW --column COLUMN`), "-" is a number that the
 paper does not have, and "n/a" another paper's method, which is not part of speedk. The published code of SPEED reports
 the best of ten checkpoints on the test set; what is measured here is the accuracy after the last epoch. A dagger (†)
-marks a run that is not the recipe's own under the full protocol: the lines below the table say in what.
+marks a run that is known to differ from the published one in more than that: the lines below the table say in what,
+with what was published (in SPEED's paper or code, or where a baseline comes from) in brackets. What is published
+nowhere cannot be compared.
 """
 
 
@@ -218,13 +221,13 @@ def _grid(found: Table, last: Mapping[tuple[str, str, str], Mapping[str, Any]]) 
 def _gains(found: Table, last: Mapping[tuple[str, str, str], Mapping[str, Any]]) -> str:
     """What SPEED adds to each cell that was measured with and without it, or "" where none was."""
     rows = []
-    published = {(c.row, c.column): c.published for c in found.cells}
+    printed = {(c.row, c.column): c.published for c in found.cells}
     for cell in found.cells:
         plain = cell.row.removesuffix(WITH_SPEED)
         pair = [last.get((found.name, row, cell.column)) for row in (plain, cell.row)]
         if plain == cell.row or any(line is None or line["mean"] is None for line in pair):
             continue
-        means = [published[row, cell.column].split("±")[0] for row in (plain, cell.row)]
+        means = [printed[row, cell.column].split("±")[0] for row in (plain, cell.row)]
         theirs = UNPUBLISHED if UNPUBLISHED in means else f"{float(means[1]) - float(means[0]):+.1f}"
         gain = pair[1]["mean"] - pair[0]["mean"]
         spread = pair[0]["std"] + pair[1]["std"]
@@ -245,36 +248,22 @@ def _shown(cell: Cell, line: Mapping[str, Any] | None) -> str:
         return "-"
     if line is None:
         return f"{cell.published} / {'n/a' if cell.target is None else 'not run'}"
-    return f"{cell.published} / **{_accuracy(line)}**{'†' if _short_of(line) else ''}"
+    return f"{cell.published} / **{_accuracy(line)}**{'†' if published.differences(cell.target, line) else ''}"
 
 
 def _accuracy(line: Mapping[str, Any]) -> str:
     return "failed" if line["mean"] is None else f"{line['mean']:.1f}±{line['std']:.1f}"
 
 
-def _short_of(line: Mapping[str, Any]) -> str:
-    """In which way a run is not the recipe's own under the published protocol, or ""."""
-    reasons = []
-    if line["steps"] < line["steps_of"]:
-        reasons.append(f"{line['steps']:,} of {line['steps_of']:,} steps")
-    reasons += [f"{name}={value}" for name, value in line.get("changed", {}).items()]
-    if line["protocol"]["name"] not in ("paper", "whole"):
-        reasons.append(f"{line['protocol']['epochs']:,} epochs of evaluation")
-    if (precision := line["protocol"].get("precision", "float32")) != "float32":
-        reasons.append(f"evaluation in {precision}")
-    if line["runs"] < RUNS:
-        reasons.append(f"{line['runs']} networks")
-    return ", ".join(reasons)
-
-
-def _details(lines: Sequence[Mapping[str, Any]]) -> str:
+def _details(measured: Sequence[tuple[Cell, Mapping[str, Any]]]) -> str:
     rows = [["row", "column", "measured", "runs", "numbers", "of budget", "steps", "distilled in", "device", "split",
-             "protocol", "seed", "version", "date", "not as published"], ["---"] * 15]
-    for line in lines:
+             "protocol", "seed", "version", "date", "known to differ"], ["---"] * 15]
+    for cell, line in measured:
         version = f"{line['version']} {line['commit']}".strip()
         budget = f"{line['numbers'] / line['budget']:.0%}" if line["budget"] else "-"
         protocol = f"{line['protocol']['name']}, {line['protocol']['standardisation']}"
         rows.append([line["row"], line["column"], _accuracy(line), str(line["runs"]), f"{line['numbers']:,}", budget,
                      f"{line['steps']:,}", f"{line['distil_seconds'] / 60:,.1f} min", line["device"], line["split"],
-                     protocol, str(line["seed"]), version, line["date"], _short_of(line) or "-"])
+                     protocol, str(line["seed"]), version, line["date"],
+                     ", ".join(published.differences(cell.target, line)) or "in nothing"])
     return _markdown(rows)

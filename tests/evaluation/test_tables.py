@@ -12,7 +12,7 @@ from speedk.distillation import coresets, objectives
 from speedk.distillation import recipe as recipes
 from speedk.distillation.recipe import read, resolve, shipped
 from speedk.errors import ConfigError, DataError
-from speedk.evaluation import tables
+from speedk.evaluation import published, tables
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 ALL = tables.tables()
@@ -103,10 +103,11 @@ def test_selecting():
 
 def line(column="ConvNet", mean=50.04, **changes):
     return {"table": "4", "row": "SPEED", "column": column, "network": "convnet", "published": "73.5±0.2", "mean": mean,
-            "std": 0.5, "runs": 5, "accuracies": [mean], "steps": 10, "steps_of": 10, "numbers": 306960,
+            "std": 0.5, "runs": 5, "accuracies": [mean], "steps": 20000, "steps_of": 20000, "numbers": 306960,
             "budget": 307200, "distil_seconds": 120.0, "device": "CPU", "split": "official", "seed": 0,
             "version": "0.1.0", "commit": "abc", "date": "2026-01-01",
-            "protocol": {"name": "paper", "standardisation": "mtt", "epochs": 1001}} | changes
+            "settings": {"init": "random", "sparse": "end", "norm": "branch", "standardise": True, "R": 1},
+            "protocol": {"name": "paper", "standardisation": "speed", "epochs": 1001}} | changes
 
 
 def row_of(page, table, row):
@@ -118,17 +119,64 @@ def test_the_page_shows_what_was_run_and_what_was_not(tmp_path):
     path = tmp_path / "lines.jsonl"
     tables.append(path, [line()])
     rounded = line()["protocol"] | {"precision": "bf16"}
-    tables.append(path, [line(), line("MLP", 30.0, steps=4, runs=2, changed={"batch": 64}, protocol=rounded)])
+    tables.append(path, [line(), line("MLP", 30.0, steps=400, runs=2, changed={"batch": 64}, protocol=rounded)])
     lines = tables.read(path)
     assert len(lines) == 2
     page = tables.page(lines)
     assert row_of(page, 4, "SPEED") == ("| SPEED | 73.5±0.2 / **50.0±0.5** | 44.4±0.4 / **30.0±0.5**† | "
                                         "69.5±0.4 / not run | 51.5±0.3 / not run |")
-    assert "4 of 10 steps, batch=64, evaluation in bf16, 2 networks" in page
+    assert "| known to differ |" in page and "| 2026-01-01 | in nothing |" in page
+    assert "| 400 of 20,000 steps, batch=64, evaluation in bf16, 2 networks |" in page
     assert row_of(page, 4, "HaBa").count("n/a") == 4 and row_of(page, 1, "KIP").endswith("| - | - | - | - |")
     assert page.count("Nothing of this table has been run yet.") == len(ALL) - 1
     tables.append(path, [line(mean=60.0)])
     assert "**60.0±0.5**" in tables.page(tables.read(path))
+
+
+OWN = ["init=fit (random)", "sparse=always (end)"]
+MTT = "protocol=mtt (speed)"
+
+
+@pytest.mark.parametrize(("table", "row", "column", "changes", "said"), [
+    ("4", "SPEED", "MLP", {}, [*OWN, "standardise=false (true)", MTT]),
+    ("1", "SPEED", "CIFAR100, 1", {}, [*OWN, "norm=branch (sum)", "standardise=false (true)", MTT]),
+    ("4", "SPEED", "MLP", {"changed": {"init": "random", "sparse": "end", "k": 24, "objective.batch": 32}},
+     ["standardise=false (true)", "k=24", "objective.batch=32", MTT]),
+    ("6", "R=1", "MLP", {}, [*OWN, "standardise=false (true)", MTT]),
+    ("1", "TM", "CIFAR10, 1", {"steps": 5000, "steps_of": 5000}, []),
+    ("1", "TM", "CIFAR100, 10", {"steps": 5000, "steps_of": 5000}, ["the original's tm goes without ZCA here"]),
+    ("3", "DM", "ViT, 1", {"steps": 2000, "steps_of": 2000}, ["2,000 steps (20,000)"]),
+    ("3", "DM", "ViT, 1", {"changed": {"steps": 20000}}, []),
+    ("3", "DM", "ViT, 1", {"steps": 50, "steps_of": 2000}, ["50 of 2,000 steps (20,000)"]),
+    ("3", "DC", "ViT, 10", {"steps": 10000, "steps_of": 10000}, []),
+    ("3", "DC", "ViT, 10", {"steps": 9, "steps_of": 9, "changed": {"steps": 9, "objective.batch": 64}},
+     ["9 steps (10,000)", "batch=64 (256)"]),
+    ("3", "DM with SPEED", "ViT, 1", {}, [*OWN, MTT, "settings of dm chosen here: none are published"]),
+    ("10", "DM", "128x128", {"split": "fastai"}, ["batch=64 (256)", "split=fastai (ilsvrc)"]),
+    ("2", "TM", "Fruit, 1", {"steps": 5000, "steps_of": 5000, "split": "ilsvrc"}, []),
+    ("2", "TM", "Woof, 1", {"steps": 5000, "steps_of": 5000, "split": "ilsvrc"},
+     ["settings of tm are the original's for ImageFruit"]),
+    ("1", "Random", "CIFAR10, 1", {"steps": 0, "steps_of": 0, "split": "folder"}, ["split=folder (official)"]),
+    ("1", "Whole data set", "CIFAR10, 1", {"steps": 0, "steps_of": 0},
+     ["training as chosen here: the paper's is not said"])])
+def test_what_is_known_to_differ_is_said(table, row, column, changes, said):
+    cell, = tables.table(table).select([row], [column])
+    found = line(column, table=table, row=row, protocol={"name": "paper", "standardisation": "mtt", "epochs": 1001})
+    del found["settings"]  # as in the lines of earlier versions
+    assert published.differences(cell.target, found | changes) == said
+    for precise in (found | changes, found | changes | {"settings": published.settings(
+            cell.target, changes.get("changed", {}))}):
+        page = tables.page([precise])
+        assert f"| {', '.join(said) or 'in nothing'} |" in page and ("**50.0±0.5**†" in page) == bool(said)
+
+
+def test_a_line_keeps_the_settings_it_was_measured_with():
+    cell, = ALL["3"].select(["DM with SPEED"], ["ViT, 1"])
+    measured = {"results": [{"network": "vit", "mean": 1.0, "std": 0.0, "accuracies": [1.0] * 5}],
+                "changed": {"fit_steps": 9, "sparse": "end"}}
+    assert tables.cell_line(cell, measured)["settings"] == {"init": "fit", "sparse": "end", "norm": "branch",
+                                                            "steps": 2000, "batch": 256, "R": 1}
+    assert published.differences(cell.target, line(settings={"init": "random", "sparse": "always"}))[0] == OWN[1]
 
 
 def test_no_line_is_lost_where_several_are_written_at_once(tmp_path):
