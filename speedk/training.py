@@ -46,9 +46,18 @@ class ImageSet:
 
 
 def separable(network: nn.Module) -> bool:
-    """Whether each image is treated for itself and without chance, so that a batch may be cut and run in any order."""
-    chance = (nn.Dropout, nn.modules.batchnorm._BatchNorm)
-    return not (network.training and any(isinstance(m, chance) for m in network.modules()))
+    """Whether each image is treated for itself and without chance, so that a batch may be cut and run in any order.
+
+    Judged by the network's modules: `F.dropout` in a forward method of its own is not seen.
+    """
+    return not (network.training and any(map(_draws_or_mixes, network.modules())))
+
+
+def _draws_or_mixes(module: nn.Module) -> bool:
+    """Whether a module draws random numbers in training, or looks at the batch as a whole."""
+    kinds = (nn.modules.dropout._DropoutNd, nn.RReLU, nn.modules.batchnorm._BatchNorm)
+    inside = isinstance(module, (nn.MultiheadAttention, nn.RNNBase)) and module.dropout > 0
+    return isinstance(module, kinds) or inside or getattr(module, "track_running_stats", False)
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import re
 import subprocess
@@ -11,6 +12,7 @@ import threading
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 from toys import make_real
 
 from speedk import networks
@@ -84,6 +86,27 @@ def test_however_it_came_about_an_expert_has_the_same_bits(real, tmp_path, netwo
     longer = make(tmp_path / "longer", real, **fields)
     assert contents(longer) == whole
     assert make(tmp_path / "longer", real, epochs=1, **fields).record(0).epochs == 3  # nothing is cut back
+
+
+def of_ones_own(monkeypatch, *layers, prepare=lambda network: None):
+    """Make every network a small ConvNet with `layers` after its convolution."""
+
+    def build(name, geometry):
+        network = nn.Sequential(nn.Conv2d(geometry.channels, 4, 3), *copy.deepcopy(layers), nn.Flatten(),
+                                nn.Linear(4 * (geometry.resolution - 2)**2, geometry.classes))
+        prepare(network)
+        return network
+
+    monkeypatch.setattr(networks, "build", build)
+
+
+@pytest.mark.parametrize("layer", [nn.Dropout2d(0.5), nn.AlphaDropout(0.5), nn.RReLU()], ids=lambda m: str(m))
+def test_every_kind_of_chance_is_seeded(real, tmp_path, monkeypatch, layer):
+    of_ones_own(monkeypatch, layer)
+    whole = contents(make(tmp_path / "whole", real, epochs=2))
+    torch.manual_seed(4)
+    make(tmp_path / "longer", real, epochs=1)
+    assert contents(make(tmp_path / "longer", real, epochs=2)) == whole
 
 
 def test_what_is_interrupted_keeps_its_finished_epochs(real, tmp_path):

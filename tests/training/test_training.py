@@ -49,6 +49,21 @@ def test_bf16_rounds_the_products_and_nothing_else(name):
     assert float(F.cosine_similarity(ours, theirs, dim=0)) > 0.99 and 0.9 < float(ours.norm() / theirs.norm()) < 1.1
 
 
+@pytest.mark.parametrize("module", [
+    nn.Dropout(), nn.Dropout1d(), nn.Dropout2d(), nn.Dropout3d(), nn.AlphaDropout(), nn.FeatureAlphaDropout(),
+    nn.RReLU(), nn.MultiheadAttention(4, 1, dropout=0.1), nn.LSTM(4, 4, 2, dropout=0.1), nn.BatchNorm2d(4),
+    nn.InstanceNorm2d(4, track_running_stats=True),
+], ids=lambda module: type(module).__name__)
+def test_what_draws_or_mixes_in_training_is_not_cut(module):
+    network = nn.Sequential(nn.Conv2d(1, 4, 3), nn.Sequential(module))
+    assert not training.separable(network) and training.separable(network.eval())
+
+
+def test_what_treats_each_image_for_itself_is_cut():
+    each = [nn.InstanceNorm2d(4), nn.GroupNorm(2, 4), nn.LayerNorm(4), nn.MultiheadAttention(4, 1), nn.LSTM(4, 4)]
+    assert training.separable(nn.ModuleList(each)) and training.separable(networks.fresh("convnet", GEOMETRY, 0))
+
+
 def test_standardised_batches_have_mean_0_and_deviation_1():
     data = make_set()
     images = data.batch(torch.tensor([3, 5, 8]), standardise=True)
