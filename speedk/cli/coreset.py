@@ -48,8 +48,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from tqdm import tqdm
-
     from speedk import data
     from speedk.cli import _testing
     from speedk.cli.evaluate import conclude
@@ -67,9 +65,8 @@ def run(args: argparse.Namespace) -> int:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise unwritable(out, error) from None
-    with tqdm(total=epochs, desc=f"training the {args.network}", unit="epoch", disable=None, leave=False) as bar:
-        rows = coreset.choose(real, args.method, args.ipc, seed=args.seed, network=args.network, epochs=epochs,
-                              device=device, on_epoch=bar.update)
+    rows = coreset.choose(real, args.method, args.ipc, seed=args.seed, network=args.network, epochs=epochs,
+                          device=device)
     coreset.save(path, real, rows, args.method, seed=args.seed, network=args.network, epochs=epochs)
     preview = path.with_name("preview.png")
     write_atomic(preview, _picture(real, rows))

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from speedk import networks, registry
 from speedk.data import RealData
@@ -22,13 +22,12 @@ EPOCHS = 50
 
 
 def choose(real: RealData, method: str, ipc: int, *, seed: int = 0, network: str = "convnet", epochs: int = EPOCHS,
-           device: torch.device | str = "cpu", threads: int | None = None,
-           on_epoch: Callable[[], None] = lambda: None) -> Tensor:
+           device: torch.device | str = "cpu", threads: int | None = None, progress: bool | None = None) -> Tensor:
     """int64 [classes * ipc]: rows of the training part of `real`, `ipc` of each class, class by class.
 
     method: a file of `speedk.distillation.coresets`. Where it looks at features or at what is forgotten, `network` is
-    first trained on the whole data set for `epochs` (or taken from the cache). Raises ConfigError for another method,
-    or more images than the smallest class has.
+    first trained on the whole data set for `epochs` (or taken from the cache). progress: bars; None shows them on a
+    terminal. Raises ConfigError for another method, or more images than the smallest class has.
     """
     plugin: type[Coreset] = registry.find(coresets, method)
     if ipc < 1 or epochs < 1:
@@ -43,8 +42,10 @@ def choose(real: RealData, method: str, ipc: int, *, seed: int = 0, network: str
     real = real.to(pool.device)
     chosen = []
     with pool:
-        seen = _trained.trained(real, network, epochs, seed, pool, on_epoch) if plugin.looks_at else None
-        for label, rows in enumerate(torch.argsort(labels, stable=True).split(counts.tolist())):
+        seen = _trained.trained(real, network, epochs, seed, pool, progress) if plugin.looks_at else None
+        for label, rows in enumerate(tqdm(torch.argsort(labels, stable=True).split(counts.tolist()), desc="choosing",
+                                          unit="class", delay=2, leave=False,
+                                          disable=None if progress is None else not progress)):
             members = Members(len(rows))
             if plugin.looks_at == "features":
                 members = Members(len(rows), features=seen.features(real, rows, pool))

@@ -66,6 +66,8 @@ def measure(made: Plan, how: Evaluation, *, minutes: float | None = None, progre
     What was done before in its run directory is not done again; with `minutes`, distilling stops after so long, and the
     set is evaluated as it then is ("steps" of "steps_of"). The line also stays in the directory, as cell.json.
     """
+    made = dataclasses.replace(made, real=made.real.to(made.device))
+
     def distil() -> Path:
         return made.run(resume=True, progress=progress, minutes=minutes)
 
@@ -85,11 +87,13 @@ def measure_coreset(real: RealData, method: str, ipc: int, how: Evaluation, out:
                     bars: bool | None = None) -> dict[str, Any]:
     """`measure` for real images chosen by `method`, in the features of a network that was trained for `epochs` (see
     `speedk.distillation.coreset`)."""
+    real = real.to(device)
+
     def choose() -> Path:
         path = out / "distilled.safetensors"
         if not path.exists():
             out.mkdir(parents=True, exist_ok=True)
-            rows = coreset.choose(real, method, ipc, seed=seed, epochs=epochs, device=device)
+            rows = coreset.choose(real, method, ipc, seed=seed, epochs=epochs, device=device, progress=bars)
             coreset.save(path, real, rows, method, seed=seed, epochs=epochs)
         return path
 
@@ -121,6 +125,8 @@ def _measure(out: Path, real: RealData, device: torch.device | str, wanted: dict
              make: Callable[[], Any], describe: Callable[[Any], dict[str, Any]], bars: bool | None) -> dict[str, Any]:
     if (line := _found(out, wanted)) is not None:
         return line
+    # Whitened once and kept: the first run of a process would take longer than the others.
+    real.normalised("train", torch.zeros(1, dtype=torch.int64))
     record, spent, began = out / NAME, seconds(out), time.monotonic()
     try:
         source = make()

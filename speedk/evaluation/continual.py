@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import math
 import os
 import re
 import statistics
@@ -129,10 +130,10 @@ def continual(given: Sequence[str | os.PathLike[str] | Distilled | sources.Sourc
     curves: list[Curve] = []
     with Pool(device, threads) as pool:
         total = sum(memory.plan.epochs for memory in made) * steps * len(names) * runs
-        with tqdm(total=total, desc="learning step by step", unit="epoch", leave=False,
-                  disable=None if progress is None else not progress) as bar:
+        hidden = None if progress is None else not progress
+        with tqdm(total=total, desc="learning step by step", unit="epoch", leave=False, disable=hidden) as bar:
             for memory in made:
-                curves += _learn(memory, names, splits, pool, bar.update)
+                curves += _learn(memory, names, splits, pool, bar.update, hidden)
     return ContinualReport(list(itertools.accumulate(sizes.pop())), [memory.describe() for memory in made], curves,
                            real.describe(), list(splits), device_name(device), time.monotonic() - started)
 
@@ -233,7 +234,7 @@ def _agree(steps: int | None, folders: list[list[list[int]]], classes: int) -> i
 
 
 def _learn(memory: _Memory, names: list[str], splits: dict[int, list[list[int]]], pool: Pool,
-           tick: Callable[[], object]) -> list[Curve]:
+           tick: Callable[[], object], hidden: bool | None) -> list[Curve]:
     """A curve for each network: all runs of a step side by side."""
     real, plan = memory.real, memory.plan
     classes = real.geometry.classes
@@ -246,16 +247,21 @@ def _learn(memory: _Memory, names: list[str], splits: dict[int, list[list[int]]]
         geometry = dataclasses.replace(real.geometry, classes=len(seen[min(splits)]))
         trained = train.train_all(names, {seed: part(images[seed], seen[seed], classes) for seed in splits}, geometry,
                                   plan, pool, tick)
+        tests = {seed: part(test, labels, classes) for seed, labels in seen.items()}
+        total = sum(math.ceil(len(tests[run.seed]) / plan.batch) for run in trained if run.failure is None)
+        with tqdm(total=total, desc="testing", unit="batch", delay=2, leave=False, disable=hidden) as bar:
+            found = [_accuracy(run, tests[run.seed], plan, pool, bar.update) for run in trained]
         for name, curve in curves.items():
             runs = [run for run in trained if run.network_name == name]
-            curve.accuracies.append([_accuracy(run, part(test, seen[run.seed], classes), plan, pool) for run in runs])
+            curve.accuracies.append([a for run, a in zip(trained, found, strict=True) if run.network_name == name])
             curve.failures.extend(f"step {step + 1}, seed {run.seed}: {run.failure}" for run in runs if run.failure)
     return list(curves.values())
 
 
-def _accuracy(run: train.Run, test: ImageSet, plan: Schedule, pool: Pool) -> float | None:
+def _accuracy(run: train.Run, test: ImageSet, plan: Schedule, pool: Pool,
+              tick: Callable[[], object]) -> float | None:
     if run.failure is not None:
         return None
     right, = training.accuracies([run.network], test, pool, batch=plan.batch, standardise=plan.standardise,
-                                 precision=plan.precision)
+                                 precision=plan.precision, on_batch=tick)
     return round(100 * right, 6)

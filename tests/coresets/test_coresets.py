@@ -8,6 +8,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from tqdm import tqdm
 
 import speedk
 from speedk import data, networks, registry, training
@@ -190,8 +191,9 @@ def test_a_coreset_is_real_images_of_each_class_and_reads_as_any_file(method, tm
 
 
 def test_the_network_is_trained_once(cache, monkeypatch):
-    real, epochs = make_real(), []
-    options = {"network": "mlp", "epochs": 3, "on_epoch": lambda: epochs.append(1)}
+    real, epochs, epoch = make_real(), [], training.epoch
+    monkeypatch.setattr(training, "epoch", lambda *args, **options: epochs.append(1) or epoch(*args, **options))
+    options = {"network": "mlp", "epochs": 3}
     first = coreset.choose(real, "herding", 2, **options)
     file, = cache.iterdir()
     assert torch.equal(first, coreset.choose(real, "herding", 2, **options)) and len(epochs) == 3
@@ -206,6 +208,19 @@ def test_the_network_is_trained_once(cache, monkeypatch):
     monkeypatch.setattr(_trained, "RATE", 1e30)
     with pytest.raises(TrainingError, match="mlp for the features did not train"):
         coreset.choose(real, "kcenter", 2, seed=5, **options)
+
+
+def test_what_takes_long_shows_that_it_goes_on(capsys, monkeypatch):
+    real, options = make_real(), {"network": "mlp", "epochs": 3}
+    for place in (coreset, _trained):
+        monkeypatch.setattr(place, "tqdm", lambda *args, delay=0, **options: tqdm(*args, mininterval=0, **options))
+    coreset.choose(real, "herding", 2, **options, progress=True)
+    said = capsys.readouterr().err
+    assert "training the mlp: " in said and "3/3" in said and "choosing: " in said and "2/2" in said
+    coreset.choose(real, "herding", 2, **options, progress=True)
+    assert "training" not in capsys.readouterr().err  # it is in the cache
+    coreset.choose(real, "kcenter", 2, **options, seed=1, progress=False)
+    assert capsys.readouterr().err == ""
 
 
 def test_the_network_learns():

@@ -12,6 +12,7 @@ import statistics
 import pytest
 import torch
 from PIL import Image
+from tqdm import tqdm
 
 from speedk import data, training
 from speedk.cli import main
@@ -173,6 +174,13 @@ def test_folders_that_do_not_fit(tmp_path):
         continual([], real, **SHORT)
     with pytest.raises(ConfigError, match="did you mean 'mlp'"):
         continual([real_images(real)], real, **{**SHORT, "networks": ("mpl",)})
+
+
+def test_testing_shows_that_it_goes_on(file, capsys, monkeypatch):
+    monkeypatch.setattr(module, "tqdm", lambda *args, delay=0, **options: tqdm(*args, mininterval=0, **options))
+    continual([file], make_real(), **{**SHORT, "epochs": 1, "progress": True})
+    said = capsys.readouterr().err
+    assert said.count("testing:   0%|") == 3 and "testing: 100%|" in said and "learning step by step: 100%|" in said
 
 
 def test_a_step_that_failed_has_no_mean(file):

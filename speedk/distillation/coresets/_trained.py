@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +12,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from speedk import networks, training
 from speedk.data import RealData, cache
@@ -62,8 +62,9 @@ class Events:
 
 
 def trained(real: RealData, name: str, epochs: int, seed: int, pool: Pool,
-            on_epoch: Callable[[], None] = lambda: None) -> Trained:
-    """The network `name` trained on all training images of `real`, from the cache where it has been before.
+            progress: bool | None = None) -> Trained:
+    """The network `name` trained on all training images of `real`, from the cache where it has been before. progress:
+    a bar; None shows it on a terminal.
 
     Raises TrainingError where the training is not finite.
     """
@@ -76,7 +77,8 @@ def trained(real: RealData, name: str, epochs: int, seed: int, pool: Pool,
     data = training.ImageSet(lambda index: real.normalised("train", index), real.train.labels)
     events = Events(len(data), pool.device)
     generator = seeds.generator(seed, "coreset batches")
-    for epoch in range(epochs):
+    for epoch in tqdm(range(epochs), desc=f"training the {name}", unit="epoch", leave=False,
+                      disable=None if progress is None else not progress):
         if epoch in (0, epochs // 2 + 1):
             optimiser = torch.optim.SGD(network.parameters(), RATE if epoch == 0 else RATE / 10, MOMENTUM,
                                         weight_decay=WEIGHT_DECAY)
@@ -84,7 +86,6 @@ def trained(real: RealData, name: str, epochs: int, seed: int, pool: Pool,
                               standardise=False, on_answers=events.see)
         if not math.isfinite(loss):
             raise TrainingError(f"the {name} for the features did not train: its loss is {loss} in epoch {epoch + 1}")
-        on_epoch()
     result = Trained(network, events.forgotten())
     if known:
         _keep(path, result)
