@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from speedk.errors import ConfigError
 
@@ -19,7 +19,7 @@ _DPI = 120
 def polar(panels: Mapping[str, Mapping[str, Mapping[str, float]]]) -> bytes:
     """PNG of a polar picture (Figure 3 of the paper): a panel for each network, in it a closed curve for each source:
     name of the network -> name of the source -> corruption -> mean accuracy in per cent. All share one scale."""
-    figure = _figure(len(panels))
+    figure, colours = _figure(len(panels)), _colours(panels)
     top = max(value for panel in panels.values() for curve in panel.values() for value in curve.values())
     for place, (network, curves) in enumerate(panels.items()):
         axes = figure.add_subplot(1, len(panels), place + 1, projection="polar")
@@ -29,8 +29,8 @@ def polar(panels: Mapping[str, Mapping[str, Mapping[str, float]]]) -> bytes:
         angles = [2 * math.pi * i / len(names) for i in range(len(names))]
         for source, curve in curves.items():
             values = [curve[name] for name in names]
-            line, = axes.plot([*angles, angles[0]], [*values, values[0]], linewidth=1.6, label=source)
-            axes.fill(angles, values, color=line.get_color(), alpha=0.12)
+            axes.plot([*angles, angles[0]], [*values, values[0]], color=colours[source], linewidth=1.6, label=source)
+            axes.fill(angles, values, color=colours[source], alpha=0.12)
         axes.set_xticks(angles, [])
         axes.set_ylim(0, 1.05 * top)
         for angle, name in zip(angles, names, strict=True):
@@ -45,14 +45,14 @@ def polar(panels: Mapping[str, Mapping[str, Mapping[str, float]]]) -> bytes:
 
 def curves(panels: Mapping[str, Mapping[str, Sequence[tuple[float, float, float]]]], x: str, y: str) -> bytes:
     """PNG of curves (Figure 2 of the paper): name of the panel -> name of the curve -> points (x, y, deviation)."""
-    figure = _figure(len(panels))
+    figure, colours = _figure(len(panels)), _colours(panels)
     for place, (title, found) in enumerate(panels.items()):
         axes = figure.add_subplot(1, len(panels), place + 1)
         for name, points in found.items():
             at, value, deviation = zip(*points, strict=True)
-            line, = axes.plot(at, value, marker="o", markersize=4, linewidth=1.6, label=name)
+            axes.plot(at, value, color=colours[name], marker="o", markersize=4, linewidth=1.6, label=name)
             axes.fill_between(at, [v - d for v, d in zip(value, deviation)], [v + d for v, d in zip(value, deviation)],
-                              color=line.get_color(), alpha=0.15, linewidth=0)
+                              color=colours[name], alpha=0.15, linewidth=0)
         axes.set_xticks(sorted({point[0] for points in found.values() for point in points}))
         axes.set_xlabel(x)
         axes.set_ylabel(y)
@@ -93,9 +93,19 @@ def _figure(panels: int) -> Figure:
     return Figure(figsize=(_SIDE * panels, _SIDE + 0.6), dpi=_DPI, layout="constrained")
 
 
+def _colours(panels: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
+    """One for each curve of a name, whichever panels it is in."""
+    names = dict.fromkeys(name for found in panels.values() for name in found)
+    return {name: f"C{i}" for i, name in enumerate(names)}
+
+
 def _png(figure: Figure) -> bytes:
-    """The figure with one legend below all panels; equal figures give equal bytes."""
-    handles, labels = figure.axes[0].get_legend_handles_labels()
+    """The figure with one legend of all panels below them; equal figures give equal bytes."""
+    curves: dict[str, Any] = {}
+    for axes in figure.axes:
+        for handle, name in zip(*axes.get_legend_handles_labels(), strict=True):
+            curves.setdefault(name, handle)
+    labels, handles = list(curves), list(curves.values())
     figure.legend(handles, labels, loc="outside lower center", ncols=min(3, len(labels)), fontsize=9, frameon=False)
     stream = io.BytesIO()
     figure.savefig(stream, format="png", metadata={"Software": None})

@@ -165,6 +165,22 @@ def test_the_polar_picture_has_a_panel_a_network():
     assert plots.polar({"convnet": {"ours": {**curve, "fog": 1.0}}}) != one
 
 
+@pytest.mark.parametrize("kind", ["polar", "curves"])
+def test_a_name_has_one_colour_in_all_panels_and_in_the_legend(kind, monkeypatch):
+    pytest.importorskip("matplotlib")
+    drawn, png = [], plots._png
+    monkeypatch.setattr(plots, "_png", lambda figure: drawn.append(figure) or png(figure))
+    curve = {"fog": 20.0, "snow": 30.0, "frost": 25.0} if kind == "polar" else [(1, 50.0, 1.0), (2, 40.0, 2.0)]
+    panels = {"convnet": {"b": curve}, "mlp": {"a": curve, "b": curve, "c": curve}, "vit": {"c": curve, "a": curve}}
+    getattr(plots, kind)(panels, *([] if kind == "polar" else ["classes", "accuracy"]))
+    figure, = drawn
+    legend = {text.get_text(): line.get_color()
+              for line, text in zip(figure.legends[0].get_lines(), figure.legends[0].get_texts(), strict=True)}
+    assert sorted(legend) == ["a", "b", "c"] and len(set(legend.values())) == 3
+    for axes, names in zip(figure.axes, panels.values(), strict=True):
+        assert {line.get_label(): line.get_color() for line in axes.get_lines()} == {n: legend[n] for n in names}
+
+
 @pytest.fixture
 def run(real, monkeypatch):
     monkeypatch.setattr(data, "load", lambda name=None, path=None, **options: real)
