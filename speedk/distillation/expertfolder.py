@@ -74,6 +74,8 @@ class Identity:
         if precision not in PRECISIONS:
             raise ConfigError(f"precision={precision!r} is not one of {', '.join(PRECISIONS)}")
         student = networks.fresh(network, real.geometry, 0)
+        if not any(p.requires_grad for p in student.parameters()):
+            raise ConfigError(f"{network} cannot be an expert: it has no parameter that requires a gradient")
         if buffers := [name for name, _ in student.named_buffers()]:
             raise ConfigError(f"{network} cannot be an expert: its {buffers[0]} changes in training, untrained")
         return cls(network, rate, batch, augment, standardise, seed, precision, real.fingerprint,

@@ -164,6 +164,7 @@ def _train(work: _Work, number: int, pool: Pool) -> None:
     dtype, seed = PRECISIONS[identity.precision], seeds.derive(identity.seed, "expert", number)
     student = networks.fresh(identity.network, work.geometry, seeds.derive(seed, "start"), device)
     parameters = list(student.parameters())
+    trained = [p for p in parameters if p.requires_grad]  # what is frozen keeps its value, in theta too
     losses: list[float] = []
     if folder.epochs(number) >= 0:
         record, last = folder.last(number)
@@ -176,7 +177,7 @@ def _train(work: _Work, number: int, pool: Pool) -> None:
 
     @torch.no_grad()
     def update() -> None:
-        torch._foreach_add_(parameters, [p.grad for p in parameters], alpha=-identity.rate)
+        torch._foreach_add_(trained, [p.grad for p in trained], alpha=-identity.rate)
 
     saved, saved_at = len(losses), time.monotonic()
     try:

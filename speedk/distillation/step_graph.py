@@ -74,6 +74,7 @@ class Training:
         named = dict(student.named_parameters())
         self.names, self.shapes = list(named), [p.shape for p in named.values()]
         self.sizes = [p.numel() for p in named.values()]
+        self.trained = [p.requires_grad for p in named.values()]
         self.buffers = {name: b.detach().clone() for name, b in student.named_buffers()}
         self.in_pieces = (device.type == "cpu" and loss is None and getattr(student, "per_sample", False)
                           and not any(_drops(module) for module in student.modules()))
@@ -134,7 +135,10 @@ class Training:
                 loss = (self.loss or F.cross_entropy)(logits, labels)
             if share != 1:
                 loss = loss * share
-            gradients = torch.autograd.grad(loss, parameters, create_graph=True, materialize_grads=True)
+            trained = [p for p, is_trained in zip(parameters, self.trained, strict=True) if is_trained]
+            found = iter(torch.autograd.grad(loss, trained, create_graph=True, materialize_grads=True))
+            gradients = tuple(next(found) if is_trained else torch.zeros_like(p)
+                              for p, is_trained in zip(parameters, self.trained, strict=True))
         flat = torch.cat([g.detach().flatten() for g in gradients])
         return _Piece(parameters, images, labels, gradients), flat, held.storages
 

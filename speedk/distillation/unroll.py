@@ -31,7 +31,8 @@ def unroll(student: nn.Module, theta: Tensor, images: Tensor, labels: Tensor, sc
 
     student: any module; it is left as it is. Each of its modules trains in the mode it is in now, in the backward pass
     too: dropout acts where `training` is set.
-    theta: [P] float, the `named_parameters()` flattened and laid end to end, in order.
+    theta: [P] float, the `named_parameters()` flattened and laid end to end, in order. One that does not require a
+    gradient keeps its value, and is differentiated in all the same.
     images: [N, C, H, W] float; labels: int64 [N], or float [N, classes].
     schedule: int64 index tensors [B_t] (or sequences of ints) into images, one a step; an index may come twice.
     lr: a scalar tensor (or a number). momentum: 0 up to, not including, 1.
@@ -207,6 +208,9 @@ def _check(student: nn.Module, theta: Tensor, images: Tensor, labels: Tensor, sc
         if tensor.is_inference():
             raise ConfigError(f"{name} was made in torch.inference_mode, and nothing can be differentiated through it: "
                               "clone it outside")
+    if not any(p.requires_grad for p in student.parameters()):
+        raise ConfigError("the student has no parameter that requires a gradient, so nothing of it is trained: say "
+                          "student.requires_grad_()")
     parameters = sum(p.numel() for p in student.parameters())
     if theta.shape != (parameters,):
         raise ConfigError(f"theta has shape {tuple(theta.shape)} but the student has {parameters} parameters: lay its "

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 from toys import make_real
 
+import speedk
 from speedk import networks
 from speedk.data.normaliser import ChannelNormaliser
 from speedk.distillation import experts, seeds
@@ -107,6 +108,24 @@ def test_every_kind_of_chance_is_seeded(real, tmp_path, monkeypatch, layer):
     torch.manual_seed(4)
     make(tmp_path / "longer", real, epochs=1)
     assert contents(make(tmp_path / "longer", real, epochs=2)) == whole
+
+
+def test_what_is_frozen_keeps_its_value(real, tmp_path, monkeypatch):
+    of_ones_own(monkeypatch, prepare=lambda network: network[0].requires_grad_(False))
+    folder = make(tmp_path / "whole", real, epochs=2)
+    network = networks.build("mlp", real.geometry)
+    frozen = sum(p.numel() for p in network[0].parameters())
+    rows = folder.rows(0)
+    assert torch.equal(rows[0, :frozen], rows[2, :frozen]) and not torch.equal(rows[0, frozen:], rows[2, frozen:])
+    make(tmp_path / "longer", real, epochs=1)
+    assert contents(make(tmp_path / "longer", real, epochs=2)) == contents(folder)
+    # Unrolled from the same start, a student keeps the same parameters.
+    images, lr = real.normalised("train"), torch.tensor(0.1)
+    theta = speedk.unroll(network, rows[0], images, real.train.labels, [[0, 1]], lr)
+    assert torch.equal(theta[:frozen], rows[0, :frozen]) and not torch.equal(theta[frozen:], rows[0, frozen:])
+    of_ones_own(monkeypatch, prepare=lambda network: network.requires_grad_(False))
+    with pytest.raises(ConfigError, match="mlp cannot be an expert: it has no parameter that requires a gradient"):
+        make(tmp_path / "never", real)
 
 
 def test_what_is_interrupted_keeps_its_finished_epochs(real, tmp_path):

@@ -57,6 +57,7 @@ def plainly(student, theta, images, labels, schedule, lr, momentum, augment=None
         with sdpa_kernel(SDPBackend.MATH):
             g, = torch.autograd.grad(loss(functional_call(student, parameters, (batch,)), labels[index]), theta,
                                      create_graph=True)
+        g = g * torch.cat([torch.full((p.numel(),), float(p.requires_grad)) for p in student.parameters()])
         m = momentum * m + (1 - momentum) * g
         theta = theta - lr * m
     return theta
@@ -181,6 +182,30 @@ def test_a_loss_of_ones_own():
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize("momentum", [0, 0.9])
+def test_what_is_frozen_keeps_its_value_and_its_gradient(momentum, monkeypatch):
+    monkeypatch.setattr("speedk.distillation.step_graph.PIECE", 2 * 8 * 8)
+    student = STUDENTS["convnet"]()
+    first, *_, last = student.parameters()
+    theta, images, labels, schedule, lr, direction = problem(student)
+    leaves, results = (theta, images, labels, lr), []
+    for parameter in (first, last):
+        parameter.requires_grad_(False)
+    want_theta = plainly(student, *leaves[:3], schedule, lr, momentum)
+    want = gradients(want_theta, direction, leaves)
+    for memory in ("constant", "full"):
+        first.requires_grad_(False)
+        got_theta = speedk.unroll(student, *leaves[:3], schedule, lr, momentum, memory=memory)
+        first.requires_grad_()  # it was frozen when the steps were taken
+        results.append([got_theta.detach(), *gradients(got_theta, direction, leaves)])
+    for place in (slice(first.numel()), slice(-last.numel(), None)):
+        assert torch.equal(results[0][0][place], theta[place])
+        assert not torch.equal(results[0][1][place], direction[place])  # later gradients depend on it
+    for got, exact in zip(results[0], [want_theta, *want], strict=True):
+        assert relative(got, exact) < 1e-9
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
 def test_threads_do_not_change_a_bit(monkeypatch):
     monkeypatch.setattr("speedk.distillation.step_graph.PIECE", 8 * 8)
     student = STUDENTS["convnet"]()
@@ -277,6 +302,11 @@ def test_buffers_that_change_are_refused():
 def test_refusals():
     student = STUDENTS["mlp"]()
     theta, images, labels, schedule, lr, _ = problem(student)
+    frozen = STUDENTS["mlp"]().requires_grad_(False)
+    with pytest.raises(ConfigError, match=r"has no parameter that requires a gradient.*say student.requires_grad_\(\)"):
+        speedk.unroll(frozen, theta, images, labels, schedule, lr)
+    with pytest.raises(ConfigError, match="has no parameter that requires a gradient"):
+        speedk.unroll(nn.Flatten(), theta[:0], images, labels, schedule, lr)
     for message, arguments in {
         "the student has": (theta[1:], images, labels, schedule, lr),
         "images must be": (theta, images[0], labels[:1], schedule, lr),
