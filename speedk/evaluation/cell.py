@@ -20,12 +20,11 @@ from speedk.distillation.plan import Plan
 from speedk.errors import ArtifactError
 from speedk.evaluation import sources
 from speedk.evaluation.evaluate import evaluate
+from speedk.evaluation.record import Record, seconds, spend
 from speedk.files import write_atomic
 
 if TYPE_CHECKING:
     from speedk.data import RealData
-
-NAME = "cell.json"
 
 
 @dataclass(frozen=True)
@@ -40,10 +39,16 @@ class Evaluation:
     standardisation: str | None = None
     precision: str = "float32"
 
+    def tests(self) -> dict[str, dict[str, Any]]:
+        """Of each network all that its result depends on, but for the set."""
+        rest = {name: value for name, value in dataclasses.asdict(self).items() if name != "networks"}
+        return {network: {"network": network, **rest} for network in self.networks}
+
 
 def found(made: Plan, how: Evaluation) -> dict[str, Any] | None:
     """What `measure` found in the run directory of `made` before, if that was all of it, or None."""
-    return _found(made.out, _wanted(made.recipe.to_dict(), made.real, how))
+    record = Record(made.out, _key(made.recipe.to_dict(), made.real))
+    return _line(record, how) if record.complete and not any(map(record.lacks, how.tests().values())) else None
 
 
 def finished(out: Path) -> bool:
@@ -54,17 +59,13 @@ def finished(out: Path) -> bool:
         return False
 
 
-def seconds(out: Path) -> float:
-    """What distilling in the run directory `out` has taken, with all of its interruptions."""
-    return float(_read(out / NAME).get("seconds", 0.0))
-
-
 def measure(made: Plan, how: Evaluation, *, minutes: float | None = None, progress: Progress | None = None,
             bars: bool | None = None) -> dict[str, Any]:
     """Distil and evaluate `made`, and return one line of JSON types that says what was measured and how.
 
-    What was done before in its run directory is not done again; with `minutes`, distilling stops after so long, and the
-    set is evaluated as it then is ("steps" of "steps_of"). The line also stays in the directory, as cell.json.
+    What was done before in its run directory is not done again, network by network; with `minutes`, distilling stops
+    after so long, and the set is evaluated as it then is ("steps" of "steps_of"). All results stay in the directory as
+    cell.json; its evaluation.json is the report of the latest, with what was known of the other networks of `how`.
     """
     made = dataclasses.replace(made, real=made.real.to(made.device))
 
@@ -78,8 +79,7 @@ def measure(made: Plan, how: Evaluation, *, minutes: float | None = None, progre
                 "steps": loaded.header["objective"].get("steps", recipe.objective.steps),
                 "steps_of": recipe.objective.steps, **_stored(loaded)}
 
-    return _measure(made.out, made.real, made.device, _wanted(made.recipe.to_dict(), made.real, how), how, distil,
-                    describe, bars)
+    return _measure(made.out, made.real, made.device, made.recipe.to_dict(), how, distil, describe, bars)
 
 
 def measure_coreset(real: RealData, method: str, ipc: int, how: Evaluation, out: Path, *, seed: int = 0,
@@ -102,7 +102,7 @@ def measure_coreset(real: RealData, method: str, ipc: int, how: Evaluation, out:
                 "steps_of": 0, **_stored(artifact.load(path))}
 
     what = {"coreset": method, "ipc": ipc, "seed": seed, "epochs": epochs}
-    return _measure(out, real, device, _wanted(what, real, how), how, choose, describe, bars)
+    return _measure(out, real, device, what, how, choose, describe, bars)
 
 
 def measure_whole(real: RealData, how: Evaluation, out: Path, *, device: torch.device | str = "cpu",
@@ -118,56 +118,58 @@ def measure_whole(real: RealData, how: Evaluation, out: Path, *, device: torch.d
                 "images_per_class": images // real.geometry.classes, "numbers": images * real.geometry.pixels,
                 "budget": 0, "checksum": ""}
 
-    return _measure(out, real, device, _wanted({"whole": True}, real, how), how, source, describe, bars)
+    return _measure(out, real, device, {"whole": True}, how, source, describe, bars)
 
 
-def _measure(out: Path, real: RealData, device: torch.device | str, wanted: dict[str, Any], how: Evaluation,
+def _measure(out: Path, real: RealData, device: torch.device | str, what: dict[str, Any], how: Evaluation,
              make: Callable[[], Any], describe: Callable[[Any], dict[str, Any]], bars: bool | None) -> dict[str, Any]:
-    if (line := _found(out, wanted)) is not None:
-        return line
+    tests, key = how.tests(), _key(what, real)
+    record = Record(out, key)
+    if record.complete and not any(map(record.lacks, tests.values())):
+        return _line(record, how)
     # Whitened once and kept: the first run of a process would take longer than the others.
     real.normalised("train", torch.zeros(1, dtype=torch.int64))
-    record, spent, began = out / NAME, seconds(out), time.monotonic()
+    done, began = finished(out), time.monotonic()
     try:
         source = make()
     finally:  # an interrupted run goes on, and so does its clock
-        spent += time.monotonic() - began
-        if out.is_dir():
-            _write(record, {"seconds": spent})
-    report = evaluate(source, real, networks=how.networks, runs=how.runs, protocol=how.protocol, epochs=how.epochs,
-                      seed=how.seed, standardisation=how.standardisation, precision=how.precision, device=device,
-                      progress=bars, out=out / "evaluation.json").to_dict()
-    line = {
-        "dataset": real.name, "split": real.split, "resolution": real.geometry.resolution, **describe(source),
-        "distil_seconds": round(spent, 1), "evaluate_seconds": report["seconds"], "device": report["device"],
-        "protocol": report["protocol"], "evaluation_seed": report["seed"], "results": report["results"],
-        "version": speedk.__version__, "commit": _commit(), "date": time.strftime("%Y-%m-%d", time.gmtime()),
-    }
-    _write(record, {"seconds": spent, "wanted": wanted, "found": line})
-    return line
+        spend(out, 0.0 if done else time.monotonic() - began)
+    made = {"dataset": real.name, "split": real.split, "resolution": real.geometry.resolution, **describe(source),
+            "distil_seconds": round(seconds(out), 1)}
+    record.of(made)
+    missing = [network for network, test in tests.items() if record.lacks(test)]
+    if missing:
+        report = evaluate(source, real, networks=missing, runs=how.runs, protocol=how.protocol, epochs=how.epochs,
+                          seed=how.seed, standardisation=how.standardisation, precision=how.precision, device=device,
+                          progress=bars).to_dict()
+        facts = {"evaluate_seconds": report["seconds"], "device": report["device"], "protocol": report["protocol"],
+                 "evaluation_seed": report["seed"], "version": speedk.__version__, "commit": _commit(),
+                 "date": time.strftime("%Y-%m-%d", time.gmtime())}
+        record = Record(out, key)  # meanwhile another process may have tested other networks
+        record.of(made)
+        for result in report["results"]:
+            record.add(tests[result["network"]], {**result, "measured": facts})
+        report["results"] = [record.result(test) for test in tests.values()]
+        write_atomic(out / "evaluation.json", json.dumps(report, indent=1, ensure_ascii=False).encode() + b"\n")
+    record.write()
+    return _line(record, how)
+
+
+def _line(record: Record, how: Evaluation) -> dict[str, Any]:
+    """The set and the results of `how`; how they were measured is said of each, and of the latest for the whole."""
+    results = [record.result(test) for test in how.tests().values()]
+    latest = max((result["measured"] for result in results), key=lambda facts: facts["date"])
+    return {**record.set, **latest, "results": results}
+
+
+def _key(what: dict[str, Any], real: RealData) -> dict[str, Any]:
+    """All that a set depends on."""
+    return {"what": what, "data": real.fingerprint, "normaliser": real.normaliser.describe()}
 
 
 def _stored(loaded: artifact.Distilled) -> dict[str, Any]:
     return {"images_per_class": len(loaded) // loaded.geometry.classes, "numbers": loaded.header["numbers"],
             "budget": loaded.header["budget"], "checksum": loaded.fingerprint}
-
-
-def _found(out: Path, wanted: dict[str, Any]) -> dict[str, Any] | None:
-    earlier = _read(out / NAME)
-    if earlier.get("wanted") != wanted:
-        return None
-    line = earlier.get("found")
-    complete = line is not None and line["steps"] == line["steps_of"] and not _failed(line)
-    return line if complete else None
-
-
-def _wanted(what: dict[str, Any], real: RealData, how: Evaluation) -> dict[str, Any]:
-    """All that a line depends on, as JSON gives it back."""
-    return json.loads(json.dumps({"what": what, "data": real.fingerprint, "evaluation": dataclasses.asdict(how)}))
-
-
-def _failed(line: dict[str, Any]) -> bool:
-    return any(result["mean"] is None for result in line["results"])
 
 
 def _commit() -> str:
@@ -177,16 +179,3 @@ def _commit() -> str:
         return ""
     said = subprocess.run(["git", "-C", str(root), "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True)
     return said.stdout.strip()
-
-
-def _read(path: Path) -> dict[str, Any]:
-    """The record of a cell; empty where there is none, or none that can be read."""
-    try:
-        document = json.loads(path.read_bytes())
-    except (OSError, ValueError):
-        return {}
-    return document if isinstance(document, dict) else {}
-
-
-def _write(path: Path, document: dict[str, Any]) -> None:
-    write_atomic(path, json.dumps(document, indent=1).encode() + b"\n")

@@ -136,13 +136,14 @@ def _target(facts: Mapping[str, Any]) -> Target | None:
 
 def cell_line(cell: Cell, measured: Mapping[str, Any]) -> dict[str, Any]:
     """What the results file says of one cell: the table's facts, the settings of the run that a published one is known
-    of, so that a recipe can change without changing what was measured, and what belongs to the cell's network."""
+    of, so that a recipe can change without changing what was measured, and what belongs to the cell's network, which
+    may have been measured on another day than the others."""
     result = next(r for r in measured["results"] if r["network"] == cell.network)
     rest = {name: value for name, value in measured.items() if name != "results"}
     return {"table": cell.table, "row": cell.row, "column": cell.column, "network": cell.network,
             "published": cell.published, "mean": result["mean"], "std": result["std"],
             "runs": len(result["accuracies"]), "accuracies": result["accuracies"],
-            "settings": published.settings(cell.target, measured.get("changed", {})), **rest}
+            "settings": published.settings(cell.target, measured.get("changed", {})), **rest, **result["measured"]}
 
 
 def read(path: Path) -> list[dict[str, Any]]:
