@@ -106,7 +106,8 @@ def _announce(made: Plan, args: argparse.Namespace) -> None:
         ("data", f"{real.name}, split {real.split}, {len(real.train):,} training and {len(real.test):,} test images of "
                  f"{real.geometry.channels}x{real.geometry.resolution}x{real.geometry.resolution}, "
                  f"{real.geometry.classes} classes{note}"),
-        ("recipe", f"{recipe.about.name} ({recipe.about.row}), seed {recipe.run.seed}"),
+        ("recipe", f"{recipe.about.name} ({recipe.about.row}), seed {recipe.run.seed}, protocol "
+                   f"{recipe.run.protocol}"),
         *(("", text) for text in made.notes),
         ("storage", f"{spent.counted:,.0f} of {spent.allowed:,} float32 numbers (ipc {recipe.data.ipc})"
                     + (", budget off" if recipe.data.budget == "off" else "")),

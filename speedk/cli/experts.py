@@ -88,7 +88,8 @@ def _train(args: argparse.Namespace) -> int:
         ("data", f"{real.name}, split {real.split}, {len(real.train):,} training images"
                  + (f"; {real.note}" if real.note else "")),
         ("experts", f"{spec.expert_count} of {identity.network}, {identity.parameters:,} parameters, {epochs} epochs "
-                    f"at {identity.rate:g}, batch {identity.batch}, seed {identity.seed}"),
+                    f"at {identity.rate:g}, batch {identity.batch}"
+                    + (", standardised" if identity.standardise else "") + f", seed {identity.seed}"),
         ("folder", str(folder.path)),
         ("to train", f"{need:,} of {spec.expert_count * epochs:,} epochs, about {duration(seconds)} on this "
                      f"{made.device.type}"),

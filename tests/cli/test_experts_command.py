@@ -96,6 +96,19 @@ def test_no_recipe_of_a_row_reads_more_than_speeds():
     assert all(epochs <= read[name, ipc, "speed"] for (name, ipc, _), epochs in read.items())
 
 
+def test_it_is_said_where_experts_are_standardised(folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("SPEEDK_CACHE", str(tmp_path / "cache"))
+    assert speedk("distill", "--data", folder, "--method", "pixels", "--objective", "tm", "--dry-run",
+                  "protocol=speed", "inner_steps=2", "batch=2", "max_start=2", *SMALL) == 0
+    page = capsys.readouterr().out
+    assert "seed 0, protocol speed" in page and "experts of 3 epochs on standardised batches from" in page
+    assert "standardise = true" in page
+    assert speedk("experts", "--data", folder, "--out", tmp_path / "own", "--count", 1, "--epochs", 1, "protocol=speed",
+                  *SMALL) == 0
+    assert "batch 6, standardised, seed 0" in capsys.readouterr().out
+    assert ExpertFolder.open(tmp_path / "own").identity.standardise
+
+
 def test_what_cannot_be_is_one_line(folder, tmp_path, capsys):
     out = tmp_path / "experts"
     assert speedk("experts", "--data", folder, "--out", out, "--count", 1, "--epochs", 1, *SMALL) == 0

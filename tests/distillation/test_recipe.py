@@ -33,6 +33,22 @@ def test_a_recipe_has_settings_for_every_number_it_quotes(name):
     assert set(quoted) <= set(read(name)["objective"])
 
 
+def test_the_published_protocol_standardises_for_experts_too():
+    def standardise(objective="tm", tables=None, **changes):
+        return resolve(tables or read(ROW), objective, changes).objective.standardise
+
+    assert standardise(protocol="speed") and standardise(**{"run.protocol": "speed"})
+    assert not standardise() and not standardise(protocol="mtt") and not standardise(protocol="speed",
+                                                                                     standardise=False)
+    own = read(ROW) | {"run": {"protocol": "speed"}}
+    assert standardise(tables=own)
+    own["objective"]["tm"]["standardise"] = False
+    assert not standardise(tables=own)
+    earlier = resolve(own, "tm").to_dict()  # a run that was begun without stays so
+    assert not from_resolved(earlier).objective.standardise
+    assert resolve(read(ROW), "dm", {"protocol": "speed"}).run.protocol == "speed"
+
+
 def test_overrides():
     pairs = ["k=24", "rates.scm=0.5", "objective.batch=8", "norm=sum", "lr=1"]
     recipe = resolve(read(ROW), "dm", parse_overrides(pairs))

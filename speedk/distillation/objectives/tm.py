@@ -43,7 +43,8 @@ class Spec(ObjectiveSpec):
     expert_epochs: from there to the target. synthetic_lr: the learned rate's start; synthetic_lr_floor: its least
     value. augment: DSA, in the student's training and the experts'. experts: a folder of experts, not the cache's.
     expert_count, expert_rate, expert_batch, expert_seed: how many experts, and how they are trained where there are
-    none; standardise: their batches by their own statistics, as the published code does.
+    none; standardise: their batches by their own statistics, as the published code does; with protocol=speed they are
+    unless this says false.
     """
 
     LOCAL: ClassVar[tuple[str, ...]] = ("experts",)
@@ -105,7 +106,8 @@ class TrajectoryMatching(Objective):
     def preparation(self) -> tuple[str, float]:
         path, folder, count = self._find()
         need = experts.missing(folder, count, self.spec.epochs) if folder is not None else count * self.spec.epochs
-        said = f"{count} experts of {self.spec.epochs} epochs from {path}"
+        how = " on standardised batches" if self.spec.standardise else ""
+        said = f"{count} experts of {self.spec.epochs} epochs{how} from {path}"
         if not need:
             return f"{said}: all are there", 0.0
         each = experts.image_seconds(self.spec.network, self.real.geometry, self.device) * len(self.real.train)
