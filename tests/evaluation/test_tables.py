@@ -181,7 +181,7 @@ def test_what_is_known_to_differ_is_said(table, row, column, changes, said):
 
 def test_a_line_keeps_the_settings_it_was_measured_with():
     cell, = ALL["3"].select(["DM with SPEED"], ["ViT, 1"])
-    measured = {"results": [{"network": "vit", "mean": 1.0, "std": 0.0, "accuracies": [1.0] * 5}],
+    measured = {"results": [{"network": "vit", "mean": 1.0, "std": 0.0, "accuracies": [1.0] * 5, "measured": {}}],
                 "changed": {"fit_steps": 9, "sparse": "end"}}
     assert tables.cell_line(cell, measured)["settings"] == {"init": "fit", "sparse": "end", "norm": "branch",
                                                             "steps": 2000, "batch": 256, "R": 1}
