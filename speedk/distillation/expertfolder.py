@@ -24,11 +24,12 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
-from torch import Tensor
+from torch import Tensor, nn
 
 from speedk import networks
 from speedk.data import RealData
 from speedk.distillation import tensorfile
+from speedk.distillation.step_graph import alike
 from speedk.errors import ArtifactError, ConfigError, TrainingError, one_line
 from speedk.files import locked, unwritable, write_atomic
 from speedk.geometry import Geometry
@@ -76,8 +77,7 @@ class Identity:
         student = networks.fresh(network, real.geometry, 0)
         if not any(p.requires_grad for p in student.parameters()):
             raise ConfigError(f"{network} cannot be an expert: it has no parameter that requires a gradient")
-        if buffers := [name for name, _ in student.named_buffers()]:
-            raise ConfigError(f"{network} cannot be an expert: its {buffers[0]} changes in training, untrained")
+        _check_buffers(network, student, real.geometry)
         return cls(network, rate, batch, augment, standardise, seed, precision, real.fingerprint,
                    real.normaliser.describe(), **dataclasses.asdict(real.geometry),
                    parameters=networks.parameter_count(student), dataset=real.name)
@@ -269,6 +269,24 @@ class ExpertFolder:
     def _damaged(self, number: int, why: str) -> ArtifactError:
         return ArtifactError(f"{self.file(number)} is damaged ({one_line(why, 120)}): delete it, and it will be "
                              "trained again")
+
+
+def _check_buffers(name: str, student: nn.Module, geometry: Geometry) -> None:
+    """Raise ConfigError unless all buffers of a fresh `student` are constants, the same for every expert: a file holds
+    parameters alone. A training pass over two images of noise is tried."""
+    before = {buffer: values.clone() for buffer, values in student.named_buffers()}
+    if not before:
+        return
+    other = dict(networks.fresh(name, geometry, 1).named_buffers())
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        student.train()(torch.randn(2, geometry.channels, geometry.resolution, geometry.resolution))
+    after = dict(student.named_buffers())
+    for buffer, values in before.items():
+        if not alike(values, other[buffer]):
+            raise ConfigError(f"{name} cannot be an expert: its {buffer} is drawn at random, and not kept, as it is no "
+                              "parameter")
+        if not alike(values, after[buffer]):
+            raise ConfigError(f"{name} cannot be an expert: its {buffer} changes in training, untrained")
 
 
 def _read_identity(path: Path) -> Identity | None:

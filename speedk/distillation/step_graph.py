@@ -152,7 +152,7 @@ class Training:
         """Raise ConfigError if the steps so far have changed a buffer; in a GPU's memory that waits for them."""
         before = dict(self.student.named_buffers())
         changed = [name for name, b in self.buffers.items()
-                   if name in self._replaced or not _alike(b, before[name])]
+                   if name in self._replaced or not alike(b, before[name])]
         if changed:
             raise ConfigError(f"the student changes its buffers {', '.join(changed)} as it trains, which is not "
                               "unrolled: put those modules in eval mode, or take a norm without running statistics")
@@ -222,9 +222,9 @@ class _Held(torch.autograd.graph.saved_tensors_hooks):
         return tensor.detach()  # a node that holds its own output would never be freed
 
 
-def _alike(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors of one shape hold the same values, nan like nan."""
-    return bool(((a == b) | ((a != a) & (b != b))).all())
+def alike(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors hold the same values, nan like nan."""
+    return a.shape == b.shape and bool(((a == b) | ((a != a) & (b != b))).all())
 
 
 def _drops(module: nn.Module) -> bool:

@@ -128,6 +128,26 @@ def test_what_is_frozen_keeps_its_value(real, tmp_path, monkeypatch):
         make(tmp_path / "never", real)
 
 
+def test_only_buffers_that_are_no_constants_are_refused(real, tmp_path, monkeypatch):
+    def prepare(network):
+        network.register_buffer("k", torch.tensor([2.0, float("nan")]))
+
+    of_ones_own(monkeypatch, prepare=prepare)
+    whole = contents(make(tmp_path / "whole", real, epochs=2))
+    make(tmp_path / "longer", real, epochs=1)
+    assert contents(make(tmp_path / "longer", real, epochs=2)) == whole
+    of_ones_own(monkeypatch, nn.BatchNorm2d(4))
+    with pytest.raises(ConfigError, match=r"mlp cannot be an expert: its 1.running_mean changes in training"):
+        make(tmp_path / "never", real)
+    of_ones_own(monkeypatch, prepare=lambda network: network.register_buffer("k", torch.randn(3)))
+    with pytest.raises(ConfigError, match=r"mlp cannot be an expert: its k is drawn at random, and not kept"):
+        make(tmp_path / "never", real)
+    state = torch.get_rng_state()
+    of_ones_own(monkeypatch, nn.Dropout(), nn.BatchNorm2d(4, track_running_stats=False), prepare=prepare)
+    assert Identity.of(real).parameters == 4 * 28 + 8 + 144 * 3 + 3
+    assert torch.equal(torch.get_rng_state(), state)
+
+
 def test_what_is_interrupted_keeps_its_finished_epochs(real, tmp_path):
     def interrupt(done, *_):
         if done == 2:
