@@ -105,6 +105,17 @@ def test_the_loss_and_its_gradient_are_those_of_plain_loops(real, monkeypatch, m
     torch.testing.assert_close(run.objective.learned()[0]["params"][0].grad.double(), d_rate, rtol=1e-3, atol=0)
 
 
+def test_the_students_dropout_acts(real, monkeypatch):
+    """As docs/guide.md has it: the students of the other objectives have none."""
+    build, sizes = networks.build, {"dim": 16, "depth": 1, "heads": 1, "hidden": 8, "dropout": 0.5}
+    monkeypatch.setattr(networks, "build", lambda name, geometry: build(name, geometry, **sizes))
+    run = make_run(real, network="vit", augment=False)
+    run.objective.pretend()  # one start and one target
+    monkeypatch.setattr(tm, "batches", lambda *_: [torch.arange(run.synthetic.size)] * 5)
+    losses = [run.objective.step(run.synthetic, step)["loss"] for step in (3, 3, 4)]
+    assert losses[0] == losses[1] != losses[2]
+
+
 def test_batches_are_pieces_of_permutations():
     drawn = tm.batches(10, 4, 8, torch.Generator().manual_seed(0))
     assert [len(part) for part in drawn] == [4, 4, 2] * 2 + [4, 4]
