@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -32,13 +33,12 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 
 @dataclass
 class StepGraph:
-    """The gradient [P] of one step, and the graph it hangs on, in pieces of the batch."""
+    """The graph that the gradient of one step hangs on, in pieces of the batch. The gradient itself is not kept."""
 
     pieces: list[_Piece]
     source: Tensor  # the batch's images before augmentation
     augmented: Tensor
-    gradient: Tensor
-    bytes: int  # what the graph holds; 0 where it was not measured
+    bytes: int  # what all this holds; 0 where it was not measured
 
     def adjoint(self, direction: Tensor, need_theta: bool, pool: Pool | Alone) -> tuple[Tensor | None, ...]:
         """The gradients of <gradient, direction [P]> in theta [P], and in the batch's images and labels where they are
@@ -54,12 +54,12 @@ class StepGraph:
 
 @dataclass
 class _Piece:
-    """A part of a batch: the leaves of its graph, and the gradients that hang on them."""
+    """A part of a batch: the leaves of its graph, and where in it each gradient is; None: it depends on nothing."""
 
     parameters: list[Tensor]
     images: Tensor
     labels: Tensor
-    gradients: tuple[Tensor, ...]
+    gradients: list[GradientEdge | None]
 
 
 class Training:
@@ -82,6 +82,7 @@ class Training:
         self._replaced: set[str] = set()
         self._students = [student]
         self._modes = [(module, module.training) for module in student.modules()]
+        self._graph_bytes: dict[torch.Size, int] = {}  # of the pieces' graphs, by the shape of the batch
         self._seed = int(torch.randint(2**62, ()))
         kind = device.type
         self._autocast = {"device_type": kind, "dtype": torch.get_autocast_dtype(kind),
@@ -95,15 +96,17 @@ class Training:
             yield pool
 
     def build(self, step: int, theta: Tensor, images: Tensor, labels: Tensor, needs: tuple[bool, bool],
-              pool: Pool | Alone, measure: bool = False) -> StepGraph:
-        """The graph of one step at `theta`; `needs` says whether images and labels are differentiated."""
+              pool: Pool | Alone, measure: bool = False) -> tuple[StepGraph, Tensor]:
+        """The graph of one step at `theta`, and the gradient [P]; `needs` says whether images and labels are
+        differentiated."""
         index = self.schedule[step]
         source = images.detach().index_select(0, index).requires_grad_(needs[0])
         labels = labels.detach().index_select(0, index)
+        beside = _Held()
         with self._replayed(step):
             augmented = source
             if self.augment is not None:
-                with torch.enable_grad():
+                with torch.enable_grad(), beside if measure else contextlib.nullcontext():
                     augmented = self.augment(source, step)
             rows = max(1, PIECE // augmented[0, 0].numel()) if self.in_pieces else len(index)
             parts = list(zip(augmented.detach().split(rows), labels.split(rows), strict=True))
@@ -111,13 +114,25 @@ class Training:
                 # Threads must not share a module, as each puts its parameters in; the tensors are shared.
                 held = [*self.student.parameters(), *self.student.buffers()]
                 self._students.append(copy.deepcopy(self.student, {id(tensor): tensor for tensor in held}))
-            values = theta.detach().split(self.sizes)
-            made = pool.map(self._piece, [(student, values, *part, len(part[0]) / len(index), needs, measure)
+            values, new = theta.detach().split(self.sizes), augmented.shape not in self._graph_bytes
+            made = pool.map(self._piece, [(student, values, *part, len(part[0]) / len(index), needs, measure and new)
                                           for student, part in zip(self._students, parts)])
-        pieces, gradients, held = zip(*made, strict=True)
-        storages = {address: size for of_piece in held for address, size in of_piece.items()}
-        storages.pop(theta.untyped_storage().data_ptr(), None)  # kept in any case
-        return StepGraph(list(pieces), source, augmented, _sum(gradients), sum(storages.values()))
+        pieces, gradients, storages = zip(*made, strict=True)
+        size = self._bytes(beside, (source, augmented, labels), theta, storages) if measure else 0
+        return StepGraph(list(pieces), source, augmented, size), _sum(gradients)
+
+    def _bytes(self, beside: _Held, batch: tuple[Tensor, ...], theta: Tensor,
+               storages: Sequence[dict[int, int]]) -> int:
+        """What is held for a step: its batch, what augmentation saved, and the graphs of the pieces, whose `storages`
+        are asked for once for a shape. Not theta and the buffers, which are there in any case."""
+        for tensor in batch:
+            beside.note(tensor)
+        shape = batch[1].shape
+        if shape not in self._graph_bytes:
+            known = {t.untyped_storage().data_ptr() for t in (theta, *self.buffers.values())} | beside.storages.keys()
+            found = {address: size for of_piece in storages for address, size in of_piece.items()}
+            self._graph_bytes[shape] = sum(size for address, size in found.items() if address not in known)
+        return self._graph_bytes[shape] + sum(beside.storages.values())
 
     def _piece(self, student: nn.Module, values: Sequence[Tensor], images: Tensor, labels: Tensor, share: float,
                needs: tuple[bool, bool], measure: bool) -> tuple[_Piece, Tensor, dict[int, int]]:
@@ -140,7 +155,8 @@ class Training:
             gradients = tuple(next(found) if is_trained else torch.zeros_like(p)
                               for p, is_trained in zip(parameters, self.trained, strict=True))
         flat = torch.cat([g.detach().flatten() for g in gradients])
-        return _Piece(parameters, images, labels, gradients), flat, held.storages
+        edges = [get_gradient_edge(g) if g.requires_grad else None for g in gradients]
+        return _Piece(parameters, images, labels, edges), flat, held.storages
 
     def _call(self, student: nn.Module, parameters: list[Tensor], images: Tensor) -> Tensor:
         state = {**self.buffers, **dict(zip(self.names, parameters, strict=True))}
@@ -214,9 +230,9 @@ class _Held(torch.autograd.graph.saved_tensors_hooks):
 
     def __init__(self) -> None:
         self.storages: dict[int, int] = {}
-        super().__init__(self._note, lambda tensor: tensor)
+        super().__init__(self.note, lambda tensor: tensor)
 
-    def _note(self, tensor: Tensor) -> Tensor:
+    def note(self, tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
         self.storages[storage.data_ptr()] = storage.nbytes()
         return tensor.detach()  # a node that holds its own output would never be freed
@@ -234,7 +250,7 @@ def _drops(module: nn.Module) -> bool:
 def _differentiate(piece: _Piece, direction: Tensor, need_theta: bool) -> tuple[Tensor | None, ...]:
     """The gradients of <gradient, direction> in the parameters [P], images and labels of a piece."""
     along = direction.split([p.numel() for p in piece.parameters])
-    pairs = [(g, d.view_as(g)) for g, d in zip(piece.gradients, along, strict=True) if g.requires_grad]
+    pairs = [(edge, d.view_as(p)) for edge, d, p in zip(piece.gradients, along, piece.parameters, strict=True) if edge]
     leaves = [*(piece.parameters if need_theta else []), *(t for t in (piece.images, piece.labels) if t.requires_grad)]
     if leaves and pairs:
         gradients, directions = zip(*pairs, strict=True)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from speedk.augment import dsa
 from speedk.distillation import seeds
-from speedk.distillation.step_graph import Augment, Loss, Training
+from speedk.distillation.step_graph import Augment, Loss, StepGraph, Training
 from speedk.errors import ConfigError
 from speedk.ops import unroll_step, unroll_step_adjoint
 
@@ -86,15 +86,11 @@ class _Plan:
     def steps(self) -> int:
         return len(self.training.schedule)
 
-    def first_kept(self, bytes_of_first: int) -> int:
-        """The first step whose graph is kept: it is the last ones, which are used up first."""
-        each = bytes_of_first / len(self.training.schedule[0])  # bytes of an image
-        left = self.limit
-        for step in reversed(range(self.steps)):
-            left -= each * len(self.training.schedule[step])
-            if left < 0:
-                return step + 1
-        return 0
+    def keep(self, graphs: dict[int, StepGraph], step: int, graph: StepGraph) -> None:
+        """Add a step's graph to those that are kept: as many of the last ones, which are used up first, as fit."""
+        graphs[step] = graph
+        while sum(kept.bytes for kept in graphs.values()) > self.limit:
+            del graphs[min(graphs)]
 
 
 class _Unroll(torch.autograd.Function):
@@ -102,23 +98,20 @@ class _Unroll(torch.autograd.Function):
     def forward(ctx, plan: _Plan, theta: Tensor, images: Tensor, labels: Tensor, lr: Tensor) -> Tensor:
         needs = ctx.needs_input_grad[2:4]
         m, thetas, momenta, graphs = torch.zeros_like(theta), [], [], {}
-        first_kept = 0 if plan.limit == math.inf else plan.steps
         with plan.training.running() as pool:
             for step in range(plan.steps):
-                measure = step == 0 and plan.record and 0 < plan.limit < math.inf
-                graph = plan.training.build(step, theta, images, labels, needs, pool, measure)
+                measure = plan.record and 0 < plan.limit < math.inf
+                graph, gradient = plan.training.build(step, theta, images, labels, needs, pool, measure)
                 if step in (0, plan.steps - 1):
                     plan.training.check_buffers()
-                if measure:
-                    first_kept = plan.first_kept(graph.bytes)
                 if plan.record:
                     thetas.append(theta)
-                    if step >= first_kept:
-                        graphs[step] = graph
-                theta, m = unroll_step(theta, m, graph.gradient, lr, plan.momentum)
+                    if plan.limit:
+                        plan.keep(graphs, step, graph)
+                theta, m = unroll_step(theta, m, gradient, lr, plan.momentum)
                 if plan.record and ctx.needs_input_grad[4]:
                     momenta.append(m)
-                del graph  # before the next is built
+                del graph, gradient  # before the next is built
         if plan.record:
             ctx.plan, ctx.graphs = plan, graphs
             ctx.save_for_backward(images, labels, lr, *thetas, *momenta)
@@ -147,7 +140,7 @@ def _walk_back(ctx, d_theta: Tensor) -> list[Tensor | None]:
         for step in reversed(range(plan.steps)):
             graph = ctx.graphs.pop(step, None)
             if graph is None:
-                graph = plan.training.build(step, thetas[step], images, labels, (need_images, need_labels), pool)
+                graph = plan.training.build(step, thetas[step], images, labels, (need_images, need_labels), pool)[0]
             d_gradient, d_m, along_lr = unroll_step_adjoint(d_theta, d_m, momenta[step] if need_lr else None, lr,
                                                             plan.momentum)
             along = graph.adjoint(d_gradient, need_theta or step > 0, pool)

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import ctypes
-import gc
 import threading
-from pathlib import Path
 
 import pytest
 import torch
@@ -382,41 +379,3 @@ def test_cudnn_is_repeatable_for_the_time_being():
         assert torch.backends.cudnn.deterministic
         raise KeyError
     assert torch.backends.cudnn.deterministic == before
-
-
-def peak_bytes(call) -> int:
-    """Memory that `call` takes at its peak, beyond what is held before."""
-    gc.collect()
-    try:
-        ctypes.CDLL(None).malloc_trim(0)
-        Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again from here
-    except (OSError, AttributeError):
-        pytest.skip("the system does not tell a process its peak")
-
-    def status(name: str) -> int:
-        line, = (x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith(name))
-        return 1024 * int(line.split()[1])
-
-    before = status("VmRSS")
-    call()
-    return status("VmHWM") - before
-
-
-def test_memory_hardly_grows_with_the_steps():
-    """By theta and m, 2.6 MB a step at P = 320,010; at most 4."""
-    student = networks.fresh("convnet", Geometry(10, 3, 32), 0)
-    theta = torch.cat([p.detach().flatten() for p in student.parameters()])
-    images, labels = torch.randn(4, 3, 32, 32, requires_grad=True), torch.arange(4)
-    lr = torch.tensor(0.01, requires_grad=True)
-
-    def peak(steps: int, memory: str | int) -> float:
-        index = torch.arange(4)
-        return peak_bytes(lambda: speedk.unroll(student, theta, images, labels, [index] * steps, lr,
-                                                memory=memory).sum().backward())  # fmt: skip
-
-    peak(2, "full")
-    five = peak(5, "constant")
-    assert (peak(60, "constant") - five) / 55 < 4e6
-    assert (peak(20, "full") - five) / 15 > 8e6  # so that the line above can fail
-    # Room for three of the 20 graphs, of 12 MB or so.
-    assert peak(20, 36_000_000) - peak(20, "constant") < 60e6

@@ -9,6 +9,8 @@ from speedk.data.normaliser import ChannelNormaliser
 from speedk.data.real import fingerprint
 from speedk.geometry import Geometry
 
+DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+
 
 def make_real(classes: int = 3, channels: int = 3, resolution: int = 16, count: int = 12, seed: int = 0) -> RealData:
     """Noisy stripes: the class sets their frequency."""

@@ -1,0 +1,121 @@
+"""What speedk.unroll holds: little in a step, and of the steps' graphs no more than `memory` bytes."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+from pathlib import Path
+
+import pytest
+import torch
+from toys import DEVICES
+
+import speedk
+from speedk import networks
+from speedk.distillation.step_graph import Training
+from speedk.distillation.unroll import dsa_steps
+from speedk.geometry import Geometry
+
+MMAP_THRESHOLD = -3  # the number of that option of glibc's mallopt
+
+
+def unrolled(name, geometry, device="cpu", batch=4, augment=None, **sizes):
+    """A call that unrolls steps on batches of so many images, and back; `batch` may be one size for each step."""
+    student = networks.fresh(name, geometry, 0, device, **sizes)
+    theta = torch.cat([p.detach().flatten() for p in student.parameters()])
+    side, lr = geometry.resolution, torch.tensor(0.01, requires_grad=True, device=device)
+
+    def call(steps, memory):
+        counts = [batch] * steps if isinstance(batch, int) else batch[:steps]
+        images = torch.randn(max(counts), geometry.channels, side, side, device=device, requires_grad=True)
+        labels = torch.arange(max(counts), device=device) % geometry.classes
+        schedule = [torch.arange(count) for count in counts]
+        speedk.unroll(student, theta, images, labels, schedule, lr, augment=augment, memory=memory).sum().backward()
+
+    return call
+
+
+def peak_bytes(call, device="cpu") -> int:
+    """Memory that `call` takes at its peak, beyond what is held before."""
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        return torch.cuda.max_memory_allocated() - before
+
+    def status(name: str) -> int:
+        line, = (x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith(name))
+        return 1024 * int(line.split()[1])
+
+    try:
+        libc = ctypes.CDLL(None)
+        libc.mallopt(MMAP_THRESHOLD, 1 << 16)  # no tensor is taken from what was freed before, and all go back at once
+        libc.malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again from here
+    except (OSError, AttributeError):
+        pytest.skip("the system does not tell a process its peak")
+    before = status("VmRSS")
+    call()
+    peak = status("VmHWM") - before
+    libc.mallopt(MMAP_THRESHOLD, 1 << 25)  # where glibc itself ends up in a process that frees large blocks
+    return peak
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_memory_hardly_grows_with_the_steps(device):
+    """By theta and m, 2.6 MB a step at P = 320,010; at most 4."""
+    call = unrolled("convnet", Geometry(10, 3, 32), device)
+    call(2, "full")
+    five = peak_bytes(lambda: call(5, "constant"), device)
+    assert (peak_bytes(lambda: call(60, "constant"), device) - five) / 55 < 4e6
+    assert (peak_bytes(lambda: call(20, "full"), device) - five) / 15 > 6e6  # so that the line above can fail
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(("sizes", "batch", "augmented", "limit"), [
+    ({"name": "convnet", "width": 16, "depth": 2}, 8, False, 16e6),
+    # P = 411,146: the pieces' gradients would be far larger than what their graphs hold,
+    ({"name": "mlp"}, 64, False, 10e6),
+    ({"name": "mlp"}, 64, True, 30e6),  # and what an augmentation saves is, too.
+])
+def test_the_peak_keeps_to_the_limit(sizes, batch, augmented, limit, device):
+    call = unrolled(**sizes, geometry=Geometry(10, 3, 32), device=device, batch=batch,
+                    augment=(lambda images, step: images.sin().exp().tanh()) if augmented else None)
+    call(2, "full")
+    constant, limited, full = (peak_bytes(lambda m=m: call(30, m), device) for m in ("constant", int(limit), "full"))
+    assert full - constant > 1.5 * limit  # so that the next line can fail
+    assert limited - constant < 1.05 * limit
+
+
+def test_the_last_steps_are_kept_as_many_as_fit(monkeypatch):
+    """Batches of two sizes, and augmentations of which some save more than others."""
+    built, bytes_of = [], []
+    build = Training.build
+
+    def spy(training, step, *rest):
+        made = build(training, step, *rest)
+        built.append(step)
+        bytes_of.append(made[0].bytes)
+        return made
+
+    monkeypatch.setattr(Training, "build", spy)
+    counts = [4, 2, 4, 4, 2, 4, 4, 2]
+    call = unrolled("convnet", Geometry(3, 1, 8), batch=counts, augment=dsa_steps(1), depth=2, width=4)
+
+    def kept(memory):
+        built.clear()
+        bytes_of.clear()
+        call(len(counts), memory)
+        assert built[:len(counts)] == list(range(len(counts)))
+        again = built[len(counts):]  # what was not kept is built again, last step first
+        assert again == list(reversed(range(len(again))))
+        return len(counts) - len(again)
+
+    assert kept(10**12) == len(counts) and min(bytes_of) > 0
+    sizes = list(bytes_of)
+    assert len(set(sizes)) > 2
+    for count in range(1, len(counts)):
+        fits = sum(sizes[-count:])
+        assert kept(fits) == count and kept(fits - 1) == count - 1
+    assert kept("constant") == 0 and kept("full") == len(counts)
