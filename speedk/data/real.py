@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import re
 import threading
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
@@ -14,7 +16,9 @@ import torch
 from torch import Tensor
 
 from speedk.data.normaliser import Normaliser
+from speedk.errors import ConfigError
 from speedk.geometry import Geometry
+from speedk.registry import nearest
 
 Name = Literal["train", "test"]
 
@@ -55,6 +59,8 @@ class RealData:
     normaliser: Normaliser
     train: Subset
     test: Subset
+    cut: bool = False
+    """Whether `only` took these classes out of a larger set."""
 
     @cached_property
     def _members(self) -> tuple[Tensor, ...]:
@@ -90,6 +96,26 @@ class RealData:
             return self._kept[part] if index is None else self._kept[part][index]
         return self.normaliser.normalise(images if index is None else images[index])
 
+    def only(self, wanted: Sequence[str]) -> RealData:
+        """The classes `wanted`, by name or number, numbered from 0 in that order, under the normalisation of the whole
+        set. Raises ConfigError for a class that there is not, one that is named twice, and fewer than two."""
+        places = {str(i): i for i in range(len(self.class_names))}
+        places |= {name: i for i, name in enumerate(self.class_names)}
+        for name in wanted:
+            if name not in places:
+                raise ConfigError(f"{self.name} has no class {name!r}, by name or by number from 0 to "
+                                  f"{len(self.class_names) - 1}{nearest(name, list(self.class_names))}")
+        chosen = [places[name] for name in wanted]
+        if len(set(chosen)) < max(2, len(chosen)):
+            raise ConfigError(f"classes={','.join(wanted)} must be two or more, none of them twice")
+        names = tuple(self.class_names[i] for i in chosen)
+        train, test = (_numbered(part.to("cpu"), chosen, len(self.class_names)) for part in (self.train, self.test))
+        note = "; ".join(filter(None, (self.note, f"{len(chosen)} of its {len(self.class_names)} classes")))
+        part = dataclasses.replace(self, geometry=dataclasses.replace(self.geometry, classes=len(chosen)), note=note,
+                                   class_names=names, fingerprint=fingerprint(names, train, test), train=train,
+                                   test=test, cut=True)
+        return part.to(self.train.images.device)
+
     def to(self, device: torch.device | str) -> RealData:
         """The same data with its uint8 images and its labels on `device`; itself where they are there."""
         if torch.empty(0, device=device).device == self.train.images.device == self.test.images.device:
@@ -99,12 +125,30 @@ class RealData:
     def describe(self) -> dict[str, Any]:
         """JSON for reports and for the artifact's header."""
         return {"name": self.name, "split": self.split, "note": self.note, "fingerprint": self.fingerprint,
-                "train": len(self.train), "test": len(self.test)}
+                "train": len(self.train), "test": len(self.test),
+                **({"classes": list(self.class_names)} if self.cut else {})}
 
     def _subset(self, part: Name) -> Subset:
         if part not in ("train", "test"):
             raise ValueError(f"part {part!r} is neither 'train' nor 'test'")
         return self.train if part == "train" else self.test
+
+
+def listed(classes: str) -> list[str]:
+    """"dog, 3, 10-12" -> ["dog", "3", "10", "11", "12"], for `RealData.only`."""
+    found: list[str] = []
+    for word in filter(None, map(str.strip, classes.split(","))):
+        numbers = re.fullmatch(r"(\d{1,6})-(\d{1,6})", word)
+        found += [word] if not numbers else map(str, range(int(numbers[1]), int(numbers[2]) + 1))
+    return found
+
+
+def _numbered(part: Subset, chosen: Sequence[int], classes: int) -> Subset:
+    """The images of the classes `chosen`, which are numbered in that order."""
+    number = torch.full((classes,), -1)
+    number[torch.tensor(chosen)] = torch.arange(len(chosen))
+    labels = number[part.labels]
+    return Subset(part.images[labels >= 0], labels[labels >= 0])
 
 
 def fingerprint(class_names: tuple[str, ...], *parts: Subset) -> str:

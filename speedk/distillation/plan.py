@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import resource
 import time
 from collections.abc import Callable
@@ -183,8 +184,9 @@ def _changes(overrides: dict[str, Any], options: dict[str, Any]) -> dict[str, An
 
 def _load(name: str | None, folder: str | Path | None, fields: recipes.DataFields, progress: bool,
           load: Callable[..., RealData] | None = None) -> RealData:
-    return (load or data.load)(name or None, folder, resolution=fields.resolution or None, split=fields.split or None,
+    real = (load or data.load)(name or None, folder, resolution=fields.resolution or None, split=fields.split or None,
                                normaliser=fields.normaliser or None, progress=progress)
+    return real.only(data.listed(fields.classes)) if fields.classes else real
 
 
 def _own(tables: dict[str, Any], real: RealData, method: str, ipc: int, notes: list[str]) -> dict[str, Any]:
@@ -211,7 +213,8 @@ def _settled(tables: dict[str, Any], objective: str) -> dict[str, Any]:
 
 
 def _run_name(recipe: Recipe, real: RealData) -> str:
-    return f"{real.name}-ipc{recipe.data.ipc}-{recipe.method}-{recipe.objective_name}"
+    classes = re.sub(r"[^\w,-]+", "_", f"-{recipe.data.classes}")[:100] if recipe.data.classes else ""
+    return f"{real.name}{classes}-ipc{recipe.data.ipc}-{recipe.method}-{recipe.objective_name}"
 
 
 def _resumed(tables: dict[str, Any], dataset: str | None, folder: str | Path | None, method: str | None,

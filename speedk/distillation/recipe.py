@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from speedk import registry
-from speedk.data import catalogue
+from speedk.data import catalogue, listed
 from speedk.distillation import objectives, parameterizations
 from speedk.distillation.budget import Budget
 from speedk.errors import ConfigError
@@ -43,7 +43,8 @@ class About:
 @dataclass(frozen=True)
 class DataFields:
     """name: of the catalogue, or "" for a folder. ipc: images per class that the storage may equal. budget: "on", or
-    "off" to let an ablation exceed it. resolution (pixels), normaliser and split: 0 and "" mean the data set's own."""
+    "off" to let an ablation exceed it. resolution (pixels), normaliser and split: 0 and "" mean the data set's own.
+    classes: "dog,3,10-12", by name or number: these alone, and the budget theirs; "" is all."""
 
     name: str = ""
     ipc: int = 1
@@ -51,6 +52,7 @@ class DataFields:
     resolution: int = 0
     normaliser: str = ""
     split: str = ""
+    classes: str = ""
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,8 @@ class Recipe:
         """JSON types only, in the layout of the file."""
         return {
             "recipe": dataclasses.asdict(self.about),
-            "data": dataclasses.asdict(self.data),
+            # Where all classes are taken nothing says so: runs and files are then those of before there was the field.
+            "data": {k: v for k, v in dataclasses.asdict(self.data).items() if (k, v) != ("classes", "")},
             "parameterization": {"method": self.method, **dataclasses.asdict(self.parameterization)},
             "objective": {"name": self.objective_name, **dataclasses.asdict(self.objective)},
             "run": dataclasses.asdict(self.run),
@@ -193,7 +196,8 @@ def find_row(dataset: str, ipc: int, method: str) -> str | None:
 def geometry(recipe: Recipe) -> Geometry:
     """Of the named data set that `recipe` is for, at the recipe's resolution."""
     own = catalogue.entry(recipe.data.name).geometry
-    return dataclasses.replace(own, resolution=recipe.data.resolution or own.resolution)
+    return dataclasses.replace(own, resolution=recipe.data.resolution or own.resolution,
+                               classes=len(listed(recipe.data.classes)) or own.classes)
 
 
 def resolve(tables: dict[str, Any], objective: str, overrides: dict[str, Any] | None = None) -> Recipe:

@@ -160,7 +160,8 @@ def split(classes: int, steps: int, seed: int) -> list[list[int]]:
 
 
 def folder(path: Path, real: RealData) -> tuple[sources.Source, list[list[int]]]:
-    """The distilled files in `path`, in the order of their names, as one source, and the classes of each.
+    """The distilled files in `path`, or of the run directories in it, in the order of their names, as one source, and
+    the classes of each.
 
     Where a file's normaliser is another than that of `real`, its pictures (clipped to 0 to 1) are normalised anew.
     Raises DataError where a class is not one of `real`, is in two files or in none, or the images are of another size.
@@ -168,6 +169,7 @@ def folder(path: Path, real: RealData) -> tuple[sources.Source, list[list[int]]]
     from speedk.distillation import artifact
 
     files = sorted(path.glob("*.safetensors"), key=_natural)
+    files = files or sorted(path.glob("*/distilled.safetensors"), key=lambda file: _natural(file.parent))
     if not files:
         raise DataError(f"{path} holds no distilled files (.safetensors), one for each step")
     known = {name: i for i, name in enumerate(real.class_names)}

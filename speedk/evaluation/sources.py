@@ -66,12 +66,15 @@ def real_images(real: RealData, ipc: int = 1) -> Source:
 
 
 def distilled(artifact: Distilled, real: RealData, other_data: bool = False) -> tuple[Source, RealData]:
-    """The source that a distilled file is, and `real` as it has to be tested on: normalised as the file's images are.
+    """The source that a distilled file is, and `real` as it has to be tested on: of the classes that the file was
+    distilled from, and normalised as its images are.
 
     Raises DataError where the file was distilled from other data, another split or another normalisation than `real`,
     unless `other_data` says that this is meant; a geometry that differs is always an error.
     """
     header = artifact.header
+    if header["data"].get("classes") and len(header["class_names"]) < len(real.class_names):
+        real = real.only(header["class_names"])  # it was distilled from these alone
     if artifact.geometry != real.geometry:
         raise DataError(f"{artifact.path} holds {_shape(artifact.geometry)}, but {real.name} has "
                         f"{_shape(real.geometry)}: evaluate it on the data it was distilled from")

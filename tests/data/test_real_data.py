@@ -44,6 +44,27 @@ def test_digits_at_their_own_size_are_the_originals():
     assert small.note == ""
 
 
+def test_some_classes_alone(digits):
+    part = digits.only(data.listed("7, 2-3"))
+    assert part.class_names == ("7", "2", "3") and part.geometry.classes == 3 and part.cut and not digits.cut
+    for name in ("train", "test"):
+        own, whole = getattr(part, name), getattr(digits, name)
+        for label, digit in enumerate((7, 2, 3)):
+            assert torch.equal(own.images[own.labels == label], whole.images[whole.labels == digit])
+        assert len(own) == int(torch.isin(whole.labels, torch.tensor([7, 2, 3])).sum())
+    assert part.normaliser is digits.normaliser and part.fingerprint != digits.fingerprint
+    assert part.fingerprint == fingerprint(part.class_names, part.train, part.test)
+    assert part.describe()["classes"] == ["7", "2", "3"] and "classes" not in digits.describe()
+    assert part.note == f"{digits.note}; 3 of its 10 classes"
+    assert torch.equal(part.sample(0, 10**6, torch.Generator().manual_seed(0)).sum(),
+                       digits.sample(7, 10**6, torch.Generator().manual_seed(0)).sum())
+    assert data.listed(" Shih-Tzu,9 - 11,") == ["Shih-Tzu", "9 - 11"] and data.listed("9-11") == ["9", "10", "11"]
+    for wanted, said in ((["10"], "has no class '10', by name or by number from 0 to 9"), (["1"], "two or more"),
+                         (["1", "1"], "none of them twice"), ([], "two or more")):
+        with pytest.raises(ConfigError, match=said):
+            digits.only(wanted)
+
+
 def test_digits_are_the_same_every_time(digits):
     assert data.load("digits").fingerprint == digits.fingerprint
     assert digits.fingerprint == "6b2e96bf24cadfe6560fe9c5177679fdaf89905c35ce34ae770a8736b16e953b"

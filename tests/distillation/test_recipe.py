@@ -49,6 +49,17 @@ def test_the_published_protocol_standardises_for_experts_too():
     assert resolve(read(ROW), "dm", {"protocol": "speed"}).run.protocol == "speed"
 
 
+def test_some_classes_have_the_budget_of_their_number():
+    whole = resolve(read("cifar100-ipc20-speed"), "tm")
+    assert "classes" not in whole.to_dict()["data"]  # as before there was the field: such runs go on
+    part = resolve(read("cifar100-ipc20-speed"), "tm", parse_overrides(["classes=20-39", "images_per_class=60"]))
+    assert from_resolved(part.to_dict()) == part and part.to_dict()["data"]["classes"] == "20-39"
+    spent = part.budget(recipes.geometry(part))
+    assert spent.allowed == whole.budget(recipes.geometry(whole)).allowed / 5 and spent.counted > 0.99 * spent.allowed
+    with pytest.raises(ConfigError):  # what the classes share weighs more on few of them
+        resolve(read("cifar100-ipc20-speed"), "tm", {"classes": "20-39"}).budget(recipes.geometry(part))
+
+
 def test_overrides():
     pairs = ["k=24", "rates.scm=0.5", "objective.batch=8", "norm=sum", "lr=1"]
     recipe = resolve(read(ROW), "dm", parse_overrides(pairs))

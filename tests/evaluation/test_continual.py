@@ -21,7 +21,7 @@ from speedk.data.real import RealData, Subset, fingerprint
 from speedk.distillation import artifact, coreset
 from speedk.distillation.parameterizations.pixels import Pixels, Spec
 from speedk.errors import ConfigError, DataError
-from speedk.evaluation import continual, plots, real_images
+from speedk.evaluation import continual, evaluate, plots, real_images
 from speedk.geometry import Geometry
 
 module = importlib.import_module("speedk.evaluation.continual")  # the package gives its function the same name
@@ -148,6 +148,39 @@ def test_a_folder_has_a_file_for_each_step(tmp_path, monkeypatch):
     torch.testing.assert_close(images.batch(torch.arange(6)), real.normalised("train", torch.tensor(rows)))
     report = continual([folder], real, **{**SHORT, "steps": None})
     assert report.classes == [2, 4, 6] and report.memories[0]["split"] == "a file for each step"
+
+
+def test_the_files_of_a_strict_run_are_distilled_from_their_own_classes(tmp_path, monkeypatch, capsys):
+    real = make_real()
+    monkeypatch.setattr(data, "load", lambda name=None, path=None, **options: real)
+
+    def distil(out, *words):
+        return main(["distill", "--data", "rows", "--method", "pixels", "--network", "mlp", "--objective", "dm",
+                     "--out", str(tmp_path / "steps" / out), "--steps", "1", "--device", "cpu", "batch=4", *words])
+
+    for out, classes in (("step-1", "e,d"), ("step-2", "5,c"), ("step-10", "0-1")):
+        assert distil(out, f"classes={classes}") == 0
+    page = capsys.readouterr().out
+    assert "2 of its 6 classes" in page and "128 of 128 float32 numbers" in page  # the budget is that of two classes
+    first = tmp_path / "steps/step-1/distilled.safetensors"
+    loaded = artifact.load(first)
+    own = real.only(["e", "d"])
+    assert loaded.class_names == ["e", "d"] == loaded.header["data"]["classes"] and loaded.geometry.classes == 2
+    assert loaded.header["recipe"]["data"]["classes"] == "e,d" and loaded.header["budget"] == 128
+    assert loaded.header["data"]["fingerprint"] == own.fingerprint != real.fingerprint
+    assert loaded.header["normaliser"] == real.normaliser.describe()
+    found = evaluate(first, real, networks=("mlp",), runs=1, protocol="quick", epochs=1, progress=False)
+    assert found.data["test"] == 20 and found.data["classes"] == ["e", "d"]
+    assert distil("step-1", "classes=e,d", "--resume") == 0 == main(
+        ["distill", "--data", "rows", "--out", str(first.parent), "--resume", "--device", "cpu"])
+    assert distil("step-1", "classes=d,e", "--resume") == 1
+    report = continual([tmp_path / "steps"], real, **{**SHORT, "steps": None})
+    assert module.folder(tmp_path / "steps", real)[1] == [[4, 3], [5, 2], [0, 1]]
+    assert report.classes == [2, 4, 6] and report.memories[0]["split"] == "a file for each step"
+    capsys.readouterr()
+    for classes, said in (("a,x", "has no class 'x'"), ("a", "two or more"), ("a,0", "none of them twice")):
+        assert distil("never", f"classes={classes}") == 1
+        assert said in capsys.readouterr().err
 
 
 def test_folders_that_do_not_fit(tmp_path):
