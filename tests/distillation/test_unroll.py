@@ -147,6 +147,35 @@ def test_dropout_is_replayed():
     torch.testing.assert_close((got * noise).sum(), (ahead - behind) / 2e-5, rtol=1e-6, atol=0)
 
 
+def test_each_step_draws_its_own_and_the_same_on_the_way_back():
+    class Noting(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear, self.dropout, self.masks = nn.Linear(64, 3), nn.Dropout(0.5), []
+
+        def forward(self, images):
+            self.masks.append(self.dropout(torch.ones(64)))
+            return self.linear(images.flatten(1) * self.masks[-1])
+
+    def augment(images, step):
+        moved = dsa_steps(3)(images, step)
+        shifts.append((step, torch.rand(8), moved.detach()))
+        return moved + shifts[-1][1]
+
+    student, shifts = Noting(), []
+    theta, images, labels, _, lr, direction = problem(student, torch.float32)
+    theta_T = speedk.unroll(student, theta, images, labels, [torch.arange(4)] * 6, lr, augment=augment)
+    drawn = [student.masks[:], *map(list, zip(*shifts, strict=True))]
+    assert drawn[1] == list(range(6))
+    for each in (drawn[0], *drawn[2:]):  # of one batch, so nothing but what is drawn makes them differ
+        assert len(each) == 6 and not any(torch.equal(a, b) for i, a in enumerate(each) for b in each[:i])
+    gradients(theta_T, direction, (images,))
+    back = [student.masks[6:], *map(list, zip(*shifts[6:], strict=True))]
+    assert back[1] == drawn[1][::-1]
+    for there, again in zip((drawn[0], *drawn[2:]), (back[0], *back[2:]), strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(there, again[::-1], strict=True))
+
+
 @pytest.mark.parametrize("memory", ["constant", 20_000, "full"])
 @pytest.mark.parametrize("now,later", [(True, False), (False, True)])
 def test_the_mode_of_the_start_counts(memory, now, later):
