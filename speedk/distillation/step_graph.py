@@ -148,6 +148,7 @@ class Training:
             with torch.autocast(**self._autocast):
                 logits = self._call(student, parameters, images)
                 loss = (self.loss or F.cross_entropy)(logits, labels)
+            _check_loss(loss)
             if share != 1:
                 loss = loss * share
             trained = [p for p, is_trained in zip(parameters, self.trained, strict=True) if is_trained]
@@ -236,6 +237,15 @@ class _Held(torch.autograd.graph.saved_tensors_hooks):
         storage = tensor.untyped_storage()
         self.storages[storage.data_ptr()] = storage.nbytes()
         return tensor.detach()  # a node that holds its own output would never be freed
+
+
+def _check_loss(loss: Any) -> None:
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        got = f"{loss.dtype} {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+        raise ConfigError(f"loss must give a scalar tensor, got {got}: take the mean over the batch")
+    if not loss.requires_grad:
+        raise ConfigError("the loss hangs on no parameter of the student: compute it from the logits, by operations "
+                          "that can be differentiated")
 
 
 def alike(a: Tensor, b: Tensor) -> bool:

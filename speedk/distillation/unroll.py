@@ -7,6 +7,7 @@ gradient differentiated along one direction, and its graph dropped: docs/math/un
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -54,9 +55,7 @@ def unroll(student: nn.Module, theta: Tensor, images: Tensor, labels: Tensor, sc
     """
     schedule = [_indices(index, step) for step, index in enumerate(schedule)]
     _check(student, theta, images, labels, schedule, momentum)
-    lr = torch.as_tensor(lr, dtype=theta.dtype, device=theta.device)
-    if lr.dim():
-        raise ConfigError(f"lr must be a scalar, got {tuple(lr.shape)}")
+    lr = _rate(lr, theta)
     schedule = [index.to(images.device) for index in schedule]
     plan = _Plan(Training(student, schedule, augment, loss, images.device), momentum, _limit(memory),
                  torch.is_grad_enabled() and any(t.requires_grad for t in (theta, images, labels, lr)))
@@ -180,9 +179,19 @@ def _limit(memory: str | int) -> float:
     named = {"constant": 0.0, "full": math.inf}
     if isinstance(memory, str) and memory in named:
         return named[memory]
-    if isinstance(memory, bool) or not isinstance(memory, int | float) or not memory >= 0:
+    if isinstance(memory, bool) or not isinstance(memory, numbers.Real) or not memory >= 0:  # numpy's numbers, too
         raise ConfigError(f"memory={memory!r} is not 'constant', 'full' or a number of bytes")
     return float(memory)
+
+
+def _rate(lr: Tensor | float, theta: Tensor) -> Tensor:
+    try:
+        lr = torch.as_tensor(lr, dtype=theta.dtype, device=theta.device)
+    except (TypeError, ValueError, RuntimeError):
+        raise ConfigError(f"lr must be a scalar tensor, or a number, got {type(lr).__name__}") from None
+    if lr.dim():
+        raise ConfigError(f"lr must be a scalar, got {tuple(lr.shape)}")
+    return lr
 
 
 def _indices(index: Tensor | Sequence[int], step: int) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -361,9 +362,20 @@ def test_what_does_not_fit_is_said_in_a_line():
         r"schedule\[1\] must be int64 \[B\], or a sequence of ints, got str": (theta, images, labels, [[0], "ab"], lr),
         r"schedule\[0\] must be int64 \[B\] with B at least 1, got torch.int64 \(\)": (theta, images, labels, [3], lr),
         r"schedule\[0\] must be int64 \[B\] with B at least 1": (theta, images, labels, [[]], lr),
+        "lr must be a scalar tensor, or a number, got str": (theta, images, labels, schedule, "x"),
+        "lr must be a scalar tensor, or a number, got NoneType": (theta, images, labels, schedule, None),
+        r"loss must give a scalar tensor, got torch.float64 \(4,\): take the mean over the batch": (
+            theta, images, labels, schedule, lr, 0.9, None, lambda *both: F.cross_entropy(*both, reduction="none")),
+        "loss must give a scalar tensor, got float": (
+            theta, images, labels, schedule, lr, 0.9, None, lambda *both: F.cross_entropy(*both).item()),
+        "the loss hangs on no parameter of the student: compute it from the logits": (
+            theta, images, labels, schedule, lr, 0.9, None, lambda logits, labels: (logits.argmax(1) == labels).sum()),
+        "memory=True is not 'constant', 'full' or a number": (theta, images, labels, schedule, lr, 0, None, None, True),
+        "memory=nan is not": (theta, images, labels, schedule, lr, 0, None, None, float("nan")),
     }.items():
-        with pytest.raises(ConfigError, match=message):
+        with pytest.raises(ConfigError, match=message) as caught:
             speedk.unroll(student, *arguments)
+        assert "\n" not in str(caught.value)
     with torch.inference_mode(), pytest.raises(ConfigError, match="torch.inference_mode forbids: take torch.no_grad"):
         speedk.unroll(student, theta, images, labels, schedule, lr)
 
@@ -376,6 +388,14 @@ def test_a_schedule_may_be_a_generator_of_lists_or_one_tensor():
     assert not torch.equal(want, theta)
     for schedule in ((row for row in table), table.tolist(), table):
         assert torch.equal(speedk.unroll(student, theta, images, labels, schedule, lr), want)
+
+
+@pytest.mark.parametrize("number", [np.int64(20_000), np.float32(2e4), 20_000])
+def test_memory_may_be_any_number(number):
+    student = STUDENTS["mlp"]()
+    theta, images, labels, schedule, lr, _ = problem(student)
+    want = speedk.unroll(student, theta, images, labels, schedule, lr)
+    assert torch.equal(speedk.unroll(student, theta, images, labels, schedule, lr, memory=number), want)
 
 
 def test_a_constant_nan_in_a_buffer_is_no_change():
