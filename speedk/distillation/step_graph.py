@@ -65,12 +65,14 @@ class _Piece:
 class Training:
     """How a student is trained: all about the steps but the tensors that are differentiated.
 
-    schedule: index tensors on the images' device; the rest as in `unroll`.
+    schedule: index tensors on the images' device; largest_label: for cross entropy, whose number of classes is known
+    when the first logits are; the rest as in `unroll`.
     """
 
     def __init__(self, student: nn.Module, schedule: list[Tensor], augment: Augment | None, loss: Loss | None,
-                 device: torch.device) -> None:
+                 device: torch.device, largest_label: int = -1) -> None:
         self.student, self.schedule, self.augment, self.loss, self.device = student, schedule, augment, loss, device
+        self.largest_label = largest_label
         named = dict(student.named_parameters())
         self.names, self.shapes = list(named), [p.shape for p in named.values()]
         self.sizes = [p.numel() for p in named.values()]
@@ -147,6 +149,9 @@ class Training:
             images, labels = images.requires_grad_(needs[0]), labels.requires_grad_(needs[1])
             with torch.autocast(**self._autocast):
                 logits = self._call(student, parameters, images)
+                if self.largest_label >= logits.shape[-1]:
+                    raise ConfigError(f"there is a label {self.largest_label} but the student gives "
+                                      f"{logits.shape[-1]} logits: labels are 0 to {logits.shape[-1] - 1}")
                 loss = (self.loss or F.cross_entropy)(logits, labels)
             _check_loss(loss)
             if share != 1:

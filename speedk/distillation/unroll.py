@@ -34,7 +34,7 @@ def unroll(student: nn.Module, theta: Tensor, images: Tensor, labels: Tensor, sc
     too: dropout acts where `training` is set.
     theta: [P] float, the `named_parameters()` flattened and laid end to end, in order. One that does not require a
     gradient keeps its value, and is differentiated in all the same.
-    images: [N, C, H, W] float; labels: int64 [N], or float [N, classes].
+    images: [N, C, H, W] float; labels: int64 [N], from 0 to classes - 1 unless `loss` is given, or float [N, classes].
     schedule: int64 index tensors [B_t] (or sequences of ints) into images, one a step; an index may come twice.
     lr: a scalar tensor (or a number). momentum: 0 up to, not including, 1.
     augment: `augment(images [B_t, C, H, W], step) -> images`, differentiable once. It is called again in the backward
@@ -57,7 +57,8 @@ def unroll(student: nn.Module, theta: Tensor, images: Tensor, labels: Tensor, sc
     _check(student, theta, images, labels, schedule, momentum)
     lr = _rate(lr, theta)
     schedule = [index.to(images.device) for index in schedule]
-    plan = _Plan(Training(student, schedule, augment, loss, images.device), momentum, _limit(memory),
+    largest = _largest_label(labels) if loss is None else -1
+    plan = _Plan(Training(student, schedule, augment, loss, images.device, largest), momentum, _limit(memory),
                  torch.is_grad_enabled() and any(t.requires_grad for t in (theta, images, labels, lr)))
     return _Unroll.apply(plan, theta.contiguous(), images, labels, lr)
 
@@ -200,6 +201,19 @@ def _indices(index: Tensor | Sequence[int], step: int) -> Tensor:
     except (TypeError, ValueError, RuntimeError):
         raise ConfigError(f"schedule[{step}] must be int64 [B], or a sequence of ints, got {type(index).__name__}"
                           ) from None
+
+
+def _largest_label(labels: Tensor) -> int:
+    """The largest of int labels, none of which may be negative; -1 where they cannot be looked at, or are no classes.
+
+    Cross entropy leaves out a label of -100 and divides by the number of the others, so that the pieces of a batch
+    would not add up, and one that is too large ends a GPU's process. On a GPU this waits for the labels, once."""
+    if labels.is_floating_point() or not len(labels) or (labels.is_cuda and torch.cuda.is_current_stream_capturing()):
+        return -1
+    least, largest = torch.stack(labels.aminmax()).tolist()
+    if least < 0:
+        raise ConfigError(f"there is a label {least}: labels are 0 to classes - 1 (a loss of your own may take others)")
+    return largest
 
 
 def _check(student: nn.Module, theta: Tensor, images: Tensor, labels: Tensor, schedule: Sequence[Tensor],

@@ -380,6 +380,27 @@ def test_what_does_not_fit_is_said_in_a_line():
         speedk.unroll(student, theta, images, labels, schedule, lr)
 
 
+@pytest.mark.parametrize(("label", "message"), [
+    (-100, "there is a label -100: labels are 0 to classes - 1"),  # cross entropy leaves it out, pieces would not
+    (3, "there is a label 3 but the student gives 3 logits: labels are 0 to 2"),
+])
+def test_labels_of_no_class_are_refused(label, message, monkeypatch):
+    monkeypatch.setattr("speedk.distillation.step_graph.PIECE", 8 * 8)
+    student = STUDENTS["convnet"]()
+    theta, images, labels, schedule, lr, direction = problem(student, soft=False)
+    labels[1] = label
+    with pytest.raises(ConfigError, match=message):
+        speedk.unroll(student, theta, images, labels, schedule, lr)
+
+    def loss(logits, labels):  # one's own may take them
+        return F.cross_entropy(logits, labels, ignore_index=label)
+
+    want = gradients(plainly(student, theta, images, labels, schedule, lr, 0.9, loss=loss), direction, (images, lr))
+    got = gradients(speedk.unroll(student, theta, images, labels, schedule, lr, loss=loss), direction, (images, lr))
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+
+
 def test_a_schedule_may_be_a_generator_of_lists_or_one_tensor():
     student = STUDENTS["mlp"]()
     theta, images, labels, _, lr, _ = problem(student)
