@@ -1,7 +1,8 @@
 """Differentiable siamese augmentation (DSA): one operation a batch, replayable on any batch and any device.
 
 `draw` decides on the CPU what happens, `apply` does it. The same `Draw` applied to two batches treats them alike, and
-`apply` is differentiable in the images as often as they ask for (`scale` and `rotate`: once, as torch's grid_sample).
+`apply` is differentiable in the images as often as they ask for (`scale` and `rotate` on the CPU: once, as torch's
+grid_sample), and on every device its gradients add in a fixed order.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from speedk.augment._affine import affine
 from speedk.errors import ConfigError
 from speedk.geometry import Geometry
 from speedk.registry import nearest
@@ -197,12 +199,9 @@ def _rotate(images: Tensor, degrees: Tensor) -> Tensor:
 
 
 def _affine(images: Tensor, xx: Tensor, xy: Tensor, yx: Tensor, yy: Tensor) -> Tensor:
-    """Sample each image bilinearly at (xx x + xy y, yx x + yy y), x and y from -1 to 1 between the centres of the
-    outermost pixels, zeros outside."""
-    matrix = torch.stack([xx, xy, torch.zeros_like(xx), yx, yy, torch.zeros_like(xx)], 1).view(-1, 2, 3).to(images)
-    grid = F.affine_grid(matrix, [len(matrix), *images.shape[1:]], align_corners=True)
-    return F.grid_sample(images, grid.expand(len(images), -1, -1, -1), mode="bilinear", padding_mode="zeros",
-                         align_corners=True)
+    """Sample each image at (xx x + xy y, yx x + yy y)."""
+    matrix = torch.stack([xx, xy, yx, yy], 1).view(-1, 2, 2)
+    return affine(images, matrix.to(images.device, torch.promote_types(images.dtype, torch.float32)))
 
 
 _OPERATIONS: dict[str, tuple[Callable[[int, int, torch.Generator], dict[str, Tensor]], Callable[..., Tensor]]] = {

@@ -19,6 +19,7 @@ from speedk.distillation import seeds
 from speedk.distillation.step_graph import Augment, Loss, StepGraph, Training
 from speedk.errors import ConfigError
 from speedk.ops import unroll_step, unroll_step_adjoint
+from speedk.ordered import add_rows
 
 
 def unroll(student: nn.Module, theta: Tensor, images: Tensor, labels: Tensor, schedule: Iterable[Tensor], lr: Tensor,
@@ -151,15 +152,8 @@ def _walk_back(ctx, d_theta: Tensor) -> list[Tensor | None]:
                 d_theta = d_theta + along[0]
             for total, rows in zip((d_images, d_labels), along[1:], strict=True):
                 if rows is not None:
-                    _add_rows(total, plan.training.schedule[step], rows)
+                    add_rows(total, plan.training.schedule[step], rows)
     return [d_theta if need_theta else None, d_images, d_labels, d_lr]
-
-
-def _add_rows(total: Tensor, index: Tensor, rows: Tensor) -> None:
-    if total.is_cuda:  # index_add_ adds the rows of an index that comes twice in any order there
-        total.index_put_((index,), rows, accumulate=True)
-    else:
-        total.index_add_(0, index, rows)
 
 
 class _Once(torch.autograd.Function):

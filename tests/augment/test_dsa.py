@@ -8,9 +8,11 @@ from collections import Counter
 import pytest
 import torch
 
-from speedk.augment import dsa
+from speedk.augment import _affine, dsa
 from speedk.errors import ConfigError
 from speedk.geometry import Geometry
+
+DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -91,15 +93,16 @@ def reference_rotate(image, drawn, i):
                                       (x - centre) * cos - (y - centre) * sin + centre))
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("op", dsa.ALL)
 @pytest.mark.parametrize(("channels", "side"), [(3, 8), (1, 7), (3, 12)])
 @pytest.mark.parametrize("shared", [False, True])
-def test_against_plain_loops(op, channels, side, shared):
+def test_against_plain_loops(op, channels, side, shared, device):
     images = batch(5, channels, side)
     drawn = dsa.draw(5, side, generator(3), shared=shared, ops=(op,))
     reference = globals()[f"reference_{op}"]
     expected = torch.stack([reference(image, drawn, i) for i, image in enumerate(images)])
-    torch.testing.assert_close(dsa.apply(images, drawn), expected, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(dsa.apply(images.to(device), drawn).cpu(), expected, rtol=1e-9, atol=1e-9)
     if op != "flip" or not shared:
         assert not torch.equal(expected, images)
 
@@ -111,14 +114,55 @@ def test_saturation_leaves_grey_images_alone():
     assert not torch.allclose(dsa.apply(batch(4, 3, 8), drawn), dsa.apply(batch(4, 3, 8), plain))
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("op", dsa.ALL)
 @pytest.mark.parametrize("shared", [False, True])
-def test_gradients(op, shared):
-    images = batch(3, 3, 6).requires_grad_()
+def test_gradients(op, shared, device):
+    images = batch(3, 3, 6).to(device).requires_grad_()
     drawn = dsa.draw(3, 6, generator(2), shared=shared, ops=(op,))
     assert torch.autograd.gradcheck(lambda x: dsa.apply(x, drawn), (images,))
-    if op not in ("scale", "rotate"):
+    if op not in ("scale", "rotate") or device == "cuda":
         assert torch.autograd.gradgradcheck(lambda x: dsa.apply(x, drawn), (images,))
+
+
+def as_on_a_gpu(images, matrix):
+    return _affine._Sample.apply(images, matrix, False)
+
+
+@pytest.mark.parametrize("shape", [(3, 2, 8, 8), (2, 3, 7, 7), (2, 1, 5, 9), (2, 2, 1, 1), (1, 2, 1, 4), (0, 3, 4, 4)])
+@pytest.mark.parametrize("shared", [False, True])
+def test_the_sampling_of_a_gpu_is_grid_sample(shape, shared):
+    """Maps that turn, shear, mirror, leave the image by far and hit its pixels exactly."""
+    images = torch.randn(shape, generator=generator(1), dtype=torch.float64).requires_grad_()
+    turned = torch.randn(max(shape[0], 1), 2, 2, generator=generator(2), dtype=torch.float64) * 0.8
+    for matrix in (turned, 5 * turned, torch.eye(2).double().expand_as(turned), -torch.eye(2).double()[None]):
+        matrix = matrix[:1] if shared or not shape[0] else matrix
+        want, got = _affine.affine(images, matrix), as_on_a_gpu(images, matrix)
+        torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-12)
+        slope = torch.randn(shape, generator=generator(3), dtype=torch.float64)
+        for a, b in zip(*(torch.autograd.grad(out, images, slope) for out in (got, want)), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+
+
+def test_the_sampling_of_a_gpu_is_differentiable_any_number_of_times():
+    images, matrix = batch(2, 2, 4).requires_grad_(), torch.randn(2, 2, 2, generator=generator(4)).double()
+    assert torch.autograd.gradcheck(lambda x: as_on_a_gpu(x, matrix), (images,))
+    assert torch.autograd.gradgradcheck(lambda x: as_on_a_gpu(x, matrix).square(), (images,))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("op", dsa.ALL)
+def test_gradients_are_the_same_bits_each_time(op, dtype, device):
+    images = torch.randn(40, 3, 16, 16, generator=generator(5)).to(device, dtype).requires_grad_()
+    slope = torch.randn(images.shape, generator=generator(6)).to(device, dtype)
+    drawn = dsa.draw(40, 16, generator(6), ops=(op,))
+    (first,), *others = (torch.autograd.grad(dsa.apply(images, drawn), images, slope) for _ in range(5))
+    assert first.dtype == dtype and all(torch.equal(first, other) for other, in others)
+    if op in ("scale", "rotate"):
+        matrix = torch.randn(40, 2, 2, generator=generator(7)).to(device)
+        (first,), *others = (torch.autograd.grad(as_on_a_gpu(images, matrix), images, slope) for _ in range(5))
+        assert first.dtype == dtype and all(torch.equal(first, other) for other, in others)
 
 
 @pytest.mark.parametrize("op", dsa.ALL)
