@@ -10,6 +10,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from speedk.cli import _testing
 from speedk.errors import ConfigError, DataError, Interrupted
 
 if TYPE_CHECKING:
@@ -47,6 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--runs", metavar="N", type=int, default=5, help="fresh networks of each kind (default: 5)")
     parser.add_argument("--protocol", choices=("paper", "quick"), default="quick", help="default: quick")
     parser.add_argument("--epochs", metavar="N", type=int, help="of evaluation, in place of the protocol's")
+    _testing.add_precision(parser)
     parser.add_argument("--steps", metavar="N", type=int, help="outer iterations (default: the recipe's)")
     parser.add_argument("--seed", metavar="S", type=int, help="of everything random in distilling (default: 0)")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: auto")
@@ -119,7 +121,7 @@ def _evaluation(args: argparse.Namespace) -> Evaluation:
     names = tuple(networks.given(name.strip()) for name in args.networks.split(",") if name.strip())
     if not names or args.runs < 1:
         raise ConfigError(f"there is nothing to run: --networks {args.networks}, --runs {args.runs}")
-    return Evaluation(names, args.runs, args.protocol, args.epochs)
+    return Evaluation(names, args.runs, args.protocol, args.epochs, precision=args.precision)
 
 
 def _plans(args: argparse.Namespace, grid: list[dict[str, Any]]) -> list[Plan]:
@@ -190,7 +192,8 @@ def _listing(plans: list[Plan], grid: list[dict[str, Any]], how: Evaluation) -> 
              ("data", f"{first.real.name}, split {first.real.split}"
                       + (f"; {first.real.note}" if first.real.note else "")),
              ("objective", first.chosen),
-             ("tested by", f"{how.runs} of {', '.join(how.networks)}, protocol {how.protocol}"),
+             ("tested by", f"{how.runs} of {', '.join(how.networks)}, protocol {how.protocol}"
+                           + (f" in {how.precision}" if how.precision != "float32" else "")),
              ("device", str(first.device)), ("out", str(first.out.parent))]
     return f"{table(facts)}\n\n{table(rows, numbers=(1, 2))}"
 

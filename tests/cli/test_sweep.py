@@ -65,6 +65,14 @@ def test_a_stopped_grid_goes_on_and_a_longer_one_keeps_its_cells(run, tmp_path, 
     assert len(calls) == before and len(lines(tmp_path)[0]["results"][0]["accuracies"]) == 2
 
 
+def test_a_precision_is_that_of_its_networks(run, tmp_path, capsys):
+    assert run("k=2,6", "--precision", "bf16") == 0
+    assert "protocol quick in bf16" in capsys.readouterr().out
+    assert [line["protocol"]["precision"] for line in lines(tmp_path)] == ["bf16", "bf16"]
+    assert run("k=2,6") == 0  # the other one is measured for itself
+    assert [line["protocol"]["precision"] for line in lines(tmp_path)] == ["float32", "float32"]
+
+
 def test_a_cell_over_the_budget_needs_to_be_allowed(run, tmp_path, capsys):
     assert run("k=6,40", "images_per_class=25") == 1
     said = capsys.readouterr().err
