@@ -111,7 +111,7 @@ def continual(given: Sequence[str | os.PathLike[str] | Distilled | sources.Sourc
         if isinstance(one, (str, os.PathLike)) and Path(one).is_dir():
             if real is None:
                 raise DataError(f"{one} holds a file for each step: say which data they are parts of")
-            source, parts = folder(Path(one), real)
+            source, parts = folder(Path(one), real, rate, standardisation)
             own = real
         else:
             source, own = resolve(one, real, other_data, progress is not False)
@@ -159,11 +159,13 @@ def split(classes: int, steps: int, seed: int) -> list[list[int]]:
     return [part.tolist() for part in torch.tensor_split(order, steps)]
 
 
-def folder(path: Path, real: RealData) -> tuple[sources.Source, list[list[int]]]:
+def folder(path: Path, real: RealData, rate: float | None = None,
+           standardisation: str | None = None) -> tuple[sources.Source, list[list[int]]]:
     """The distilled files in `path`, or of the run directories in it, in the order of their names, as one source, and
     the classes of each.
 
     Where a file's normaliser is another than that of `real`, its pictures (clipped to 0 to 1) are normalised anew.
+    rate, standardisation: what is trained with in place of the files' own, which must be one for all otherwise.
     Raises DataError where a class is not one of `real`, is in two files or in none, or the images are of another size.
     """
     from speedk.distillation import artifact
@@ -196,11 +198,14 @@ def folder(path: Path, real: RealData) -> tuple[sources.Source, list[list[int]]]
         standards.add(read.header["protocol"])
     if missing := [name for name, i in known.items() if not any(i in part for part in parts)]:
         raise DataError(f"no file of {path} holds the class {missing[0]!r}")
-    if len(rates) > 1 or len(standards) > 1:
-        raise DataError(f"the files of {path} were made for different rates or protocols: evaluate them one by one")
+    if (len(rates) > 1 and rate is None) or (len(standards) > 1 and standardisation is None):
+        said = ", ".join(sorted(map(str, rates))), ", ".join(sorted(standards))
+        raise DataError(f"the files of {path} were made for different rates ({said[0]}) or protocols ({said[1]}): say "
+                        "one for all of them (--rate, --standardisation)")
     everything, classes = torch.cat(images), torch.cat(labels)
     return sources.Source(str(path), lambda seed, real, device: ImageSet.of(everything, classes, device), len(classes),
-                          rate=rates.pop(), standardisation=standards.pop(), storage=storage), parts
+                          rate=rates.pop() if rate is None else rate,
+                          standardisation=standardisation or standards.pop(), storage=storage), parts
 
 
 def _natural(path: Path) -> list[tuple[int, str]]:

@@ -183,6 +183,16 @@ def test_the_files_of_a_strict_run_are_distilled_from_their_own_classes(tmp_path
         assert said in capsys.readouterr().err
 
 
+def test_files_of_different_rates_are_trained_on_at_the_one_that_is_said(tmp_path):
+    real = make_real()
+    for classes, lr in (("abc", 0.1), ("def", 0.2)):  # as trajectory matching learns them
+        write(tmp_path / f"{classes}.safetensors", real, classes, lr=lr)
+    report = continual([tmp_path], real, **{**SHORT, "steps": None, "rate": 0.03, "epochs": 1})
+    assert "SGD at 0.03" in report.memories[0]["schedule"]
+    with pytest.raises(DataError, match=r"different rates \(0.1, 0.2\) or protocols \(mtt\): say one for all"):
+        continual([tmp_path], real, **{**SHORT, "steps": None, "standardisation": "mtt"})
+
+
 def test_folders_that_do_not_fit(tmp_path):
     real, number = make_real(), iter(range(9))
 
