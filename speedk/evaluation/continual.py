@@ -202,8 +202,8 @@ def folder(path: Path, real: RealData, rate: float | None = None,
         said = ", ".join(sorted(map(str, rates))), ", ".join(sorted(standards))
         raise DataError(f"the files of {path} were made for different rates ({said[0]}) or protocols ({said[1]}): say "
                         "one for all of them (--rate, --standardisation)")
-    everything, classes = torch.cat(images), torch.cat(labels)
-    return sources.Source(str(path), lambda seed, real, device: ImageSet.of(everything, classes, device), len(classes),
+    classes = torch.cat(labels)
+    return sources.Source(str(path), sources.fixed(torch.cat(images), classes), len(classes),
                           rate=rates.pop() if rate is None else rate,
                           standardisation=standardisation or standards.pop(), storage=storage), parts
 
@@ -242,7 +242,7 @@ def _agree(steps: int | None, folders: list[list[list[int]]], classes: int) -> i
 
 def _learn(memory: _Memory, names: list[str], splits: dict[int, list[list[int]]], pool: Pool,
            tick: Callable[[], object], hidden: bool | None) -> list[Curve]:
-    """A curve for each network: all runs of a step side by side."""
+    """A curve for each network: all runs of a step are trained by one call."""
     real, plan = memory.real, memory.plan
     classes = real.geometry.classes
     images = {seed: memory.source.images(seed, real, pool.device) for seed in splits}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -38,6 +39,12 @@ class Source:
     storage: dict[str, float] = field(default_factory=dict)
     whole: bool = False
     details: dict[str, Any] = field(default_factory=dict)
+
+
+def fixed(images: Tensor, labels: Tensor) -> Callable[[int, RealData, torch.device], ImageSet]:
+    """`Source.images` of the same normalised images for every run: one copy on a device, however many train there."""
+    on = functools.cache(lambda device: ImageSet.of(images, labels, device))
+    return lambda seed, real, device: on(device)
 
 
 def whole(real: RealData) -> Source:
@@ -93,7 +100,7 @@ def distilled(artifact: Distilled, real: RealData, other_data: bool = False) -> 
         raise _elsewhere(artifact.path, said, real)
     images, labels = artifact.images("normalised"), artifact.labels
     return Source(
-        artifact.path, lambda seed, real, device: ImageSet.of(images, labels, device), len(labels),
+        artifact.path, fixed(images, labels), len(labels),
         rate=header["objective"].get("lr"), standardisation=header["protocol"],
         storage={part: numbers for part, numbers, _ in artifact.storage()},
         details={"method": artifact.method, "objective": header["objective"]["name"], "ipc": artifact.ipc,
@@ -126,8 +133,7 @@ def arrays(path: str | Path, images: Tensor, labels: Tensor, real: RealData, nor
         raise DataError(f"{path} holds images of {str(images.dtype).removeprefix('torch.')}: {wanted}")
     labels = _labels(path, labels, len(images), g.classes)
     ready = images if normalised else real.normaliser.normalise(images.contiguous())
-    return Source(str(path), lambda seed, real, device: ImageSet.of(ready, labels, device), len(labels),
-                  storage=_plain(len(labels), g))
+    return Source(str(path), fixed(ready, labels), len(labels), storage=_plain(len(labels), g))
 
 
 def _labels(path: str | Path, labels: Tensor, count: int, classes: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""Train networks on an image set, several side by side; the step itself is `speedk.training`'s."""
+"""Train networks on an image set, on the CPU several side by side; the step itself is `speedk.training`'s."""
 
 from __future__ import annotations
 

@@ -104,6 +104,16 @@ def test_a_failed_run_is_plain(real, write_artifact, tmp_path):
     assert json.loads((tmp_path / "out.json").read_text())["results"][0]["mean"] is None
 
 
+def test_the_runs_of_a_file_share_one_copy_of_it_on_a_device(real, write_artifact):
+    source, _ = sources.distilled(speedk.load(write_artifact(real)), real)
+    given = sources.arrays("x.npz", torch.rand(4, 3, 8, 8), torch.tensor([0, 1, 2, 0]), real)
+    for one in (source, given):
+        first, second = (one.images(seed, real, torch.device("meta")) for seed in (0, 1))  # a copy, unlike on the CPU
+        assert first.labels.is_meta and first.labels is second.labels
+        assert first.fetch.__self__.is_meta and first.fetch.__self__ is second.fetch.__self__
+        assert not one.images(0, real, torch.device("cpu")).labels.is_meta
+
+
 def test_real_images_are_drawn_anew_for_each_run(real):
     source = real_images(real, 2)
     first, second = (source.images(seed, real, torch.device("cpu")) for seed in (0, 1))
