@@ -1,5 +1,5 @@
 #!/bin/bash
-# Everything that needs a GPU, on a machine without network, in under 8 minutes: build in place, test the ops on the GPU,
+# Everything that needs a GPU, on a machine without network, in under 8 minutes: build in place, test ops and training,
 # look for wrong memory accesses and races, time the ops, write bench/results/. Installs nothing: it uses the torch,
 # triton, pytest, hypothesis, pybind11, cmake and ninja that are there, and pytest-xdist where it is.
 # PYTHON=... picks the interpreter.
@@ -83,6 +83,7 @@ else
     note compute-sanitizer 0 127
 fi
 part tests 270 env OMP_NUM_THREADS=2 "${pytest[@]}" ${spread[@]+"${spread[@]}"} tests/ops
+part training 90 env OMP_NUM_THREADS=2 "${pytest[@]}" ${spread[@]+"${spread[@]}"} tests/augment tests/distillation -k cuda
 collect "${checks[@]}"
 
 # A bench that starts must be able to end, and the report be written.

@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from toys import make_real
+from toys import DEVICES, make_real
 
 import speedk
 from speedk import networks
@@ -28,10 +28,10 @@ def real():
     return make_real(resolution=8, count=8)
 
 
-def make(path, real, count=2, epochs=3, threads=1, progress=lambda *_: None, **fields):
+def make(path, real, count=2, epochs=3, threads=1, progress=lambda *_: None, device="cpu", **fields):
     identity = Identity.of(real, **{"network": "mlp", "rate": 0.1, "batch": 10, **fields})
     folder = ExpertFolder.create(path, identity)
-    experts.train(folder, real, count, epochs, threads=threads, progress=progress)
+    experts.train(folder, real, count, epochs, device, threads=threads, progress=progress)
     return folder
 
 
@@ -39,8 +39,10 @@ def contents(folder, count=2):
     return [folder.file(number).read_bytes() for number in range(count)]
 
 
-def test_an_expert_is_plain_sgd(real, tmp_path):
-    folder = make(tmp_path, real, count=2, augment=False, network="convnet")
+@pytest.mark.parametrize("device", DEVICES)
+def test_an_expert_is_plain_sgd(real, tmp_path, device, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    folder = make(tmp_path, real, count=2, device=device, augment=False, network="convnet")
     assert folder.numbers() == [0, 1]
     seed = seeds.derive(0, "expert", 1)
     network = networks.fresh("convnet", real.geometry, seeds.derive(seed, "start")).double()

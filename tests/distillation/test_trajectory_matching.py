@@ -11,7 +11,7 @@ import signal
 import pytest
 import torch
 import torch.nn.functional as F
-from toys import make_real
+from toys import DEVICES, make_real
 
 import speedk
 from speedk import networks
@@ -45,8 +45,8 @@ def recipe(method="pixels", **overrides):
     return resolve(tables, "tm", overrides)
 
 
-def make_run(real, **overrides):
-    run = loop.Run(recipe(**overrides), real, torch.device("cpu"))
+def make_run(real, device="cpu", **overrides):
+    run = loop.Run(recipe(**overrides), real, torch.device(device))
     run.initialise(loop.Progress())
     return run
 
@@ -70,9 +70,10 @@ def test_convolutions_in_bf16_give_nearly_the_same_gradient(real):
         recipe(precision="fp8")
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
-def test_the_loss_and_its_gradient_are_those_of_plain_loops(real, monkeypatch, momentum):
-    run = make_run(real, augment=False, inner_momentum=momentum)
+def test_the_loss_and_its_gradient_are_those_of_plain_loops(real, monkeypatch, momentum, device):
+    run = make_run(real, device, augment=False, inner_momentum=momentum)
     schedules = []
     batches = tm.batches
     monkeypatch.setattr(tm, "batches", lambda *seen: schedules.append(batches(*seen)) or schedules[-1])
@@ -82,7 +83,7 @@ def test_the_loss_and_its_gradient_are_those_of_plain_loops(real, monkeypatch, m
     assert folder.numbers() == [0, 1] and folder.epochs(0) == 3  # max_start + expert_epochs - 1
     student = networks.fresh("mlp", real.geometry, 0).double()
     names, shapes = zip(*((name, p.shape) for name, p in student.named_parameters()), strict=True)
-    images = run.synthetic.images.detach().double().requires_grad_()
+    images = run.synthetic.images.detach().cpu().double().requires_grad_()
     rate = torch.tensor(0.05, dtype=torch.float64, requires_grad=True)
     losses = []
     for number in (0, 1):  # which of them was drawn shows in the loss
@@ -93,16 +94,16 @@ def test_the_loss_and_its_gradient_are_those_of_plain_loops(real, monkeypatch, m
                 parts = theta.split([shape.numel() for shape in shapes])
                 values = {name: part.view(shape) for name, part, shape in zip(names, parts, shapes)}
                 logits = torch.func.functional_call(student, values, (images[index],))
-                loss = F.cross_entropy(logits, run.synthetic.classes[index])
+                loss = F.cross_entropy(logits, run.synthetic.classes.cpu()[index])
                 m = momentum * m + (1 - momentum) * torch.autograd.grad(loss, theta, create_graph=True)[0]
                 theta = theta - rate * m
             losses.append((theta - target).square().sum() / (start - target).square().sum())
     loss = min(losses, key=lambda loss: abs(float(loss.detach()) - numbers["loss"]))
     assert float(loss.detach()) == pytest.approx(numbers["loss"], rel=1e-5)
     d_images, d_rate = torch.autograd.grad(loss, [images, rate])
-    torch.testing.assert_close(run.synthetic.images.grad.double(), d_images, rtol=1e-3,
+    torch.testing.assert_close(run.synthetic.images.grad.cpu().double(), d_images, rtol=1e-3,
                                atol=1e-4 * float(d_images.abs().max()))
-    torch.testing.assert_close(run.objective.learned()[0]["params"][0].grad.double(), d_rate, rtol=1e-3, atol=0)
+    torch.testing.assert_close(run.objective.learned()[0]["params"][0].grad.cpu().double(), d_rate, rtol=1e-3, atol=0)
 
 
 def test_the_students_dropout_acts(real, monkeypatch):
@@ -137,15 +138,17 @@ def test_matching_lowers_the_loss(real, tmp_path, method):
     assert header["objective"]["experts"] == folder_of(real).identity.key
 
 
-def test_a_stopped_run_resumes_to_the_same_bytes(real, tmp_path):
+@pytest.mark.parametrize(("network", "device"), [("mlp", "cpu"), *(("convnet", d) for d in DEVICES if d != "cpu")])
+def test_a_stopped_run_resumes_to_the_same_bytes(real, tmp_path, network, device):
     def interrupt(done, *_):
         if done == 2:
             os.kill(os.getpid(), signal.SIGINT)
 
-    whole = loop.distill(recipe("speed"), real, tmp_path / "whole").read_bytes()
+    made = recipe("speed", network=network)
+    whole = loop.distill(made, real, tmp_path / "whole", device=device).read_bytes()
     with pytest.raises(Interrupted):
-        loop.distill(recipe("speed"), real, tmp_path / "run", progress=loop.Progress(step=interrupt))
-    assert loop.distill(recipe("speed"), real, tmp_path / "run", resume=True).read_bytes() == whole
+        loop.distill(made, real, tmp_path / "run", device=device, progress=loop.Progress(step=interrupt))
+    assert loop.distill(made, real, tmp_path / "run", device=device, resume=True).read_bytes() == whole
 
 
 def test_stopped_while_experts_train_it_goes_on(real, tmp_path):

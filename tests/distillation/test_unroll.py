@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from toys import DEVICES
 
 import speedk
 from speedk import networks
@@ -29,19 +30,21 @@ STUDENTS = {
 }
 
 
-def problem(student, dtype=torch.float64, soft=True, count=10, steps=6, batch=4):
-    """theta, images, labels, lr as leaves, a schedule with repeats and a short batch, and a direction for theta_T."""
+def problem(student, dtype=torch.float64, soft=True, count=10, steps=6, batch=4, device="cpu"):
+    """theta, images, labels, lr as leaves, a schedule with repeats and a short batch, and a direction for theta_T; the
+    student goes to their device."""
     g = torch.Generator().manual_seed(1)
     geometry = GEOMETRY
-    theta = torch.cat([p.detach().flatten() for p in student.parameters()])
+    theta = torch.cat([p.detach().flatten() for p in student.to(device).parameters()])
     images = torch.randn(count, geometry.channels, geometry.resolution, geometry.resolution, generator=g)
     labels = torch.randint(geometry.classes, (count,), generator=g)
     if soft:
-        labels = torch.randn(count, geometry.classes, generator=g).softmax(1).to(dtype).requires_grad_()
+        labels = torch.randn(count, geometry.classes, generator=g).softmax(1).to(device, dtype).requires_grad_()
     schedule = [torch.randint(count, (batch,), generator=g) for _ in range(steps - 1)] + [torch.tensor([1, 1, 7])]
-    leaves = [t.to(dtype).requires_grad_() for t in (theta, images)]
-    lr = torch.tensor(0.05, dtype=dtype, requires_grad=True)
-    return *leaves, labels, schedule, lr, torch.randn(theta.shape, generator=g, dtype=torch.float64).to(dtype)
+    leaves = [t.to(device, dtype).requires_grad_() for t in (theta, images)]
+    lr = torch.tensor(0.05, dtype=dtype, device=device, requires_grad=True)
+    direction = torch.randn(theta.shape, generator=g, dtype=torch.float64).to(device, dtype)
+    return *leaves, labels.to(device), schedule, lr, direction
 
 
 def plainly(student, theta, images, labels, schedule, lr, momentum, augment=None, loss=F.cross_entropy):
@@ -69,12 +72,14 @@ def relative(got, want):
     return ((got - want).norm() / want.norm()).item()
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("momentum", [0, 0.9])
 @pytest.mark.parametrize("name", STUDENTS)
-def test_exact(name, momentum):
+def test_exact(name, momentum, device):
     student = STUDENTS[name]()
-    for dtype, allowed in ((torch.float64, 1e-9), (torch.float32, 5e-4)):
-        theta, images, labels, schedule, lr, direction = problem(student, dtype)
+    # A GPU's float32 is tf32 in places.
+    for dtype, allowed in ((torch.float64, 1e-9), *([(torch.float32, 5e-4)] if device == "cpu" else [])):
+        theta, images, labels, schedule, lr, direction = problem(student, dtype, device=device)
         leaves = (theta, images, labels, lr)
         exact = [t.detach().double().requires_grad_() for t in leaves]
         want_theta = plainly(student, *exact[:3], schedule, exact[3], momentum)
@@ -87,8 +92,9 @@ def test_exact(name, momentum):
             assert relative(a.double(), b) < allowed, of
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("name", [*STUDENTS, "dropout", "group norm"])
-def test_memory_modes_give_the_same_bits(name, monkeypatch):
+def test_memory_modes_give_the_same_bits(name, device, monkeypatch):
     monkeypatch.setattr("speedk.distillation.step_graph.PIECE", 2 * 8 * 8)  # two pieces a batch
     others = {
         "dropout": lambda: networks.fresh("vit", GEOMETRY, 0, dim=8, depth=1, heads=1, hidden=8, dropout=0.3),
@@ -97,7 +103,7 @@ def test_memory_modes_give_the_same_bits(name, monkeypatch):
     }
     torch.manual_seed(0)
     student = {**STUDENTS, **others}[name]()
-    theta, images, labels, schedule, lr, direction = problem(student, torch.float32)
+    theta, images, labels, schedule, lr, direction = problem(student, torch.float32, steps=12, device=device)
     results = []
     for memory in ("constant", "full", 20_000, 60_000):
         torch.manual_seed(5)
@@ -131,15 +137,19 @@ def test_through_augmentation(op):
     assert relative(got, want) < 1e-9 and relative(got_lr, want_lr) < 1e-9
 
 
-def test_dropout_is_replayed():
+@pytest.mark.parametrize("device", DEVICES)
+def test_dropout_is_replayed(device):
     """The derivative of what ran, mask and all, by differences."""
     student = networks.fresh("vit", GEOMETRY, 0, dim=8, depth=1, heads=1, hidden=8, dropout=0.3)
-    theta, images, labels, schedule, lr, direction = problem(student, soft=False)
+    theta, images, labels, schedule, lr, direction = problem(student, soft=False, device=device)
     noise = torch.randn_like(images)
+
+    def augment(x, step):
+        return x + torch.rand(1, device=device) + torch.rand(1).to(device)
 
     def result(images):
         torch.manual_seed(2)
-        return speedk.unroll(student, theta, images, labels, schedule, lr, augment=lambda x, step: x + torch.rand(1))
+        return speedk.unroll(student, theta, images, labels, schedule, lr, augment=augment)
 
     got, = gradients(result(images), direction, (images,))
     with torch.no_grad():
@@ -297,16 +307,19 @@ def test_strided_theta():
     assert theta.grad.abs().max() > 0
 
 
-def test_leaves_the_student_and_the_random_state_alone():
-    student = STUDENTS["convnet"]()
+@pytest.mark.parametrize("device", DEVICES)
+def test_leaves_the_student_and_the_random_state_alone(device):
+    student = STUDENTS["convnet"]().to(device)
     before = [p.detach().clone() for p in student.parameters()]
-    theta, images, labels, schedule, lr, direction = problem(student)
+    theta, images, labels, schedule, lr, direction = problem(student, device=device)
     torch.manual_seed(4)
     torch.randint(2**62, ())  # the one draw
     state = torch.get_rng_state()
+    of_gpu = torch.cuda.get_rng_state() if device == "cuda" else None
     torch.manual_seed(4)
     gradients(speedk.unroll(student, theta, images, labels, schedule, lr, augment=dsa_steps(0)), direction, (images,))
     assert torch.equal(torch.get_rng_state(), state)
+    assert of_gpu is None or torch.equal(torch.cuda.get_rng_state(), of_gpu)
     assert all(torch.equal(a, b) for a, b in zip(student.parameters(), before, strict=True))
     assert all(p.grad is None for p in student.parameters())
 
