@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from speedk.cli import _curves, _testing
+from speedk.cli._files import distilled_file
 from speedk.cli._text import table
 from speedk.errors import ConfigError, TrainingError
 from speedk.files import write_atomic
@@ -30,7 +31,7 @@ LOWER = "learn fewer --runs or --networks at a time"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("files", metavar="FILE", nargs="+", type=Path,
-                        help="a distilled file, or a folder with one for each step")
+                        help="a distilled file or its run directory, or a folder with a file for each step")
     parser.add_argument("--steps", metavar="N", type=int, help="default: 5, or as many as a folder has files")
     parser.add_argument("--dataset", metavar="NAME", help="the data to test on (default: what the file came from)")
     parser.add_argument("--data", metavar="DIR", type=Path,
@@ -59,14 +60,15 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError(f"--runs {args.runs} must be at least 1 and --seed {args.seed} at least 0")
     if args.out is not None and not args.out.parent.is_dir():
         raise ConfigError(f"--out {args.out}: {args.out.parent} is not a folder, create it first")
-    telling = [file for file in args.files if file.suffix.lower() == ".safetensors"]
-    _, real = _testing.source([*telling, *args.files][0], args)
-    report = continual(args.files, real, steps=args.steps, networks=names, runs=args.runs,
+    files = [distilled_file(file) for file in args.files]
+    telling = [file for file in files if file.suffix.lower() == ".safetensors"]
+    _, real = _testing.source([*telling, *files][0], args)
+    report = continual(files, real, steps=args.steps, networks=names, runs=args.runs,
                        protocol=args.protocol, seed=args.seed, standardisation=args.standardisation, rate=args.rate,
                        epochs=args.epochs, precision=args.precision, device=_testing.device(args.device),
                        other_data=args.other_data)
     print(text(report))
-    first = args.files[0]
+    first = files[0]
     out = args.out or (first if first.is_dir() else first.parent) / "continual.json"
     picture = out.with_suffix(".png")
     if args.out is None:

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from speedk.cli._files import distilled_file
 from speedk.errors import ConfigError
 from speedk.files import unwritable
 
@@ -35,7 +36,7 @@ _BATCH_BYTES = 16 << 20
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("file", metavar="FILE", help="a distilled file (.safetensors)")
+    parser.add_argument("file", metavar="FILE", help="a distilled file (.safetensors), or the run directory it is in")
     parser.add_argument("--out", metavar="DIR", type=Path, required=True, help="a folder that is new or empty")
     parser.add_argument("--format", choices=("png", "parquet", "npz"), default="png", help="default: png")
     parser.add_argument("--space", choices=("normalised", "unit"), help="npz: images as networks train on them "
@@ -48,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
     if args.space and args.format != "npz":
         raise ConfigError(f"--space is for npz: {args.format} files always hold pictures")
     _refuse_used(args.out)
-    distilled = artifact.load(args.file)
+    distilled = artifact.load(distilled_file(args.file))
     temporary = args.out.with_name(f".{args.out.name}.{secrets.token_hex(4)}.partial")
     try:
         try:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from speedk.cli import _curves, _testing
+from speedk.cli._files import distilled_file
 from speedk.errors import ConfigError, TrainingError
 from speedk.files import write_atomic
 
@@ -37,7 +38,7 @@ LOWER = "evaluate fewer runs or networks at a time (--runs, --networks)"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", metavar="FILE", nargs="?", type=Path,
-                        help="a distilled file, or images and labels as .npz or .parquet")
+                        help="a distilled file or its run directory, or images and labels as .npz or .parquet")
     parser.add_argument("--dataset", metavar="NAME", help="the data to test on (default: what the file came from)")
     parser.add_argument("--data", metavar="DIR", type=Path,
                         help="the folder with that data, or one with a folder of its name")
@@ -75,14 +76,17 @@ def run(args: argparse.Namespace) -> int:
     _check(args, names)
     from speedk.evaluation import evaluate, real_images, whole
 
-    source, real = _testing.source(args.file, args)
+    file = None if args.file is None else distilled_file(args.file)
+    if file is not None and file.is_dir():
+        raise ConfigError(f"{file} is a folder without a distilled.safetensors: give a file or a run directory")
+    source, real = _testing.source(file, args)
     if args.whole:
         source = whole(real)
     elif args.real is not None:
         source = real_images(real, args.real)
     out = args.out
-    if out is None and args.file is not None:
-        out = args.file.with_name("evaluation.json")
+    if out is None and file is not None:
+        out = file.with_name("evaluation.json")
     beside = _curves.reports(args.compare, _corruptions)
     report = evaluate(source, real, networks=names, runs=args.runs, protocol=args.protocol, seed=args.seed,
                       standardisation=args.standardisation, rate=args.rate, epochs=args.epochs,

@@ -8,6 +8,7 @@ import os
 import textwrap
 from typing import TYPE_CHECKING, Any
 
+from speedk.cli._files import distilled_file
 from speedk.cli._text import table
 from speedk.errors import one_line
 
@@ -23,14 +24,14 @@ EPILOG = """examples:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("file", metavar="FILE", help="a distilled file (.safetensors)")
+    parser.add_argument("file", metavar="FILE", help="a distilled file (.safetensors), or the run directory it is in")
     parser.add_argument("--json", action="store_true", help="print all of it as one JSON document")
 
 
 def run(args: argparse.Namespace) -> int:
     from speedk.distillation import artifact
 
-    distilled = artifact.load(args.file)
+    distilled = artifact.load(distilled_file(args.file))
     summary = summarise(distilled)
     print(json.dumps({**distilled.header, **summary}, indent=1) if args.json else text(distilled, summary))
     return 0

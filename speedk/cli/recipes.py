@@ -33,6 +33,8 @@ def run(args: argparse.Namespace) -> int:
             raise ConfigError(f"no recipe {args.name!r}{nearest(args.name, list(shipped))}")
         print(shipped[args.name], end="")
         return 0
+    if args.name is not None:
+        raise ConfigError(f"list takes no name: speedk recipes show {args.name} prints that recipe")
     rows = [("recipe", "data", "ipc", "method", "objectives", "N/c", "counted", "budget",
              "published accuracy (per cent)")]
     rows += [_row(name) for name in shipped]

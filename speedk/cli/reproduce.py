@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from speedk.cli import _testing, is_memory
+from speedk.cli._files import flat
 from speedk.errors import ConfigError, Interrupted, SpeedkError, TrainingError, one_line
 
 if TYPE_CHECKING:
@@ -235,8 +236,8 @@ def _command(target: Target, cells: list[Cell], args: argparse.Namespace, change
 
 def _out(target: Target, args: argparse.Namespace, changed: dict[str, Any]) -> Path:
     """The run directory of `target`."""
-    return args.out / "-".join([target.folder, *(f"{name}={value}" for name, value in sorted(changed.items())),
-                                f"seed{args.seed}"])
+    fields = [f"{name}={value}" for name, value in sorted(changed.items())]
+    return args.out / flat("-".join([target.folder, *fields, f"seed{args.seed}"]))
 
 
 def _measure(target: Target, cells: list[Cell], args: argparse.Namespace, changed: dict[str, Any],

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from speedk.cli._files import distilled_file
 from speedk.errors import ConfigError
 from speedk.registry import nearest
 
@@ -48,8 +49,7 @@ def run(args: argparse.Namespace) -> int:
 
     if args.columns < 1:
         raise ConfigError(f"--columns {args.columns} must be at least 1")
-    path = Path(args.file)
-    path = path / "distilled.safetensors" if path.is_dir() else path
+    path = distilled_file(args.file)
     kind = "density" if args.density else "sparsification" if args.sparsification else ""
     out = args.out or path.with_name(f"{path.stem}-{kind}.png" if kind else f"{path.stem}.png")
     if out.exists() and not args.overwrite:

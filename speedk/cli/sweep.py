@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from speedk.cli import _testing
+from speedk.cli._files import flat
 from speedk.errors import ConfigError, DataError, Interrupted
 
 if TYPE_CHECKING:
@@ -175,7 +176,7 @@ def _varied(grid: list[dict[str, Any]]) -> list[str]:
 
 
 def _short(fields: dict[str, Any]) -> str:
-    return ",".join(f"{name}={value}" for name, value in fields.items()).replace("/", "_")
+    return flat(",".join(f"{name}={value}" for name, value in fields.items()))
 
 
 def _listing(plans: list[Plan], grid: list[dict[str, Any]], how: Evaluation) -> str:

@@ -163,4 +163,6 @@ def test_recipes(capsys):
     assert 'method = "speed"' in capsys.readouterr().out
     assert main(["recipes", "show", "digits-ipc1-sped"]) == 1
     assert "did you mean 'digits-ipc1-speed'" in capsys.readouterr().err
+    assert main(["recipes", "list", "digits-ipc1-speed"]) == 1
+    assert "speedk recipes show digits-ipc1-speed" in capsys.readouterr().err
     assert main(["recipes", "show"]) == 1

@@ -31,6 +31,12 @@ def test_json(file, capsys):
     assert found["budget_used"] == found["numbers"] / found["budget"]
 
 
+def test_a_run_directory_is_the_file_in_it(file, tmp_path, capsys):
+    for words in (["info"], ["decode", "--out", str(tmp_path / "images")], ["show"]):
+        assert main([words[0], str(file.parent), *words[1:]]) == 0
+    assert f"{file}" in capsys.readouterr().out and (tmp_path / "images/ant").is_dir()
+
+
 def test_damaged(file, capsys):
     data = bytearray(file.read_bytes())
     data[-1] ^= 1

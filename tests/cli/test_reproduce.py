@@ -229,6 +229,18 @@ def test_a_dry_run_prints_the_commands(run, tmp_path, capsys):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_value_with_a_slash_makes_no_folders(run, tmp_path, monkeypatch):
+    outs = []
+
+    def planned(*, out, **_):
+        outs.append(out)
+        raise TrainingError("not now")
+
+    monkeypatch.setattr(plans, "plan", planned)
+    assert run("T", "--row", "TM", "experts=/a/b") == 1
+    assert [str(out) for out in outs] == ["runs/tables/digits-ipc1-pixels-tm-experts=_a_b-seed0"]
+
+
 def test_a_coreset_by_other_epochs(run, tmp_path):
     assert run("T", "--row", "Random", "epochs=3", "--protocol", "quick", "--runs", "1") == 0
     assert lines(tmp_path)[0]["changed"] == {"epochs": 3}

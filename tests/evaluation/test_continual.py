@@ -254,11 +254,14 @@ def test_the_command(file, tmp_path, monkeypatch, capsys):
     assert stored["classes"] == [2, 4, 6]
     assert (tmp_path / "continual.png").read_bytes()[:4] == b"\x89PNG"
     assert main(line) == 0
+    assert main(["continual", str(file.parent), *line[2:]]) == 0  # the run directory that it is in
+    assert json.loads((tmp_path / "continual.json").read_text())["memories"] == stored["memories"]
     assert (tmp_path / "continual.1.json").exists() and (tmp_path / "continual.1.png").exists()
     failing = [*line, "--rate", "1e30", "--out", str(tmp_path / "c.json")]
+    (tmp_path / "steps").mkdir()
     for words, said in ((failing, "3 networks did not train"), ([*line, "--runs", "0"], "--runs 0"),
                         ([*line, "--networks", "mpl"], "'mlp'"), ([*line, "--out", "no/a.json"], "no is not a folder"),
-                        (["continual", str(tmp_path)], "does not say what to test on")):
+                        (["continual", str(tmp_path / "steps")], "does not say what to test on")):
         capsys.readouterr()
         assert main(words) == 1
         assert said in capsys.readouterr().err

@@ -46,6 +46,15 @@ def test_a_file_gives_a_table_and_json_beside_it(run, real, write_artifact, caps
     assert run.asked == [("stripes", None, {"split": None, "resolution": 8, "normaliser": "channel"})]
 
 
+def test_a_run_directory_is_the_file_in_it(run, real, write_artifact, tmp_path):
+    path = write_artifact(real)
+    assert run(f"{path.parent} --dataset stripes {SHORT}") == 0
+    assert json.loads(path.with_name("evaluation.json").read_text())["source"] == str(path)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ConfigError, match="empty is a folder without a distilled.safetensors"):
+        run(f"{tmp_path / 'empty'} --dataset stripes {SHORT}")
+
+
 def test_a_precision_is_said_in_the_report(run, real, write_artifact, capsys):
     path = write_artifact(real)
     assert run(f"{path} --dataset stripes {SHORT} --precision bf16") == 0
