@@ -106,7 +106,9 @@ def _png(figure: Figure) -> bytes:
         for handle, name in zip(*axes.get_legend_handles_labels(), strict=True):
             curves.setdefault(name, handle)
     labels, handles = list(curves), list(curves.values())
-    figure.legend(handles, labels, loc="outside lower center", ncols=min(3, len(labels)), fontsize=9, frameon=False)
+    entry = 0.6 + 0.08 * max(map(len, labels), default=0)  # inches: the line, and letters of 9 points
+    columns = max(1, min(3, len(labels), int(figure.get_figwidth() / entry)))
+    figure.legend(handles, labels, loc="outside lower center", ncols=columns, fontsize=9, frameon=False)
     stream = io.BytesIO()
-    figure.savefig(stream, format="png", metadata={"Software": None})
+    figure.savefig(stream, format="png", metadata={"Software": None}, bbox_inches="tight")  # a long name is not cut
     return stream.getvalue()

@@ -181,6 +181,16 @@ def test_a_name_has_one_colour_in_all_panels_and_in_the_legend(kind, monkeypatch
         assert {line.get_label(): line.get_color() for line in axes.get_lines()} == {n: legend[n] for n in names}
 
 
+def test_long_names_are_not_cut(monkeypatch):
+    pytest.importorskip("matplotlib")
+    drawn, png = [], plots._png
+    monkeypatch.setattr(plots, "_png", lambda figure: drawn.append(figure) or png(figure))
+    names = [f"cifar10-ipc1-{method}-dm-precision=bf16-steps=400-seed0" for method in ("pixels", "speed", "haba")]
+    plots.polar({"convnet": {name: {"fog": 20.0, "snow": 30.0, "frost": 25.0} for name in names}})
+    legend = drawn[0].legends[0].get_window_extent()
+    assert 0 <= legend.x0 < legend.x1 <= drawn[0].bbox.width
+
+
 @pytest.fixture
 def run(real, monkeypatch):
     monkeypatch.setattr(data, "load", lambda name=None, path=None, **options: real)
