@@ -82,7 +82,8 @@ def test_each_network_keeps_how_it_was_measured(tmp_path, monkeypatch):
     for commit, networks in (("old", ["mlp"]), ("new", ["mlp", "convnet"])):
         monkeypatch.setattr(cell, "_commit", lambda commit=commit: commit)
         measured = cell.measure_coreset(make_real(), "random", 1, how(*networks), tmp_path, bars=False)
-    cells = [tables.Cell("1", "Random", network, network, "", None) for network in ("mlp", "convnet")]
+    target = tables.Target("coreset", "random", "cifar10", 1)
+    cells = [tables.Cell("1", "Random", network, network, "", target) for network in ("mlp", "convnet")]
     assert [tables.cell_line(one, measured)["commit"] for one in cells] == ["old", "new"]
 
 
