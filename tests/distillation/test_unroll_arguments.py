@@ -1,0 +1,138 @@
+"""What `speedk.unroll` may be given, and what it refuses in a line."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from unrolled import STUDENTS, gradients, plainly, problem
+
+import speedk
+from speedk.errors import ConfigError
+
+
+def test_strided_theta():
+    student = STUDENTS["mlp"]()
+    theta, images, labels, schedule, lr, _ = problem(student)
+    every_second = torch.stack([theta, theta], 1)[:, 0]
+    got = speedk.unroll(student, every_second, images, labels, schedule, lr)
+    assert torch.equal(got, speedk.unroll(student, theta, images, labels, schedule, lr))
+    got.sum().backward()  # a gradient of stride 0
+    assert theta.grad.abs().max() > 0
+
+
+def test_buffers_that_change_are_refused():
+    student = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(144, 3)).double()
+    theta, images, labels, schedule, lr, direction = problem(student)
+    before = student[1].running_mean.clone()
+    with pytest.raises(ConfigError, match="1.running_mean, 1.running_var, 1.num_batches_tracked"):
+        speedk.unroll(student, theta, images, labels, schedule, lr)
+    assert torch.equal(student[1].running_mean, before)
+    student.eval()
+    leaves = (theta, images, labels, lr)
+    got = gradients(speedk.unroll(student, theta, images, labels, schedule, lr), direction, leaves)
+    want = gradients(plainly(student, theta, images, labels, schedule, lr, 0.9), direction, leaves)
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+
+
+def test_refusals():
+    student = STUDENTS["mlp"]()
+    theta, images, labels, schedule, lr, _ = problem(student)
+    frozen = STUDENTS["mlp"]().requires_grad_(False)
+    with pytest.raises(ConfigError, match=r"has no parameter that requires a gradient.*say student.requires_grad_\(\)"):
+        speedk.unroll(frozen, theta, images, labels, schedule, lr)
+    with pytest.raises(ConfigError, match="has no parameter that requires a gradient"):
+        speedk.unroll(nn.Flatten(), theta[:0], images, labels, schedule, lr)
+    for message, arguments in {
+        "the student has": (theta[1:], images, labels, schedule, lr),
+        "images must be": (theta, images[0], labels[:1], schedule, lr),
+        r"labels must be int64 \[10\]": (theta, images, labels[1:], schedule, lr),
+        r"schedule\[0\] points outside": (theta, images, labels, [torch.tensor([10])], lr),
+        r"schedule\[0\] must be int64": (theta, images, labels, [torch.tensor([1.0])], lr),
+        "lr must be a scalar": (theta, images, labels, schedule, lr[None]),
+        "momentum=1": (theta, images, labels, schedule, lr, 1),
+        "memory='some'": (theta, images, labels, schedule, lr, 0.9, None, None, "some"),
+    }.items():
+        with pytest.raises(ConfigError, match=message):
+            speedk.unroll(student, *arguments)
+
+
+def test_what_does_not_fit_is_said_in_a_line():
+    student = STUDENTS["mlp"]()
+    theta, images, labels, schedule, lr, _ = problem(student, soft=False)
+    with torch.inference_mode():
+        made_inside = images * 1
+    for message, arguments in {
+        r"labels must be int64 \[10\] .* got torch.int32": (theta, images, labels.int(), schedule, lr),
+        "images are torch.float32.*make the floats one dtype": (theta, images.float(), labels, schedule, lr),
+        "labels torch.float32: make the floats": (theta, images, F.one_hot(labels).float(), schedule, lr),
+        "theta is on cpu, images on meta": (theta, images.to("meta"), labels, schedule, lr),
+        "images was made in torch.inference_mode.*clone it": (theta, made_inside, labels, schedule, lr),
+        r"schedule\[1\] must be int64 \[B\], or a sequence of ints, got str": (theta, images, labels, [[0], "ab"], lr),
+        r"schedule\[0\] must be int64 \[B\] with B at least 1, got torch.int64 \(\)": (theta, images, labels, [3], lr),
+        r"schedule\[0\] must be int64 \[B\] with B at least 1": (theta, images, labels, [[]], lr),
+        "lr must be a scalar tensor, or a number, got str": (theta, images, labels, schedule, "x"),
+        "lr must be a scalar tensor, or a number, got NoneType": (theta, images, labels, schedule, None),
+        r"loss must give a scalar tensor, got torch.float64 \(4,\): take the mean over the batch": (
+            theta, images, labels, schedule, lr, 0.9, None, lambda *both: F.cross_entropy(*both, reduction="none")),
+        "loss must give a scalar tensor, got float": (
+            theta, images, labels, schedule, lr, 0.9, None, lambda *both: F.cross_entropy(*both).item()),
+        "the loss hangs on no parameter of the student: compute it from the logits": (
+            theta, images, labels, schedule, lr, 0.9, None, lambda logits, labels: (logits.argmax(1) == labels).sum()),
+        "memory=True is not 'constant', 'full' or a number": (theta, images, labels, schedule, lr, 0, None, None, True),
+        "memory=nan is not": (theta, images, labels, schedule, lr, 0, None, None, float("nan")),
+    }.items():
+        with pytest.raises(ConfigError, match=message) as caught:
+            speedk.unroll(student, *arguments)
+        assert "\n" not in str(caught.value)
+    with torch.inference_mode(), pytest.raises(ConfigError, match="torch.inference_mode forbids: take torch.no_grad"):
+        speedk.unroll(student, theta, images, labels, schedule, lr)
+
+
+@pytest.mark.parametrize(("label", "message"), [
+    (-100, "there is a label -100: labels are 0 to classes - 1"),  # cross entropy leaves it out, pieces would not
+    (3, "there is a label 3 but the student gives 3 logits: labels are 0 to 2"),
+])
+def test_labels_of_no_class_are_refused(label, message, monkeypatch):
+    monkeypatch.setattr("speedk.distillation.step_graph.PIECE", 8 * 8)
+    student = STUDENTS["convnet"]()
+    theta, images, labels, schedule, lr, direction = problem(student, soft=False)
+    labels[1] = label
+    with pytest.raises(ConfigError, match=message):
+        speedk.unroll(student, theta, images, labels, schedule, lr)
+
+    def loss(logits, labels):  # one's own may take them
+        return F.cross_entropy(logits, labels, ignore_index=label)
+
+    want = gradients(plainly(student, theta, images, labels, schedule, lr, 0.9, loss=loss), direction, (images, lr))
+    got = gradients(speedk.unroll(student, theta, images, labels, schedule, lr, loss=loss), direction, (images, lr))
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+
+
+def test_a_schedule_may_be_a_generator_of_lists_or_one_tensor():
+    student = STUDENTS["mlp"]()
+    theta, images, labels, _, lr, _ = problem(student)
+    table = torch.tensor([[1, 2, 3], [0, 1, 9]])
+    want = speedk.unroll(student, theta, images, labels, list(table), lr)
+    assert not torch.equal(want, theta)
+    for schedule in ((row for row in table), table.tolist(), table):
+        assert torch.equal(speedk.unroll(student, theta, images, labels, schedule, lr), want)
+
+
+@pytest.mark.parametrize("number", [np.int64(20_000), np.float32(2e4), 20_000])
+def test_memory_may_be_any_number(number):
+    student = STUDENTS["mlp"]()
+    theta, images, labels, schedule, lr, _ = problem(student)
+    want = speedk.unroll(student, theta, images, labels, schedule, lr)
+    assert torch.equal(speedk.unroll(student, theta, images, labels, schedule, lr, memory=number), want)
+
+
+def test_a_constant_nan_in_a_buffer_is_no_change():
+    student = STUDENTS["mlp"]()
+    student.register_buffer("unknown", torch.tensor([float("nan"), 1.0]))
+    theta, images, labels, schedule, lr, _ = problem(student)
+    assert bool(speedk.unroll(student, theta, images, labels, schedule, lr).isfinite().all())
