@@ -80,6 +80,7 @@ FLOORS = [
       for kind, asked in (("faster", 2), ("memory", 0.5))),
     Floor("cpu", "unroll", "cifar10-ipc1 T=5", "slower", 0.75, "eager", "full"),
     Floor("cpu", "unroll", "cifar10-ipc1 T=5", "slower", 1.0, "eager", "constant"),
+    *(Floor("cpu", op, "P=320010", "faster", 1.0, "eager") for op in ("unroll_step", "unroll_step_adjoint")),
     *_training("cifar10-ipc1", 2.5), *_training("cifar10-ipc10", 2.5, 1.2),
     *_training("cifar10-ipc50-batch", 1.3, 1.0), *_training("imagenet-ipc1", 1.3),
     *(Floor("cuda", op, case, "roof", 0.7) for op in ("coo_decode", "unpatchify")

@@ -30,20 +30,27 @@ template <class F> void each_chunk(int64_t P, int threads, F&& f) {
   });
 }
 
+// One chunk of a step. With arguments of its own: what a lambda captures by reference could lie anywhere, and the
+// compiler would load lr and momentum again after each store instead of taking a vector at a time.
+template <class T>
+void step_chunk(int64_t count, T lr, T momentum, const T* theta, const T* m, const T* gradient,
+                T* __restrict__ theta_out, T* __restrict__ m_out) {
+  for (int64_t i = 0; i < count; ++i) {
+    const T value = averaged(m[i], gradient[i], momentum);
+    m_out[i] = value;
+    theta_out[i] = theta[i] - lr * value;
+  }
+}
+
 template <class T>
 void step(const UnrollStep& job, const void* theta, const void* m, const void* gradient, void* theta_out, void* m_out,
           int threads) {
   const T lr = *static_cast<const T*>(job.lr), momentum = static_cast<T>(job.momentum);
   const T *from = static_cast<const T*>(theta), *average = static_cast<const T*>(m),
           *g = static_cast<const T*>(gradient);
-  T* __restrict__ to = static_cast<T*>(theta_out);
-  T* __restrict__ next = static_cast<T*>(m_out);
+  T *to = static_cast<T*>(theta_out), *next = static_cast<T*>(m_out);
   each_chunk(job.P, threads, [&](int64_t, int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      const T value = averaged(average[i], g[i], momentum);
-      next[i] = value;
-      to[i] = from[i] - lr * value;
-    }
+    step_chunk(end - begin, lr, momentum, from + begin, average + begin, g + begin, to + begin, next + begin);
   });
 }
 
