@@ -85,7 +85,7 @@ def test_the_peak_keeps_to_the_limit(sizes, batch, augmented, limit, device):
     call(2, "full")
     constant, limited, full = (peak_bytes(lambda m=m: call(30, m), device) for m in ("constant", int(limit), "full"))
     assert full - constant > 1.5 * limit  # so that the next line can fail
-    assert limited - constant < 1.05 * limit
+    assert limited - constant < 1.05 * limit + 4e6  # by which two peaks of the same differ: threads meet, or do not
 
 
 def test_the_last_steps_are_kept_as_many_as_fit(monkeypatch):
