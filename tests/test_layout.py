@@ -120,7 +120,7 @@ def _imported_at_the_top(path: Path, name: str) -> bool:
 
 def ops() -> list[str]:
     # The last is a part of freenet, in its own file.
-    shared = {"__init__", "arguments", "dispatch", "native", "freenet_block"}
+    shared = {"__init__", "arguments", "dispatch", "native", "registered", "freenet_block"}
     return sorted(p.stem for p in (PACKAGE / "ops").glob("*.py") if p.stem not in shared)
 
 

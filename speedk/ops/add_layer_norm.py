@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 from torch.nn.functional import layer_norm
 
-from speedk.ops import arguments, dispatch
+from speedk.ops import arguments, dispatch, registered
 
 
 @dispatch.public
@@ -50,7 +49,7 @@ def why_not_triton(x: Tensor, residual: Tensor | None, weight: Tensor, bias: Ten
 _op = dispatch.Op("add_layer_norm", triton=why_not_triton)
 
 
-@torch.library.custom_op("speedk::add_layer_norm", mutates_args=())
+@registered.custom_op("speedk::add_layer_norm")
 def _add_layer_norm(x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     _fits(x, residual, weight, bias)
     return dispatch.launchers("triton", "add_layer_norm").add_layer_norm_fwd(x, residual, weight, bias, eps)
@@ -61,7 +60,7 @@ def _(x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: flo
     return x.new_empty(x.shape)
 
 
-@torch.library.custom_op("speedk::add_layer_norm_bwd", mutates_args=())
+@registered.custom_op("speedk::add_layer_norm_bwd")
 def _add_layer_norm_bwd(d_out: Tensor, x: Tensor, residual: Tensor | None, weight: Tensor,
                         eps: float) -> tuple[Tensor, Tensor, Tensor]:
     _fits(x, residual, weight, weight)

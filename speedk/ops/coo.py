@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from speedk.ops import arguments, dispatch, native
+from speedk.ops import arguments, dispatch, native, registered
 from speedk.ops.mhsc import fits_heads, mhsc_reference
 from speedk.ops.topk import fits_topk, holds_nan, topk_mask_reference, why_not_native_topk
 
@@ -151,7 +151,7 @@ _decode = dispatch.Op("coo_decode", triton=why_not_triton, native=why_not_native
 _mhsc = dispatch.Op("mhsc_coo", triton=why_not_triton, native=why_not_native)
 
 
-@torch.library.custom_op("speedk::coo_encode", mutates_args=())
+@registered.custom_op("speedk::coo_encode")
 def _coo_encode(scm: Tensor, k: int, check: bool, backend: str) -> tuple[Tensor, Tensor, Tensor]:
     _fits_encode(scm, k)
     values, rows, cols = _encoded(scm, k)
@@ -186,7 +186,7 @@ def _encode_backward(ctx, d_values: Tensor, *none: None):
 _coo_encode.register_autograd(_encode_backward, setup_context=_encode_save)
 
 
-@torch.library.custom_op("speedk::coo_decode", mutates_args=())
+@registered.custom_op("speedk::coo_decode")
 def _coo_decode(values: Tensor, rows: Tensor, cols: Tensor, J: int, K: int, check: bool, backend: str) -> Tensor:
     _fits(values, rows, cols, J, K)
     dense, bad = dispatch.launchers(backend, "coo").coo_decode_fwd(values, rows, cols, J, K)
@@ -200,7 +200,7 @@ def _(values: Tensor, rows: Tensor, cols: Tensor, J: int, K: int, check: bool, b
     return values.new_empty(*values.shape[:2], J, K)
 
 
-@torch.library.custom_op("speedk::coo_decode_bwd", mutates_args=())
+@registered.custom_op("speedk::coo_decode_bwd")
 def _coo_decode_bwd(d_dense: Tensor, rows: Tensor, cols: Tensor, backend: str) -> Tensor:
     J, K = d_dense.shape[2:]
     _fits(d_dense.new_empty(rows.shape), rows, cols, J, K)
@@ -236,7 +236,7 @@ _coo_decode.register_autograd(_decode_backward, setup_context=_decode_save)
 _coo_decode_bwd.register_autograd(_decode_double_backward, setup_context=_decode_bwd_save)
 
 
-@torch.library.custom_op("speedk::mhsc_coo", mutates_args=())
+@registered.custom_op("speedk::mhsc_coo")
 def _mhsc_coo(values: Tensor, rows: Tensor, cols: Tensor, saet: Tensor, J: int, check: bool, backend: str) -> Tensor:
     fits_mhsc_coo(values, rows, cols, saet, J)
     features, bad = dispatch.launchers(backend, "coo").mhsc_coo_fwd(values, rows, cols, saet, J)
@@ -250,7 +250,7 @@ def _(values: Tensor, rows: Tensor, cols: Tensor, saet: Tensor, J: int, check: b
     return values.new_empty(values.shape[0], J, saet.shape[1])
 
 
-@torch.library.custom_op("speedk::mhsc_coo_bwd", mutates_args=())
+@registered.custom_op("speedk::mhsc_coo_bwd")
 def _mhsc_coo_bwd(d_out: Tensor, values: Tensor, rows: Tensor, cols: Tensor, saet: Tensor,
                   backend: str) -> tuple[Tensor, Tensor]:
     fits_mhsc_coo(values, rows, cols, saet, d_out.shape[1])

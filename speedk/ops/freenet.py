@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from speedk.ops import arguments, dispatch, native
+from speedk.ops import arguments, dispatch, native, registered
 from speedk.ops.coo import fits_mhsc_coo, mhsc_coo
 from speedk.ops.coo import why_not_triton as why_not_mhsc_coo
 from speedk.ops.freenet_block import NORMS, BlockWeights, fits_block, freenet_block, freenet_block_reference
@@ -122,7 +122,7 @@ _op = dispatch.Op("freenet", triton=why_not_triton, native=why_not_native)
 _coo = dispatch.Op("freenet_coo", triton=why_not_triton, native=why_not_native)
 
 
-@torch.library.custom_op("speedk::freenet", mutates_args=())
+@registered.custom_op("speedk::freenet")
 def _freenet(features: Tensor, weights: list[Tensor], channels: int, patch: int, sum_norm: bool,
              keep: bool) -> tuple[Tensor, Tensor]:
     _fits(features, weights, channels, patch)
@@ -143,7 +143,7 @@ def _kept(features: Tensor, weights: list[Tensor]) -> int:
     return len(weights) // 10 * n * j * (2 * d + 2)
 
 
-@torch.library.custom_op("speedk::freenet_bwd", mutates_args=())
+@registered.custom_op("speedk::freenet_bwd")
 def _freenet_bwd(d_images: Tensor, kept: Tensor, features: Tensor, weights: list[Tensor], channels: int, patch: int,
                  sum_norm: bool) -> tuple[Tensor, Tensor]:
     _fits(features, weights, channels, patch)

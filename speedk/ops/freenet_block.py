@@ -6,11 +6,10 @@ import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 from torch.nn.functional import gelu, linear
 
-from speedk.ops import arguments, dispatch
+from speedk.ops import arguments, dispatch, registered
 from speedk.ops.add_layer_norm import add_layer_norm_reference
 
 EPS = 1e-6
@@ -103,7 +102,7 @@ def why_not_triton(features: Tensor, state: Tensor | None, weights: Sequence[Ten
 _op = dispatch.Op("freenet_block", triton=why_not_triton)
 
 
-@torch.library.custom_op("speedk::freenet_block", mutates_args=())
+@registered.custom_op("speedk::freenet_block")
 def _freenet_block(features: Tensor, state: Tensor | None, weights: list[Tensor], norm: str) -> Tensor:
     _fits(features, state, weights, norm)
     return dispatch.launchers("triton", "freenet").freenet_block_fwd(features, state, tuple(weights), norm, EPS)
@@ -114,7 +113,7 @@ def _(features: Tensor, state: Tensor | None, weights: list[Tensor], norm: str) 
     return features.new_empty(features.shape)
 
 
-@torch.library.custom_op("speedk::freenet_block_bwd", mutates_args=())
+@registered.custom_op("speedk::freenet_block_bwd")
 def _freenet_block_bwd(d_out: Tensor, features: Tensor, state: Tensor | None, weights: list[Tensor],
                        norm: str) -> list[Tensor]:
     """d_features, then d_state (empty where there is no state), then the ten of the weights."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from speedk.ops import arguments, dispatch
+from speedk.ops import arguments, dispatch, registered
 
 
 @dispatch.public
@@ -62,7 +62,7 @@ def why_not_triton(scm: Tensor, saet: Tensor) -> str | None:
 _op = dispatch.Op("mhsc", triton=why_not_triton, native=why_not_native)
 
 
-@torch.library.custom_op("speedk::mhsc", mutates_args=())
+@registered.custom_op("speedk::mhsc")
 def _mhsc(scm: Tensor, saet: Tensor, backend: str) -> Tensor:
     fits_mhsc(scm, saet)
     return dispatch.launchers(backend, "mhsc").mhsc_fwd(scm, saet)
@@ -73,7 +73,7 @@ def _(scm: Tensor, saet: Tensor, backend: str) -> Tensor:
     return scm.new_empty(scm.shape[0], scm.shape[2], saet.shape[1])
 
 
-@torch.library.custom_op("speedk::mhsc_bwd", mutates_args=())
+@registered.custom_op("speedk::mhsc_bwd")
 def _mhsc_bwd(d_out: Tensor, scm: Tensor, saet: Tensor, need_scm: bool, need_saet: bool,
               backend: str) -> tuple[Tensor, Tensor]:
     fits_mhsc(scm, saet)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import avg_pool2d, group_norm, relu
 
-from speedk.ops import arguments, dispatch, native
+from speedk.ops import arguments, dispatch, native, registered
 
 
 @dispatch.public
@@ -65,7 +65,7 @@ def _why_not_native(x: Tensor, weight: Tensor, bias: Tensor) -> str | None:
 _op = dispatch.Op("norm_act_pool", native=_why_not_native, cuda=True)
 
 
-@torch.library.custom_op("speedk::norm_act_pool", mutates_args=())
+@registered.custom_op("speedk::norm_act_pool")
 def _norm_act_pool(x: Tensor, weight: Tensor, bias: Tensor, eps: float, backend: str) -> tuple[Tensor, Tensor, Tensor]:
     _fits(x, weight, bias)
     return dispatch.launchers(backend, "norm_act_pool").norm_act_pool_fwd(x, weight, bias, eps)
@@ -78,7 +78,7 @@ def _(x: Tensor, weight: Tensor, bias: Tensor, eps: float, backend: str) -> tupl
     return _empty(x, (b, c, h // 2, w // 2)), mean, rstd
 
 
-@torch.library.custom_op("speedk::norm_act_pool_bwd", mutates_args=())
+@registered.custom_op("speedk::norm_act_pool_bwd")
 def _norm_act_pool_bwd(d_out: Tensor, x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, rstd: Tensor, eps: float,
                        backend: str) -> tuple[Tensor, Tensor, Tensor]:
     _fits_backward(d_out, x, weight, bias, mean, rstd)
@@ -91,7 +91,7 @@ def _(d_out: Tensor, x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, rstd
     return _empty(x, x.shape), weight.new_empty(weight.shape), bias.new_empty(bias.shape)
 
 
-@torch.library.custom_op("speedk::norm_act_pool_bwd_bwd", mutates_args=())
+@registered.custom_op("speedk::norm_act_pool_bwd_bwd")
 def _norm_act_pool_bwd_bwd(dd_x: Tensor, dd_weight: Tensor, dd_bias: Tensor, d_out: Tensor, x: Tensor, weight: Tensor,
                            bias: Tensor, mean: Tensor, rstd: Tensor, eps: float,
                            backend: str) -> tuple[Tensor, Tensor, Tensor]:

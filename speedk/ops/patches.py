@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from speedk.ops import arguments, dispatch, native
+from speedk.ops import arguments, dispatch, native, registered
 
 
 @dispatch.public
@@ -142,7 +142,7 @@ _unfold = dispatch.Op("unpatchify", triton=dispatch.why_not_triton, native=why_n
 _project = dispatch.Op("tokens_to_images", triton=why_not_triton_product, native=why_not_native_product)
 
 
-@torch.library.custom_op("speedk::patchify", mutates_args=())
+@registered.custom_op("speedk::patchify")
 def _patchify(images: Tensor, patch: int, backend: str) -> Tensor:
     _fits_patchify(images, patch)
     return dispatch.launchers(backend, "patches").patchify_fwd(images, patch)
@@ -154,7 +154,7 @@ def _(images: Tensor, patch: int, backend: str) -> Tensor:
     return images.new_empty(n, (h // patch) * (w // patch), patch * patch * c)
 
 
-@torch.library.custom_op("speedk::unpatchify", mutates_args=())
+@registered.custom_op("speedk::unpatchify")
 def _unpatchify(tokens: Tensor, channels: int, patch: int, width: int, backend: str) -> Tensor:
     _fits_unpatchify(tokens, channels, patch)
     if tokens.shape[1] % max(width, 1) or (tokens.shape[1] and width < 1):
@@ -189,7 +189,7 @@ _patchify.register_autograd(_patchify_backward, setup_context=_patchify_save)
 _unpatchify.register_autograd(_unpatchify_backward, setup_context=_unpatchify_save)
 
 
-@torch.library.custom_op("speedk::tokens_to_images", mutates_args=())
+@registered.custom_op("speedk::tokens_to_images")
 def _tokens_to_images(state: Tensor, weight: Tensor, bias: Tensor, channels: int, patch: int, backend: str) -> Tensor:
     _fits_projection(state, weight, bias, channels, patch)
     return dispatch.launchers(backend, "patches").tokens_to_images_fwd(state, weight, bias, channels, patch)
@@ -201,7 +201,7 @@ def _(state: Tensor, weight: Tensor, bias: Tensor, channels: int, patch: int, ba
     return state.new_empty(state.shape[0], channels, side, side)
 
 
-@torch.library.custom_op("speedk::tokens_to_images_bwd", mutates_args=())
+@registered.custom_op("speedk::tokens_to_images_bwd")
 def _tokens_to_images_bwd(d_images: Tensor, state: Tensor, weight: Tensor, patch: int,
                           backend: str) -> tuple[Tensor, Tensor, Tensor]:
     side = square_side(state.shape[1]) * patch

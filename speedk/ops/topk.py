@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from speedk.ops import arguments, dispatch, native
+from speedk.ops import arguments, dispatch, native, registered
 
 
 @dispatch.public
@@ -79,7 +79,7 @@ _mask = dispatch.Op("topk_mask", native=why_not_native_topk, cuda=True)
 _sparse = dispatch.Op("sparsify", native=why_not_native_topk, cuda=True)
 
 
-@torch.library.custom_op("speedk::topk_mask", mutates_args=())
+@registered.custom_op("speedk::topk_mask")
 def _topk_mask(scm: Tensor, k: int, check: bool, backend: str) -> Tensor:
     fits_topk(scm, k)
     mask = torch.empty(scm.shape, dtype=torch.bool, device=scm.device)
@@ -94,7 +94,7 @@ def _(scm: Tensor, k: int, check: bool, backend: str) -> Tensor:
     return torch.empty(scm.shape, dtype=torch.bool, device=scm.device)
 
 
-@torch.library.custom_op("speedk::sparsify", mutates_args=())
+@registered.custom_op("speedk::sparsify")
 def _sparsify(scm: Tensor, k: int, check: bool, backend: str) -> Tensor:
     fits_topk(scm, k)
     kept = torch.empty(scm.shape, dtype=scm.dtype, device=scm.device)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from speedk.ops import arguments, dispatch, native
+from speedk.ops import arguments, dispatch, native, registered
 
 
 @dispatch.public
@@ -79,7 +79,7 @@ _op = dispatch.Op("unroll_step", native=_why_not_native, cuda=True)
 _adjoint_op = dispatch.Op("unroll_step_adjoint", native=_why_not_native, cuda=True)
 
 
-@torch.library.custom_op("speedk::unroll_step", mutates_args=())
+@registered.custom_op("speedk::unroll_step")
 def _unroll_step(theta: Tensor, m: Tensor, gradient: Tensor, lr: Tensor, momentum: float,
                  backend: str) -> tuple[Tensor, Tensor]:
     _fits(lr, theta=theta, m=m, gradient=gradient)
@@ -91,7 +91,7 @@ def _(theta: Tensor, m: Tensor, gradient: Tensor, lr: Tensor, momentum: float, b
     return theta.new_empty(theta.shape), m.new_empty(m.shape)
 
 
-@torch.library.custom_op("speedk::unroll_step_adjoint", mutates_args=())
+@registered.custom_op("speedk::unroll_step_adjoint")
 def _unroll_step_adjoint(d_theta: Tensor, d_m: Tensor, m: Tensor | None, lr: Tensor, momentum: float,
                          backend: str) -> tuple[Tensor, Tensor, Tensor]:
     _fits(lr, d_theta=d_theta, d_m=d_m, m=m)

@@ -1,0 +1,92 @@
+"""Ops as PyTorch's dispatcher knows them, and the short way past it where nothing there has a say.
+
+By way of the dispatcher a call comes back to Python twice, for autograd and for the kernel, which takes the host longer
+than the launch itself, and a training step on a GPU is bound by such times. What the dispatcher is for (tracing, fake
+tensors, transforms, modes, subclasses) shows in the keys of the tensors and of the thread. Where those are the plain
+ones, an op is called as what it is: a function, or an autograd.Function of the same two halves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+
+
+def custom_op(name: str) -> Callable[[Callable], Registered]:
+    """`torch.library.custom_op` of a function that writes to none of its arguments."""
+
+    def register(body: Callable) -> Registered:
+        op = torch.library.custom_op(name, mutates_args=())(body)
+        op.__class__ = Registered  # it holds no state but what follows
+        op.body, op.function = body, None
+        return op
+
+    return register
+
+
+class Registered(torch.library.CustomOpDef):
+    """A custom op, called without the dispatcher where that makes no difference."""
+
+    body: Callable
+    function: type[torch.autograd.Function] | None  # None: not differentiable, which the dispatcher will say
+
+    def __call__(self, *arguments: object) -> object:
+        if torch.compiler.is_compiling() or not _plain(arguments):
+            return super().__call__(*arguments)
+        if not (torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments)):
+            return self.body(*arguments)
+        return super().__call__(*arguments) if self.function is None else self.function.apply(*arguments)
+
+    def register_autograd(self, backward: Callable, /, *, setup_context: Callable | None = None) -> None:
+        super().register_autograd(backward, setup_context=setup_context)
+
+        def forward(ctx, *arguments: object) -> object:
+            output = self.body(*arguments)
+            if setup_context is not None:
+                setup_context(ctx, arguments, output)
+            return output
+
+        halves = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+        self.function = type(self._qualname.replace("::", "_"), (torch.autograd.Function,), halves)
+
+
+def _plain(arguments: tuple) -> bool:
+    """Whether the dispatcher would do nothing but autograd and the kernel."""
+    # A profile names what goes through the dispatcher; forward-mode differentiation has no key.
+    if _of_thread() != _ELSEWHERE or torch.autograd._profiler_enabled() or forward_ad._current_level >= 0:
+        return False
+    for argument in arguments:
+        if type(argument) is Tensor or type(argument) is nn.Parameter:
+            if _of_tensor(argument) not in _known and not _is_known_now(argument):
+                return False
+        elif isinstance(argument, (Tensor, list, tuple)):  # an autograd.Function does not look into lists
+            return False
+    return True
+
+
+def _of_tensor(tensor: Tensor) -> int:
+    return torch._C._dispatch_keys(tensor).raw_repr()
+
+
+def _of_thread() -> tuple[int, int]:
+    """The dispatch keys that this thread adds and leaves out: modes, transforms, autocast, what is below autograd."""
+    return (torch._C._dispatch_tls_local_include_set().raw_repr(),
+            torch._C._dispatch_tls_local_exclude_set().raw_repr())
+
+
+def _is_known_now(tensor: Tensor) -> bool:
+    """Whether a tensor is nothing but numbers, neither fake nor batched nor negated in name only: for the first of a
+    GPU's, which nobody wants to wake up on import."""
+    if tensor.is_cuda:
+        _known.add(_of_tensor(torch.empty(0, device=tensor.device)))
+    return _of_tensor(tensor) in _known
+
+
+_known = {_of_tensor(torch.empty(0, device="cpu"))}
+
+with ThreadPoolExecutor(1) as _pool:  # a new thread is in no mode, whatever the one is in that imports this
+    _ELSEWHERE = _pool.submit(_of_thread).result()

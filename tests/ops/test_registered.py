@@ -1,0 +1,114 @@
+"""The short way past the dispatcher: taken where nothing there has a say, to the same results, and nowhere else."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from support import DEVICES, built
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from speedk.ops import norm_act_pool, registered, sparsify, unroll_step, unroll_step_adjoint
+from speedk.ops.norm_act_pool import _norm_act_pool
+from speedk.ops.unroll_step import _unroll_step, _unroll_step_adjoint
+
+pytestmark = built
+
+
+class Dispatched(Exception):
+    pass
+
+
+@pytest.fixture
+def no_dispatcher(monkeypatch):
+    def called(*_):
+        raise Dispatched
+
+    monkeypatch.setattr(torch.library.CustomOpDef, "__call__", called)
+
+
+def inputs(device="cpu", dtype=torch.float32):
+    g = torch.Generator().manual_seed(0)
+    shapes = (2, 3, 6, 6), (3,), (3,)
+    return [torch.randn(shape, generator=g).to(device, dtype).requires_grad_() for shape in shapes]
+
+
+def twice_differentiated(x, weight, bias):
+    out = norm_act_pool(x, weight, bias)
+    first = torch.autograd.grad(out.square().sum(), (x, weight, bias), create_graph=True)
+    return out, *first, *torch.autograd.grad(sum(d.square().sum() for d in first), (x, weight))
+
+
+def vectors(device="cpu"):
+    g = torch.Generator().manual_seed(1)
+    return *torch.randn(3, 9, generator=g).to(device).unbind(), torch.tensor(0.3, device=device)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_plain_calls_take_the_short_way_to_the_same_bits(device, monkeypatch):
+    def results():
+        stepped = [t.clone().requires_grad_() for t in vectors(device)]
+        theta, m = unroll_step(*stepped, 0.9)
+        return (*twice_differentiated(*inputs(device)), theta, m, *torch.autograd.grad((theta * m).sum(), stepped),
+                *unroll_step_adjoint(*vectors(device), 0.9), sparsify(inputs(device)[0], 4))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(registered, "_plain", lambda arguments: False)
+        want = results()
+
+    def called(op, *_):
+        raise Dispatched(op)
+
+    monkeypatch.setattr(torch.library.CustomOpDef, "__call__", called)
+    for a, b in zip(results(), want, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_who_has_a_say_is_asked(no_dispatcher):
+    x, weight, bias = (t.detach() for t in inputs())
+    arguments = x, weight, bias, 1e-5, "native"
+    _norm_act_pool(*arguments)
+
+    class Seen(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            return function(*args, **(kwargs or {}))
+
+    class Mine(torch.Tensor):
+        pass
+
+    def transformed(x):
+        with pytest.raises(Dispatched):
+            _norm_act_pool(x, *arguments[1:])
+        return x.sum()
+
+    for context in (Seen(), FakeTensorMode(), torch.inference_mode(), torch.autocast("cpu"), forward_ad.dual_level(),
+                    torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU])):
+        with context, pytest.raises(Dispatched):
+            _norm_act_pool(*arguments)
+    torch.func.grad(transformed)(x)
+    torch.func.vmap(transformed)(x[None])
+    torch.jit.trace(transformed, x, check_trace=False)
+    with torch.inference_mode():
+        made_inside = x * 1
+    for other in (torch._neg_view(x), x.to("meta"), x.as_subclass(Mine), made_inside, FakeTensorMode().from_tensor(x)):
+        with pytest.raises(Dispatched):
+            _norm_act_pool(other, *arguments[1:])
+    theta, m, gradient, lr = vectors()
+    with pytest.raises(Dispatched):  # to be told that it is not differentiable
+        _unroll_step_adjoint(theta.requires_grad_(), m, gradient, lr, 0.9, "native")
+
+
+def test_what_is_asked_is_right():
+    x, weight, bias = (t.detach() for t in inputs())
+    want = norm_act_pool(-x, weight, bias)
+    assert torch.equal(norm_act_pool(torch._neg_view(x), weight, bias), want)
+    torch._dynamo.reset()
+    compiled = torch.compile(norm_act_pool, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(-x, weight, bias), want)
+    *tensors, lr = vectors()
+    with pytest.raises(RuntimeError, match="no autograd formula"):
+        _unroll_step_adjoint(tensors[0].requires_grad_(), *tensors[1:], lr, 0.9, "native")[0].sum().backward()
+    theta, _ = _unroll_step(*tensors, lr, 0.9, "native")
+    batch = torch.autograd.grad(theta, tensors[0], torch.eye(9), is_grads_batched=True)[0]
+    assert torch.equal(batch, torch.eye(9))
