@@ -19,6 +19,7 @@ from speedk.ops import (
     explain,
     freenet_block,
     mhsc,
+    patchify,
     tokens_to_images,
     use_backend,
 )
