@@ -11,6 +11,7 @@ from speedk.ops import dispatch
 
 FLOATS = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+built = pytest.mark.skipif(dispatch.native() is None, reason="the extension is not built")
 
 
 def on_backends(op: str, devices: list[str] | None = None) -> pytest.MarkDecorator:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support import DEVICES, FLOATS, LAYOUTS, assert_matches, compiles, on_backends, poisoned_memory, strided
+from support import DEVICES, FLOATS, LAYOUTS, assert_matches, built, compiles, on_backends, poisoned_memory, strided
 
 from speedk.ops import coo, coo_decode, coo_encode, index_dtype, mhsc, mhsc_coo, sparsify, use_backend
 
@@ -239,6 +239,7 @@ def test_gradients(backend):
         assert torch.autograd.gradgradcheck(lambda x: coo_encode(x, 6)[0], scm)
 
 
+@built
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_opcheck(layout):
     values, rows, cols = entries(3, 2, 9, 8, 12)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from support import built
 
 from speedk.ops import BlockWeights, FReeNetWeights, dispatch, freenet, freenet_coo
 
@@ -38,7 +39,7 @@ CALLS = {  # what goes together, and which of it does not go with the rest once 
 }  # fmt: skip
 
 
-@pytest.mark.skipif(dispatch.native() is None, reason="not built")
+@built
 @pytest.mark.parametrize("name", CALLS)
 def test_sizes_and_dtypes_that_do_not_go_together(name):
     arguments, related = CALLS[name]
@@ -52,7 +53,7 @@ def test_sizes_and_dtypes_that_do_not_go_together(name):
                 op(*arguments[:i], tensor.half(), *arguments[i + 1:])
 
 
-@pytest.mark.skipif(dispatch.native() is None, reason="not built")
+@built
 def test_numbers_that_do_not_go_with_the_tensors():
     ops = torch.ops.speedk
     for call in (
@@ -78,13 +79,11 @@ def test_numbers_that_do_not_go_with_the_tensors():
             call()
 
 
-@pytest.mark.parametrize("backend", ["native", "torch"])
+@pytest.mark.parametrize("backend", [pytest.param("native", marks=built), "torch"])
 def test_patches_that_make_no_square(backend):
     """Five patches of a weight that fits were written past the end of an image of four."""
     block = BlockWeights(*(torch.randn(8, 8) if i in (0, 4, 6) else torch.randn(8) for i in range(10)))
     weights = FReeNetWeights((block,), torch.randn(48, 8), torch.randn(48), 3, 4, 5)
-    if backend == "native" and dispatch.native() is None:
-        pytest.skip("not built")
     with dispatch.use_backend(backend):
         with pytest.raises(ValueError, match="J=5 patches do not make a square"):
             freenet(torch.randn(3, 1, 5, 4), torch.randn(4, 8), weights)
@@ -93,7 +92,7 @@ def test_patches_that_make_no_square(backend):
             freenet_coo(torch.randn(3, 1, 2), index, index, torch.randn(4, 8), weights)
 
 
-@pytest.mark.skipif(dispatch.native() is None, reason="not built")
+@built
 def test_the_extension_refuses_sizes_of_its_own():
     native = dispatch.native()
     for refused in (

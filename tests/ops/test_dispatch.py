@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+from support import built
 
 from speedk.ops import dispatch, explain, sparsify, use_backend
 
@@ -85,7 +86,7 @@ def test_a_transform_cannot_be_forced_onto_a_kernel():
         torch.func.grad(lambda x: sparsify(x, 1).sum())(torch.randn(1, 1, 2, 2))
 
 
-@pytest.mark.skipif(dispatch.native() is None, reason="not built")
+@built
 def test_the_extension_shares_the_openmp_pool_of_torch():
     """Two pools would fight for the same cores; see csrc/parallel.h."""
     if "OpenMP" not in torch.__config__.parallel_info().split("ATen parallel backend:")[1]:

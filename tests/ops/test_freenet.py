@@ -6,13 +6,12 @@ import math
 
 import pytest
 import torch
-from support import DEVICES, assert_matches, compiles, on_backends, poisoned_memory
+from support import DEVICES, assert_matches, built, compiles, on_backends, poisoned_memory
 
 from speedk.ops import (
     BlockWeights,
     FReeNetWeights,
     coo_encode,
-    dispatch,
     freenet,
     freenet_block,
     freenet_coo,
@@ -150,10 +149,9 @@ def test_the_same_bits_on_any_number_of_threads(backend):
     assert backend == "torch" or len(found) == 1
 
 
+@built
 def test_gelu_over_its_whole_range():
     """One block of identities, whose GELU sees -8 to 8: the polynomial of the native kernel against the definition."""
-    if dispatch.native() is None:
-        pytest.skip("not built")
     x = torch.linspace(-1, 1, 16 * 1024)[torch.randperm(16 * 1024)].reshape(1024, 16)
     eye, zero, one = torch.eye(16), torch.zeros(16), torch.ones(16)
     block = BlockWeights(eye, zero, 4 * one, zero, eye, zero, eye, zero, one, zero)
@@ -191,7 +189,7 @@ def test_gradcheck_and_double_precision(norm):
     assert torch.allclose(images(*flat), by_the_paper(*inputs))
 
 
-@pytest.mark.skipif(dispatch.native() is None, reason="not built")
+@built
 @pytest.mark.parametrize("layout", ["plain", "expanded"])
 def test_opcheck(layout):
     scm, saet, weights = make((3, 2, 4, 3, 6, 2, 2, 3))

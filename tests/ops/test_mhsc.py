@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support import DEVICES, LAYOUTS, assert_matches, compiles, on_backends, poisoned_memory, strided
+from support import DEVICES, LAYOUTS, assert_matches, built, compiles, on_backends, poisoned_memory, strided
 
 from speedk.ops import mhsc, use_backend
 from speedk.ops.mhsc import _mhsc, _mhsc_bwd, mhsc_reference
@@ -86,6 +86,7 @@ def test_gradcheck(backend):
         assert torch.autograd.gradcheck(mhsc, inputs)
 
 
+@built
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_opcheck(layout):
     scm, saet = strided(torch.randn(3, 2, 9, 8), layout).detach(), strided(torch.randn(8, 6), layout).detach()

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from support import LAYOUTS, assert_matches, compiles, on_backends, poisoned_memory, strided
+from support import LAYOUTS, assert_matches, built, compiles, on_backends, poisoned_memory, strided
 
 from speedk.ops import norm_act_pool
 from speedk.ops.dispatch import use_backend
@@ -117,6 +117,7 @@ def test_a_third_derivative_is_right_or_refused(backend):
                 derivative(second)
 
 
+@built
 @pytest.mark.parametrize("layout", FORMATS)
 def test_layout_is_kept(layout):
     x, weight, bias = inputs((3, 4, 6, 6), torch.float32)
@@ -148,6 +149,7 @@ def test_differentiates_twice(shape, backend):
         assert torch.autograd.gradgradcheck(norm_act_pool, leaves)
 
 
+@built
 @pytest.mark.parametrize("layout", [*LAYOUTS, "channels last"])
 def test_opcheck(layout):
     def laid_out(*shape):

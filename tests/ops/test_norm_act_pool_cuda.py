@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support import assert_matches, poisoned_memory
+from support import assert_matches, built, poisoned_memory
 
 from speedk.ops import dispatch, native, norm_act_pool
 from speedk.ops.dispatch import use_backend
@@ -88,7 +88,7 @@ def check(shape, dtype, device, layout):
         assert_matches(f"result {number}", *triple)
 
 
-@pytest.mark.skipif(dispatch.native() is None, reason="the extension is not built")
+@built
 @pytest.mark.parametrize("layout", FORMATS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_emulated(shape, layout, emulated, monkeypatch):
@@ -96,7 +96,7 @@ def test_emulated(shape, layout, emulated, monkeypatch):
     check(shape, torch.float64, "cpu", layout)
 
 
-@pytest.mark.skipif(dispatch.native() is None, reason="the extension is not built")
+@built
 def test_emulated_in_float32(emulated, monkeypatch):
     monkeypatch.setattr(native, "native", lambda: emulated)
     check((2, 32, 16, 16), torch.float32, "cpu", "contiguous")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support import DEVICES, FLOATS, LAYOUTS, assert_matches, compiles, on_backends, poisoned_memory, strided
+from support import DEVICES, FLOATS, LAYOUTS, assert_matches, built, compiles, on_backends, poisoned_memory, strided
 
 from speedk.ops import patches, patchify, tokens_to_images, unpatchify, use_backend
 
@@ -122,6 +122,7 @@ def test_tokens_to_images_in_double():
         tokens_to_images(*inputs, 3, 2)
 
 
+@built
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_opcheck(layout):
     images = strided(torch.randn(3, 3, 4, 4), layout).detach()

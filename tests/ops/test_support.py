@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support import on_backends
+from support import built, on_backends
 from test_public_ops import CASES
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_map
@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_map
 from speedk.ops import dispatch
 
 
-@pytest.mark.skipif(dispatch.native() is None, reason="not built")
+@built
 @pytest.mark.parametrize("op", [op for op in dispatch.ops() if "native" in dispatch._ops[op].backends])
 def test_a_device_without_a_kernel_is_skipped(op):
     pairs = {param.values: param.marks[0] for param in on_backends(op, ["cpu", "cuda"]).args[1]}
@@ -22,7 +22,7 @@ def test_a_device_without_a_kernel_is_skipped(op):
     assert all(pairs[p].kwargs["reason"] for p in without)
 
 
-@pytest.mark.skipif(dispatch.native() is None, reason="not built")
+@built
 @pytest.mark.parametrize("name", CASES)
 def test_what_is_said_of_a_gpu_is_what_tensors_there_are_told(name):
     """Tensors of a GPU without values need none to be here."""

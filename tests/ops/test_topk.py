@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support import DEVICES, FLOATS, LAYOUTS, compiles, on_backends, poisoned_memory, strided
+from support import DEVICES, FLOATS, LAYOUTS, built, compiles, on_backends, poisoned_memory, strided
 
 from speedk.ops import sparsify, topk, topk_mask, use_backend
 
@@ -125,6 +125,7 @@ def test_gradients(backend):
     assert zero.grad.flatten().tolist() == [1, 1, 0, 0, 0, 0]
 
 
+@built
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_opcheck(layout):
     for op in (topk._topk_mask, topk._sparsify):

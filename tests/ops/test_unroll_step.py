@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from support import DEVICES, LAYOUTS, assert_matches, compiles, on_backends, poisoned_memory, strided
+from support import DEVICES, LAYOUTS, assert_matches, built, compiles, on_backends, poisoned_memory, strided
 
 from speedk.ops import unroll_step, unroll_step_adjoint
 from speedk.ops.dispatch import use_backend
@@ -77,6 +77,7 @@ def test_without_the_rate(backend):
     assert torch.equal(d_gradient, want[0]) and torch.equal(d_before, want[1]) and d_lr == 0 != want[2]
 
 
+@built
 def test_opcheck():
     args = [t.requires_grad_() for t in inputs(20, torch.float32)]
     torch.library.opcheck(_unroll_step, (*args, 0.9, "native"))
