@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import forms
 import pytest
 import torch
 from support import DEVICES, FLOATS, LAYOUTS, assert_matches, built, compiles, on_backends, poisoned_memory, strided
 
-from speedk.ops import coo, coo_decode, coo_encode, index_dtype, mhsc, mhsc_coo, sparsify, use_backend
+from speedk.ops import coo, coo_decode, coo_encode, index_dtype, mhsc_coo, sparsify, use_backend
 
 SHAPES = [  # N, H, J, K, k, D
     (3, 2, 64, 16, 48, 32),  # CIFAR-10, 1 image per class
@@ -42,11 +43,8 @@ def dense_by_loops(values, rows, cols, J, K):
     return dense
 
 
-def features_by_einsum(values, rows, cols, saet, J):
-    h = values.shape[1]
-    dense = dense_by_loops(values, rows, cols, J, saet.shape[0])
-    pools = saet.double().reshape(saet.shape[0], h, saet.shape[1] // h)
-    return torch.einsum("nhjk,khd->njhd", dense, pools).reshape(values.shape[0], J, saet.shape[1])
+def features_by_loops(values, rows, cols, saet, J):
+    return forms.mhsc(dense_by_loops(values, rows, cols, J, saet.shape[0]), saet.double())
 
 
 @on_backends("coo_encode", DEVICES)
@@ -86,7 +84,7 @@ def test_decode(shape, dtype, order, device, backend):
     exact = dense_by_loops(*stored, j, tokens)
     with use_backend(backend), poisoned_memory():
         got = coo_decode(*(t.to(device) for t in stored), j, tokens).cpu()
-    assert_matches("decode", got, coo.coo_decode_reference(*stored, j, tokens), exact)
+    assert_matches("decode", got, forms.coo_decode(*stored, j, tokens), exact)
 
 
 @on_backends("mhsc_coo", DEVICES)
@@ -105,9 +103,8 @@ def test_mhsc_coo(shape, dtype, order, device, backend):
 
     with use_backend(backend), poisoned_memory():
         got = run(mhsc_coo, dtype, device)
-    library, exact = run(coo.mhsc_coo_reference, dtype, device), run(coo.mhsc_coo_reference, torch.float64)
-    if order != "repeated":
-        exact[0] = features_by_einsum(values, rows, cols, saet, j)
+    library, exact = run(forms.mhsc_coo, dtype, device), run(forms.mhsc_coo, torch.float64)
+    exact[0] = features_by_loops(values, rows, cols, saet, j)
     for name, *triple in zip(("features", "d_values", "d_saet"), got, library, exact):
         assert_matches(name, *triple)
 
@@ -139,7 +136,7 @@ def test_strides(layout, backend):
         assert torch.allclose(coo_decode(values, rows, cols, 9, 20).double(), exact)
         saet = strided(torch.randn(20, 12), layout)
         assert torch.allclose(mhsc_coo(values, rows, cols, saet, 9).double(),
-                              features_by_einsum(values, rows, cols, saet, 9), atol=1e-5)  # fmt: skip
+                              features_by_loops(values, rows, cols, saet, 9), atol=1e-5)  # fmt: skip
 
 
 @on_backends("coo_decode", DEVICES)
@@ -180,7 +177,7 @@ def test_out_of_range_is_left_out_or_refused(backend):
         grads = torch.autograd.grad(got.square().sum(), (values, saet))
         (d_values,) = torch.autograd.grad(coo_decode(values, rows, cols, 9, 20, check=False).square().sum(), values)
     kept.requires_grad_()
-    want = coo.mhsc_coo_reference(kept, *inside, saet, 9)
+    want = forms.mhsc_coo(kept, *inside, saet, 9)
     want_grads = torch.autograd.grad(want.square().sum(), (kept, saet))
     assert torch.allclose(got, want, atol=1e-5)
     assert torch.allclose(grads[1], want_grads[1], atol=1e-4)
@@ -267,7 +264,7 @@ def test_compile(backend):
 def test_transforms_take_torch():
     values, rows, cols = entries(2, 2, 9, 8, 12, torch.float64)
     saet = torch.randn(8, 6, dtype=torch.float64)
-    want = features_by_einsum(values, rows, cols, saet, 9)
+    want = features_by_loops(values, rows, cols, saet, 9)
     _, tangent = torch.func.jvp(lambda s: mhsc_coo(values, rows, cols, s, 9), (saet,), (saet,))
     assert torch.allclose(tangent, want)
     grad = torch.func.grad(lambda v: coo_decode(v, rows, cols, 9, 8).square().sum() / 2)(values)
@@ -279,5 +276,5 @@ def test_transforms_take_torch():
 def test_round_trip_is_sparse_mhsc():
     scm, saet = torch.randn(3, 2, 16, 8), torch.randn(8, 12)
     got = mhsc_coo(*coo_encode(scm, 9), saet, 16)
-    exact = mhsc(sparsify(scm, 9).double(), saet.double())
-    assert_matches("features", got, mhsc(sparsify(scm, 9), saet), exact)
+    exact = forms.mhsc(sparsify(scm, 9).double(), saet.double())
+    assert_matches("features", got, forms.mhsc(sparsify(scm, 9), saet), exact)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import forms
 import pytest
 import torch
 from support import assert_matches, poisoned_memory
 from triton_support import DEVICE, gradients, randn
 
 from speedk.kernels import coo
-from speedk.ops.mhsc import mhsc_reference
 
 SHAPES = [  # N, H, J, K, k, D
     (3, 2, 64, 16, 48, 32),  # a recipe's: CIFAR-10, 1 image per class
@@ -38,12 +38,6 @@ def entries(N, H, J, K, k, dtype=torch.float32, seed=0, order="sorted"):
     return values, (flat // K).to(DEVICE, index), (flat % K).to(DEVICE, index)
 
 
-def dense(values, rows, cols, J, K):
-    N, H = values.shape[:2]
-    flat = rows.long() * K + cols.long()
-    return values.new_zeros(N, H, J * K).scatter_add(-1, flat, values).reshape(N, H, J, K)
-
-
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize(("dtype", "order"), KINDS)
 def test_decode(shape, dtype, order):
@@ -51,7 +45,7 @@ def test_decode(shape, dtype, order):
     values, rows, cols = entries(N, H, J, K, k, dtype, order=order)
     with poisoned_memory():
         got, bad = coo.coo_decode_fwd(values, rows, cols, J, K)
-    exact = dense(values.double(), rows, cols, J, K)
+    exact = forms.coo_decode(values.double(), rows, cols, J, K)
     assert_matches("decode", got, exact.to(dtype), exact)
     assert not bad.item()
     d_dense = randn(N, H, J, K, dtype=dtype, seed=3, layout="transposed")
@@ -62,7 +56,7 @@ def test_decode(shape, dtype, order):
 
 
 def sparse(values, saet, rows, cols, J):
-    return mhsc_reference(dense(values, rows, cols, J, saet.shape[0]), saet)
+    return forms.mhsc_coo(values, rows, cols, saet, J)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -101,7 +95,7 @@ def test_an_index_out_of_range(index, row, col):
     assert torch.equal(got, want) and bad.item() == 1
     saet = randn(3, 5)
     got, bad = coo.mhsc_coo_fwd(values, rows, cols, saet, 4)
-    torch.testing.assert_close(got, mhsc_reference(want, saet))
+    torch.testing.assert_close(got, forms.mhsc(want, saet))
     assert bad.item() == 1
     assert coo.coo_decode_bwd(torch.ones(1, 1, 4, 3, device=DEVICE), rows, cols).tolist() == [[[1, 0, 1]]]
     d_values, d_saet = coo.mhsc_coo_bwd(torch.ones(1, 4, 5, device=DEVICE), values, rows, cols, saet)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import forms
 import pytest
 import torch
 from support import assert_matches, poisoned_memory
@@ -9,7 +10,7 @@ from triton_support import DOT_FLOATS, LAYOUTS, gradients, kinds, randn
 
 from speedk.kernels import freenet
 from speedk.kernels.freenet import freenet_block_bwd, freenet_block_fwd
-from speedk.ops.freenet_block import EPS, BlockWeights, freenet_block_reference
+from speedk.ops.freenet_block import EPS, BlockWeights
 
 SHAPES = [(2, 64, 32), (1, 7, 96), (3, 5, 1), (1, 3, 17), (0, 4, 8)]
 WIDE = [(1, 5, 200), (1, 3, 320)]  # other blocks than the narrow ones; slow under the interpreter
@@ -39,8 +40,8 @@ def double(tensors):
 def check_forward(features, state, weights, norm):
     with poisoned_memory():
         got = freenet_block_fwd(features, state, tuple(weights), norm, EPS)
-    library = freenet_block_reference(features, state, weights, norm)
-    exact = freenet_block_reference(*double((features, state)), BlockWeights(*double(weights)), norm)
+    library = forms.freenet_block(features, state, weights, norm)
+    exact = forms.freenet_block(*double((features, state)), BlockWeights(*double(weights)), norm)
     assert_matches("block", got, library, exact)
 
 
@@ -55,7 +56,7 @@ def check_backward(d_out, features, state, weights, norm):
         d_features, d_state, d_weights = freenet_block_bwd(d_out, features, state, tuple(weights), norm, EPS)
 
     def function(features, *rest):
-        return freenet_block_reference(features, rest[0] if len(rest) > 10 else None, BlockWeights(*rest[-10:]), norm)
+        return forms.freenet_block(features, rest[0] if len(rest) > 10 else None, BlockWeights(*rest[-10:]), norm)
 
     inputs = [features, *([] if state is None else [state]), *weights]
     want = gradients(function, *inputs, cotangent=d_out)

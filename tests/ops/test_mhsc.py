@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import forms
 import pytest
 import torch
 from support import DEVICES, LAYOUTS, assert_matches, built, compiles, on_backends, poisoned_memory, strided
 
 from speedk.ops import mhsc, use_backend
-from speedk.ops.mhsc import _mhsc, _mhsc_bwd, mhsc_reference
+from speedk.ops.mhsc import _mhsc, _mhsc_bwd
 
 SHAPES = [  # N, H, J, K, D
     (3, 2, 64, 16, 32),  # CIFAR-10, 1 image per class
@@ -20,12 +21,6 @@ SHAPES = [  # N, H, J, K, D
     (2, 2, 8, 0, 6),
     (2, 2, 8, 4, 0),
 ]
-
-
-def by_heads(scm, saet):
-    width = saet.shape[1] // scm.shape[1]
-    heads = [torch.einsum("njk,kd->njd", scm[:, h], saet[:, h * width:(h + 1) * width]) for h in range(scm.shape[1])]
-    return torch.cat(heads, -1)
 
 
 def run(function, scm, saet, d_out, dtype, device="cpu"):
@@ -42,7 +37,7 @@ def test_values_and_gradients(shape, dtype, device, backend):
     inputs = torch.randn(n, h, j, k, dtype=dtype), torch.randn(k, d, dtype=dtype), torch.randn(n, j, d, dtype=dtype)
     with use_backend(backend), poisoned_memory():
         got = run(mhsc, *inputs, dtype, device)
-    library, exact = run(mhsc_reference, *inputs, dtype, device), run(by_heads, *inputs, torch.float64)
+    library, exact = run(forms.mhsc, *inputs, dtype, device), run(forms.mhsc, *inputs, torch.float64)
     for name, *triple in zip(("features", "d_scm", "d_saet"), got, library, exact):
         assert_matches(name, *triple)
 
@@ -52,7 +47,7 @@ def test_values_and_gradients(shape, dtype, device, backend):
 def test_strides(layout, backend):
     scm, saet = strided(torch.randn(3, 2, 9, 20), layout), strided(torch.randn(20, 12), layout)
     with use_backend(backend):
-        assert_matches("features", mhsc(scm, saet), mhsc_reference(scm, saet), by_heads(scm.double(), saet.double()))
+        assert_matches("features", mhsc(scm, saet), forms.mhsc(scm, saet), forms.mhsc(scm.double(), saet.double()))
 
 
 @on_backends("mhsc")
@@ -63,8 +58,8 @@ def test_half_precision_or_a_reason(backend):
             with pytest.raises(ValueError, match="bfloat16 is computed in PyTorch"):
                 mhsc(scm, saet)
         else:
-            exact = by_heads(scm.double(), saet.double())
-            assert_matches("features", mhsc(scm, saet), mhsc_reference(scm, saet), exact)
+            exact = forms.mhsc(scm.double(), saet.double())
+            assert_matches("features", mhsc(scm, saet), forms.mhsc(scm, saet), exact)
 
 
 @on_backends("mhsc")
@@ -74,7 +69,7 @@ def test_one_gradient_alone(backend):
         for wanted in (scm, saet):
             wanted.requires_grad_()
             (got,) = torch.autograd.grad(mhsc(scm, saet).square().sum(), wanted)
-            (want,) = torch.autograd.grad(mhsc_reference(scm, saet).square().sum(), wanted)
+            (want,) = torch.autograd.grad(forms.mhsc(scm, saet).square().sum(), wanted)
             assert torch.allclose(got, want, atol=1e-4)
             wanted.requires_grad_(False)
 
@@ -105,9 +100,9 @@ def test_compile(backend):
 def test_transforms_take_torch():
     scm, saet = torch.randn(3, 2, 5, 8, dtype=torch.float64), torch.randn(8, 6, dtype=torch.float64)
     _, tangent = torch.func.jvp(mhsc, (scm, saet), (scm, torch.zeros_like(saet)))
-    assert torch.allclose(tangent, by_heads(scm, saet))
+    assert torch.allclose(tangent, forms.mhsc(scm, saet))
     batched = torch.vmap(lambda a: mhsc(a[None], saet)[0])(scm)
-    assert torch.allclose(batched, by_heads(scm, saet))
+    assert torch.allclose(batched, forms.mhsc(scm, saet))
     hessian = torch.func.hessian(lambda e: mhsc(scm, e).square().sum())(saet)
     assert torch.allclose(hessian.reshape(48, 48), hessian.reshape(48, 48).T)
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import forms
 import pytest
 import torch
 from support import assert_matches, poisoned_memory
 from triton_support import DOT_FLOATS, LAYOUTS, gradients, kinds, randn
 
 from speedk.kernels.mhsc import mhsc_bwd, mhsc_fwd
-from speedk.ops.mhsc import mhsc_reference
 
 SHAPES = [  # N, H, J, K, D
     (3, 2, 64, 16, 32),  # a recipe's: CIFAR-10, 1 image per class
@@ -26,17 +26,17 @@ def test_forward(shape, dtype):
     scm, saet = randn(n, h, j, k, dtype=dtype), randn(k, d, dtype=dtype, seed=1)
     with poisoned_memory():
         got = mhsc_fwd(scm, saet)
-    assert_matches("mhsc", got, mhsc_reference(scm, saet), mhsc_reference(scm.double(), saet.double()))
+    assert_matches("mhsc", got, forms.mhsc(scm, saet), forms.mhsc(scm.double(), saet.double()))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_strides(layout):
     scm, saet = randn(3, 2, 9, 20, layout=layout), randn(20, 24, seed=1, layout=layout)
-    exact = mhsc_reference(scm.double(), saet.double())
-    assert_matches("mhsc", mhsc_fwd(scm, saet), mhsc_reference(scm, saet), exact)
+    exact = forms.mhsc(scm.double(), saet.double())
+    assert_matches("mhsc", mhsc_fwd(scm, saet), forms.mhsc(scm, saet), exact)
     d_out = randn(3, 9, 24, seed=2, layout=layout)
-    want = gradients(mhsc_reference, scm, saet, cotangent=d_out)
-    want64 = gradients(mhsc_reference, scm.double(), saet.double(), cotangent=d_out.double())
+    want = gradients(forms.mhsc, scm, saet, cotangent=d_out)
+    want64 = gradients(forms.mhsc, scm.double(), saet.double(), cotangent=d_out.double())
     for name, got, library, exact in zip(("d_scm", "d_saet"), mhsc_bwd(d_out, scm, saet), want, want64, strict=True):
         assert_matches(name, got, library, exact)
 
@@ -46,8 +46,8 @@ def test_backward(shape, dtype):
     n, h, j, k, d = shape
     scm, saet, d_out = (randn(n, h, j, k, dtype=dtype), randn(k, d, dtype=dtype, seed=1),
                         randn(n, j, d, dtype=dtype, seed=2))  # fmt: skip
-    want = gradients(mhsc_reference, scm, saet, cotangent=d_out)
-    want64 = gradients(mhsc_reference, scm.double(), saet.double(), cotangent=d_out.double())
+    want = gradients(forms.mhsc, scm, saet, cotangent=d_out)
+    want64 = gradients(forms.mhsc, scm.double(), saet.double(), cotangent=d_out.double())
     with poisoned_memory():
         d_scm, d_saet = mhsc_bwd(d_out, scm, saet)
     assert_matches("d_scm", d_scm, want[0], want64[0])
@@ -61,8 +61,8 @@ def test_split_tokens(monkeypatch):
     """Each partial sum of d_saet walks several blocks of tokens."""
     monkeypatch.setattr("speedk.kernels.mhsc.SPLIT_PROGRAMS", 4)
     scm, saet, d_out = randn(9, 2, 50, 17), randn(17, 10, seed=1), randn(9, 50, 10, seed=2)
-    want = gradients(mhsc_reference, scm, saet, cotangent=d_out)
-    want64 = gradients(mhsc_reference, scm.double(), saet.double(), cotangent=d_out.double())
+    want = gradients(forms.mhsc, scm, saet, cotangent=d_out)
+    want64 = gradients(forms.mhsc, scm.double(), saet.double(), cotangent=d_out.double())
     for name, got, library, exact in zip(("d_scm", "d_saet"), mhsc_bwd(d_out, scm, saet), want, want64, strict=True):
         assert_matches(name, got, library, exact)
 

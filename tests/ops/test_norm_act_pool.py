@@ -1,5 +1,6 @@
-"""norm_act_pool: against loops in float64, and every backend against the reference."""
+"""norm_act_pool on every backend: against loops in float64, and its derivatives against PyTorch's."""
 
+import forms
 import pytest
 import torch
 from support import LAYOUTS, assert_matches, built, compiles, on_backends, poisoned_memory, strided
@@ -10,7 +11,6 @@ from speedk.ops.norm_act_pool import (
     _norm_act_pool,
     _norm_act_pool_bwd,
     _norm_act_pool_bwd_bwd,
-    norm_act_pool_reference,
 )
 
 SHAPES = [(2, 3, 8, 8), (1, 1, 7, 5), (3, 5, 2, 2), (2, 3, 2, 3), (1, 2, 33, 70), (1, 1, 4, 1030), (0, 2, 4, 4)]
@@ -60,11 +60,11 @@ def test_values_and_derivatives(shape, dtype, layout, backend):
 
     with use_backend(backend), poisoned_memory():
         got = run(norm_act_pool, dtype, layout)
-    library, exact = (run(lambda *x: norm_act_pool_reference(*x, 1e-5), t, layout) for t in (dtype, torch.float64))
+    library, exact = (run(forms.norm_act_pool, t, layout) for t in (dtype, torch.float64))
     torch.testing.assert_close(exact[0], by_loops(*leaves), rtol=1e-9, atol=1e-9)
     names = ("out", "d_x", "d_weight", "d_bias", "d of d_out", "second d_x", "second d_weight")
     for name, *triple in zip(names, got, library, exact, strict=True):
-        if dtype == torch.float64:  # where the reference is no better than the kernel
+        if dtype == torch.float64:  # where the truth is no better than what is measured
             torch.testing.assert_close(triple[0], triple[2], rtol=1e-11, atol=1e-11)
         else:
             assert_matches(name, *triple)
@@ -94,7 +94,7 @@ def test_the_derivation(shape):
     leaves = [t.requires_grad_() for t in inputs(shape)]
     d_out = torch.randn(*shape[:2], shape[2] // 2, shape[3] // 2, dtype=torch.float64, requires_grad=True)
     slopes = [torch.randn_like(t) for t in leaves]
-    first = torch.autograd.grad(norm_act_pool_reference(*leaves, 1e-5), leaves, d_out, create_graph=True)
+    first = torch.autograd.grad(forms.norm_act_pool(*leaves), leaves, d_out, create_graph=True)
     want = torch.autograd.grad(first, (d_out, *leaves), slopes, materialize_grads=True)
     assert not want[3].any(), "the bias moves the kinks alone"
     for got, exact in zip(twin(*slopes, d_out, *leaves), want, strict=False):
@@ -137,7 +137,7 @@ def test_strides(layout, backend):
     x = strided(x, layout)
     with use_backend(backend):
         got = norm_act_pool(x, weight, bias)
-    torch.testing.assert_close(got, norm_act_pool_reference(x.contiguous(), weight, bias, 1e-5))
+    torch.testing.assert_close(got, forms.norm_act_pool(x.contiguous(), weight, bias))
 
 
 @on_backends("norm_act_pool")
@@ -178,7 +178,7 @@ def test_under_torch_func():
     x, weight, bias = inputs((3, 2, 4, 4))
     loss = lambda image: norm_act_pool(image[None], weight, bias).pow(2).sum()  # noqa: E731
     want = torch.func.vmap(torch.func.grad(
-        lambda image: norm_act_pool_reference(image[None], weight, bias, 1e-5).pow(2).sum()))(x)
+        lambda image: forms.norm_act_pool(image[None], weight, bias).pow(2).sum()))(x)
     torch.testing.assert_close(torch.func.vmap(torch.func.grad(loss))(x), want)
     _, tangent = torch.func.jvp(loss, (x[0],), (x[1],))
     torch.testing.assert_close(tangent, (want[0] * x[1]).sum())

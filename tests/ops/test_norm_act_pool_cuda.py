@@ -7,13 +7,13 @@ import shutil
 import subprocess
 from pathlib import Path
 
+import forms
 import pytest
 import torch
 from support import assert_matches, built, poisoned_memory
 
 from speedk.ops import dispatch, native, norm_act_pool
 from speedk.ops.dispatch import use_backend
-from speedk.ops.norm_act_pool import norm_act_pool_reference
 
 HERE = Path(__file__).parent
 CSRC = HERE.parents[1] / "csrc"
@@ -73,17 +73,14 @@ def check(shape, dtype, device, layout):
     d_out, slopes = torch.randn(*shape[:2], shape[2] // 2, shape[3] // 2), [torch.randn_like(t) for t in leaves]
     leaves, d_out, slopes = [t.to(dtype) for t in leaves], d_out.to(dtype), [t.to(dtype) for t in slopes]
 
-    def reference(*arguments):
-        return norm_act_pool_reference(*arguments, 1e-5)
-
     with use_backend("native"), poisoned_memory():
         got = derivatives(norm_act_pool, leaves, d_out, slopes, dtype, device, layout)
-    exact = derivatives(reference, leaves, d_out, slopes, torch.float64, "cpu", layout)
+    exact = derivatives(forms.norm_act_pool, leaves, d_out, slopes, torch.float64, "cpu", layout)
     if dtype == torch.float64:
         for one, other in zip(got, exact, strict=True):
             torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)
         return
-    library = derivatives(reference, leaves, d_out, slopes, dtype, device, layout)
+    library = derivatives(forms.norm_act_pool, leaves, d_out, slopes, dtype, device, layout)
     for number, triple in enumerate(zip(got, library, exact, strict=True)):
         assert_matches(f"result {number}", *triple)
 

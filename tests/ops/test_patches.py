@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import forms
 import pytest
 import torch
 from support import DEVICES, FLOATS, LAYOUTS, assert_matches, built, compiles, on_backends, poisoned_memory, strided
@@ -73,8 +74,7 @@ def test_tokens_to_images(shape, device, backend):
 
     with use_backend(backend), poisoned_memory():
         got = run(tokens_to_images, dtype, device)
-    library = run(patches.tokens_to_images_reference, dtype, device)
-    exact = run(patches.tokens_to_images_reference, torch.float64)
+    library, exact = run(forms.tokens_to_images, dtype, device), run(forms.tokens_to_images, torch.float64)
     tokens = torch.einsum("njd,ld->njl", *(t.double() for t in inputs[:2])) + inputs[2].double()
     assert torch.allclose(tokens_by_loops(exact[0], patch), tokens)
     for name, *triple in zip(("images", "d_state", "d_weight", "d_bias"), got, library, exact):
@@ -87,7 +87,7 @@ def test_tokens_to_images_strides(layout, backend):
     inputs = [strided(torch.randn(3, 4, 6), layout), strided(torch.randn(12, 6), layout), torch.randn(24)[::2]]
     with use_backend(backend):
         got = tokens_to_images(*inputs, 3, 2)
-    assert torch.allclose(got, patches.tokens_to_images_reference(*inputs, 3, 2), atol=1e-5)
+    assert torch.allclose(got, forms.tokens_to_images(*inputs, 3, 2), atol=1e-5)
 
 
 def test_refusals():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import forms
 import pytest
 import torch
 from support import assert_matches, poisoned_memory
@@ -9,7 +10,6 @@ from triton_support import DOT_FLOATS, FLOATS, LAYOUTS, gradients, kinds, randn
 
 from speedk.kernels import patches
 from speedk.kernels.patches import patchify_fwd, tokens_to_images_bwd, tokens_to_images_fwd, unpatchify_fwd
-from speedk.ops.patches import patchify_reference, unpatchify_reference
 
 IMAGES = [  # N, C, H, W, patch
     (3, 3, 32, 32, 4),
@@ -30,16 +30,16 @@ def test_patchify_and_back(shape, dtype):
     with poisoned_memory():
         tokens = patchify_fwd(images, patch)
         back = unpatchify_fwd(tokens, c, patch, w // patch)
-    assert torch.equal(tokens, patchify_reference(images, patch))
+    assert torch.equal(tokens, forms.patchify(images, patch))
     assert torch.equal(back, images)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_strides(layout):
     images = randn(3, 3, 8, 8, layout=layout)
-    assert torch.equal(patchify_fwd(images, 4), patchify_reference(images, 4))
+    assert torch.equal(patchify_fwd(images, 4), forms.patchify(images, 4))
     tokens = randn(3, 9, 48, layout=layout)
-    assert torch.equal(unpatchify_fwd(tokens, 3, 4), unpatchify_reference(tokens, 3, 4))
+    assert torch.equal(unpatchify_fwd(tokens, 3, 4), forms.unpatchify(tokens, 3, 4))
 
 
 TOKENS = [  # N, J, D, C, patch
@@ -52,17 +52,13 @@ TOKENS = [  # N, J, D, C, patch
 ]
 
 
-def final_linear(state, weight, bias, channels, patch):
-    return unpatchify_reference(torch.nn.functional.linear(state, weight, bias), channels, patch)
-
-
 def check_linear(state, weight, bias, d_images, channels, patch):
     with poisoned_memory():
         got = tokens_to_images_fwd(state, weight, bias, channels, patch)
         d_state, d_weight, d_bias = tokens_to_images_bwd(d_images, state, weight, patch)
 
     def function(*inputs):
-        return final_linear(*inputs, channels, patch)
+        return forms.tokens_to_images(*inputs, channels, patch)
 
     inputs, wide = (state, weight, bias), (state.double(), weight.double(), bias.double())
     assert_matches("images", got, function(*inputs), function(*wide))

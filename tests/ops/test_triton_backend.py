@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
+import functools
+
+import forms
 import pytest
 import torch
 from support import assert_matches, compiles
 from triton_support import DEVICE, randn
 
+from speedk import ops
 from speedk.ops import (
     BlockWeights,
     FReeNetWeights,
     add_layer_norm,
     coo_decode,
     explain,
-    freenet,
     freenet_block,
-    freenet_coo,
     mhsc,
-    mhsc_coo,
     patchify,
     tokens_to_images,
-    unpatchify,
     use_backend,
 )
 from speedk.ops.add_layer_norm import _add_layer_norm, _add_layer_norm_bwd
@@ -46,24 +46,28 @@ def decoder(weights) -> FReeNetWeights:
 
 DECODER = [*block_weights(6), *block_weights(6), randn(4, 6, seed=7), randn(4, seed=8)]
 
-CASES = {  # a differentiable function of its inputs
-    "mhsc": (mhsc, [randn(3, 2, 4, 5), randn(5, 6, seed=1)]),
-    "add_layer_norm": (add_layer_norm, [randn(3, 4, 6), randn(3, 4, 6, seed=1), randn(6, seed=2), randn(6, seed=3)]),
-    "plain layer norm": (lambda x, w, b: add_layer_norm(x, None, w, b), [randn(7, 6), randn(6), randn(6, seed=3)]),
-    "patchify": (lambda x: patchify(x, 2), [randn(2, 3, 4, 6)]),
-    "unpatchify": (lambda x: unpatchify(x, 3, 2), [randn(2, 4, 12)]),
-    "tokens_to_images": (lambda *x: tokens_to_images(*x, 3, 2), [randn(2, 4, 6), randn(12, 6), randn(12, seed=2)]),
-    "coo_decode": (lambda v: coo_decode(v, ROWS, COLS, 4, 5), [randn(3, 2, 2)]),
-    "mhsc_coo": (lambda v, s: mhsc_coo(v, ROWS, COLS, s, 4), [randn(3, 2, 2), randn(5, 6, seed=1)]),
-    "first block": (lambda x, *w: freenet_block(x, None, BlockWeights(*w)), [randn(3, 4, 6), *block_weights(6)]),
-    "branch": (lambda x, z, *w: freenet_block(x, z, BlockWeights(*w), "branch"),
+CASES = {  # a function of its inputs, differentiable, of the ops or of `forms`
+    "mhsc": (lambda o, a, e: o.mhsc(a, e), [randn(3, 2, 4, 5), randn(5, 6, seed=1)]),
+    "add_layer_norm": (lambda o, *x: o.add_layer_norm(*x),
+                       [randn(3, 4, 6), randn(3, 4, 6, seed=1), randn(6, seed=2), randn(6, seed=3)]),
+    "plain layer norm": (lambda o, x, w, b: o.add_layer_norm(x, None, w, b), [randn(7, 6), randn(6), randn(6, seed=3)]),
+    "patchify": (lambda o, x: o.patchify(x, 2), [randn(2, 3, 4, 6)]),
+    "unpatchify": (lambda o, x: o.unpatchify(x, 3, 2), [randn(2, 4, 12)]),
+    "tokens_to_images": (lambda o, *x: o.tokens_to_images(*x, 3, 2),
+                         [randn(2, 4, 6), randn(12, 6), randn(12, seed=2)]),
+    "coo_decode": (lambda o, v: o.coo_decode(v, ROWS, COLS, 4, 5), [randn(3, 2, 2)]),
+    "mhsc_coo": (lambda o, v, s: o.mhsc_coo(v, ROWS, COLS, s, 4), [randn(3, 2, 2), randn(5, 6, seed=1)]),
+    "first block": (lambda o, x, *w: o.freenet_block(x, None, BlockWeights(*w)), [randn(3, 4, 6), *block_weights(6)]),
+    "branch": (lambda o, x, z, *w: o.freenet_block(x, z, BlockWeights(*w), "branch"),
                [randn(3, 4, 6), randn(3, 4, 6, seed=1), *block_weights(6)]),
-    "sum": (lambda x, z, *w: freenet_block(x, z, BlockWeights(*w), "sum"),
+    "sum": (lambda o, x, z, *w: o.freenet_block(x, z, BlockWeights(*w), "sum"),
             [randn(3, 4, 6), randn(3, 4, 6, seed=1), *block_weights(6)]),
-    "freenet": (lambda a, e, *w: freenet(a, e, decoder(w)), [randn(3, 2, 4, 5), randn(5, 6, seed=1), *DECODER]),
-    "freenet_coo": (lambda v, e, *w: freenet_coo(v, ROWS, COLS, e, decoder(w)),
+    "freenet": (lambda o, a, e, *w: o.freenet(a, e, decoder(w)), [randn(3, 2, 4, 5), randn(5, 6, seed=1), *DECODER]),
+    "freenet_coo": (lambda o, v, e, *w: o.freenet_coo(v, ROWS, COLS, e, decoder(w)),
                     [randn(3, 2, 2), randn(5, 6, seed=1), *DECODER]),
 }  # fmt: skip
+CASES = {name: (functools.partial(function, ops), functools.partial(function, forms), inputs)
+         for name, (function, inputs) in CASES.items()}  # fmt: skip
 
 
 def run(function, inputs):
@@ -75,11 +79,10 @@ def run(function, inputs):
 
 @pytest.mark.parametrize("name", CASES)
 def test_values_and_gradients(name):
-    function, inputs = CASES[name]
+    function, form, inputs = CASES[name]
     with use_backend("triton"):
         got = run(function, inputs)
-    with use_backend("torch"):
-        library, exact = run(function, inputs), run(function, [x.double() for x in inputs])
+    library, exact = run(form, inputs), run(form, [x.double() for x in inputs])
     for i, triple in enumerate(zip(got, library, exact, strict=True)):
         assert_matches(f"{name} {i}", *triple)
 
@@ -87,7 +90,7 @@ def test_values_and_gradients(name):
 @pytest.mark.parametrize("name", ["coo_decode", "patchify", "unpatchify"])
 def test_second_gradients(name):
     """These are linear, so that their backward passes are differentiated by each other."""
-    function, inputs = CASES[name]
+    function, _, inputs = CASES[name]
     with use_backend("triton"):
         (x,) = (x.clone().requires_grad_() for x in inputs)
         cotangent = torch.ones_like(function(x)).requires_grad_()
@@ -132,7 +135,7 @@ def test_opcheck(layout):
 
 @pytest.mark.parametrize("name", ["freenet", "freenet_coo", "unpatchify"])
 def test_compile(name):
-    function, inputs = CASES[name]
+    function, _, inputs = CASES[name]
     with use_backend("triton"):
         compiles(function, *inputs)
 
