@@ -109,12 +109,12 @@ def public(function: Callable) -> Callable:
 
 
 def _autocast_for(arguments: tuple) -> str | None:
-    """The kind of device of the first tensor, where autocast is on for it."""
+    """The kind of device of the first floating tensor, where autocast is on for it."""
     for argument in arguments:
-        if isinstance(argument, Tensor):
+        if isinstance(argument, Tensor) and argument.is_floating_point():
             kind = argument.device.type
             on = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
-            return kind if on and argument.is_floating_point() else None
+            return kind if on else None
     return None
 
 

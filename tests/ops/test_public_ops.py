@@ -126,6 +126,16 @@ def test_autocast_takes_the_widest_dtype(name, backend):
         assert torch.equal(a, b) and a.dtype == b.dtype
 
 
+@backends(["mhsc_coo"])
+def test_autocast_of_keywords_in_any_order(name, backend):
+    """The first tensor may be one of indices, which autocast leaves alone."""
+    values, rows, cols = STORED
+    with use_backend(backend), torch.autocast("cpu", torch.bfloat16):
+        got = ops.mhsc_coo(rows=rows, cols=cols, J=J, values=values, saet=SAET)
+    with use_backend(backend):
+        assert torch.equal(got, ops.mhsc_coo(values, rows, cols, SAET, J)) and got.dtype == torch.float32
+
+
 def test_autocast_traces():
     def step(x):
         with torch.autocast("cpu", torch.bfloat16):
