@@ -7,12 +7,12 @@ import warnings
 
 import pytest
 import torch
-from support import compiles
+from support import built, compiles
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from speedk import ops
-from speedk.ops import BlockWeights, FReeNetWeights, dispatch, explain, use_backend
+from speedk.ops import BlockWeights, FReeNetWeights, dispatch, explain, native, use_backend
 
 N, H, J, K, D, C, P = 2, 3, 4, 5, 6, 3, 2
 
@@ -193,6 +193,33 @@ def test_a_batch_of_gradients(name, backend):
         each = [torch.autograd.grad(out, tensors, one, retain_graph=True) for one in several]
     for a, b in zip(got, zip(*each), strict=True):
         assert torch.allclose(a, torch.stack(b), atol=1e-4)
+
+
+@backends(DIFFERENTIABLE)
+def test_one_gradient_alone(name, backend):
+    tensors, call = leaves(name)
+
+    def gradients(wanted: list[int]) -> tuple[torch.Tensor, ...]:
+        given = [t.clone().requires_grad_(i in wanted) for i, t in enumerate(tensors)]
+        with use_backend(backend):
+            out = call(*given)
+        return torch.autograd.grad(out, [given[i] for i in wanted], draw(len(out), seed=60))
+
+    for i, want in enumerate(gradients([*range(len(tensors))])):
+        torch.testing.assert_close(gradients([i])[0], want)
+
+
+@built
+@pytest.mark.parametrize("name", ["mhsc", "mhsc_coo", "tokens_to_images"])
+def test_a_gradient_that_nobody_wants_is_not_computed(name, monkeypatch):
+    """The launcher is told which of the first tensor's gradient and the others' it has to find."""
+    launch, told = getattr(native, f"{name}_bwd"), []
+    monkeypatch.setattr(native, f"{name}_bwd", lambda *arguments: told.append(arguments[-2:]) or launch(*arguments))
+    tensors, call = leaves(name)
+    with use_backend("native"):
+        for wanted in range(len(tensors)):
+            call(*(t.clone().requires_grad_(i == wanted) for i, t in enumerate(tensors))).sum().backward()
+    assert told == [(i == 0, i != 0) for i in range(len(tensors))]
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
