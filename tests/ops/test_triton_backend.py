@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import warnings
 
 import forms
 import pytest
@@ -85,6 +86,31 @@ def test_values_and_gradients(name):
     library, exact = run(form, inputs), run(form, [x.double() for x in inputs])
     for i, triple in enumerate(zip(got, library, exact, strict=True)):
         assert_matches(f"{name} {i}", *triple)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_batch_of_gradients(name):
+    function, _, inputs = CASES[name]
+    leaves = [x.clone().requires_grad_() for x in inputs]
+    with use_backend("triton"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PyTorch says of its loop over the batch that it is one
+        out = function(*leaves)
+        several = randn(2, *out.shape, seed=60)
+        got = torch.autograd.grad(out, leaves, several, is_grads_batched=True, retain_graph=True)
+        each = [torch.autograd.grad(out, leaves, one, retain_graph=True) for one in several]
+    for one, other in zip(got, zip(*each), strict=True):
+        torch.testing.assert_close(one, torch.stack(other), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_autocast_takes_the_widest_dtype(name):
+    function, _, (first, *rest) = CASES[name]
+    narrow = first.bfloat16()
+    with use_backend("triton"):
+        want = function(narrow.float(), *rest)
+        with torch.autocast(DEVICE, torch.bfloat16):
+            got = function(narrow if rest else narrow.float(), *rest)
+    assert got.dtype == torch.float32 and torch.equal(got, want)
 
 
 @pytest.mark.parametrize("name", ["coo_decode", "patchify", "unpatchify"])
