@@ -20,7 +20,6 @@ from speedk.ops import (
     explain,
     freenet_block,
     mhsc,
-    patchify,
     tokens_to_images,
     use_backend,
 )
@@ -195,22 +194,3 @@ def test_refusals(call, reason):
 def test_a_gpu_takes_triton_and_a_cpu_only_when_asked():
     found = explain("mhsc", randn(1, 1, 2, 3), randn(3, 4))
     assert found["triton"] == ("chosen" if DEVICE == "cuda" else "available")
-
-
-@pytest.mark.skipif(DEVICE == "cpu" or torch.cuda.mem_get_info()[1] < 40 * 2**30, reason="needs a GPU of 40 GiB")
-def test_beyond_32_bits():
-    """Tensors of more than 2^31 elements: offsets that do not fit 32 bits."""
-    N = 2**31 // (32 * 64) + 100
-    x = torch.zeros(N, 32, 64, dtype=torch.bfloat16, device=DEVICE)
-    x[-1] = randn(32, 64, dtype=torch.bfloat16)
-    weight, bias = randn(64, dtype=torch.bfloat16), randn(64, dtype=torch.bfloat16)
-    with use_backend("triton"):
-        last = add_layer_norm(x, None, weight, bias)[-1]
-        assert_matches("norm", last, torch.nn.functional.layer_norm(x[-1], (64,), weight, bias, 1e-6),
-                       torch.nn.functional.layer_norm(x[-1].double(), (64,), weight.double(), bias.double(), 1e-6))
-        assert torch.equal(patchify(x[:, None], 4)[-1], patchify(x[-1:, None], 4)[0])
-        scm, saet = x[:, None], randn(64, 64, dtype=torch.bfloat16)
-        assert torch.equal(mhsc(scm, saet)[-1], mhsc(scm[-1:], saet)[0])
-        values = torch.ones(N, 1, 1, dtype=torch.bfloat16, device=DEVICE)
-        index = torch.full((N, 1, 1), 31, dtype=torch.uint8, device=DEVICE)
-        assert coo_decode(values, index, index, 32, 64)[-1].nonzero().tolist() == [[0, 31, 31]]
