@@ -300,8 +300,11 @@ def checks(check: bool | None, backend: str, tensor: Tensor) -> bool:
     """Whether an op looks for bad values (a NaN, an index out of range) in `tensor` and raises.
 
     As the caller says; by default wherever that costs no more than a glance. The native CPU kernels look anyway; the
-    rest has to wait for the answer, which graphs and transforms cannot, and tensors without values never have.
+    rest has to wait for the answer, which graphs and transforms cannot, and tensors without values never have. What
+    PyTorch compiles cannot branch on a value either, whoever asks.
     """
+    if backend == "torch" and torch.compiler.is_compiling():
+        return False
     if check is not None:
         return check
     if backend == "native" and tensor.device.type == "cpu":
