@@ -273,6 +273,15 @@ def test_a_check_that_is_asked_for_traces(backend):
                     compiled(*bad)
 
 
+@backends(["freenet_block", "freenet", "freenet_coo"])
+def test_weights_of_a_block_in_a_list(name, backend):
+    *rest, weights, norm = CASES[name] if name == "freenet_block" else (*CASES[name], None)
+    listed = list(weights) if norm else weights._replace(blocks=[list(block) for block in weights.blocks])
+    with use_backend(backend):
+        want = getattr(ops, name)(*CASES[name])
+        assert torch.equal(getattr(ops, name)(*rest, listed, *([norm] if norm else [])), want)
+
+
 @backends(["coo_encode"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float64], ids=str)
 def test_a_backward_pass_chooses_for_itself(name, backend, dtype):
