@@ -87,7 +87,8 @@ def mhsc_coo(values: Tensor, rows: Tensor, cols: Tensor, saet: Tensor, J: int, *
     Differentiable once in values and saet (any number of times on the torch backend).
 
     saet: [K, D] of the dtype of values, D a multiple of H; the rest, `check` and errors as for `coo_decode`.
-    Returns [N, J, D].
+    Returns [N, J, D]. Where saet is not finite, so are the results of the entries that use it; on the torch backend,
+    whose dense product multiplies it by every zero, all results of its column are NaN.
     Backends: Triton, native (CPU; float32 and float64), torch.
     """
     fits_mhsc_coo(values, rows, cols, saet, J)

@@ -282,6 +282,19 @@ def test_weights_of_a_block_in_a_list(name, backend):
         assert torch.equal(getattr(ops, name)(*rest, listed, *([norm] if norm else [])), want)
 
 
+@backends(["mhsc_coo"])
+def test_tokens_that_are_not_finite(name, backend):
+    """As the docstring of mhsc_coo says: a kernel never meets the token that no entry uses."""
+    values, rows, cols = STORED
+    unused, used = SAET.clone(), SAET.clone()
+    unused[1, 2], used[3, 2] = torch.nan, torch.inf
+    with use_backend(backend):
+        for saet, reached in ((unused, []), (used, [3])):
+            lost = ~ops.mhsc_coo(values, rows, cols, saet, J).isfinite()
+            assert not lost[:, :, [0, 1, 3, 4, 5]].any()
+            assert lost[:, :, 2].all() if backend == "torch" else lost[0, :, 2].nonzero().flatten().tolist() == reached
+
+
 @backends(["coo_encode"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float64], ids=str)
 def test_a_backward_pass_chooses_for_itself(name, backend, dtype):
