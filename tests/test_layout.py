@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from speedk.ops import dispatch
+
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "speedk"
 
@@ -33,6 +35,22 @@ WITHOUT = {
         "add_layer_norm": "on the CPU it is one pass of PyTorch, or part of freenet's",
     },
     "bench": {},
+}
+
+# Which op has no kernel of a backend, and why.
+NO_KERNEL = {
+    "triton": {
+        "topk_mask": WITHOUT["kernels"]["topk"],
+        "sparsify": WITHOUT["kernels"]["topk"],
+        "coo_encode": "on a GPU it runs in CUDA: it is topk's kernel, which writes what it selects in its order",
+        "unroll_step": WITHOUT["kernels"]["unroll_step"],
+        "unroll_step_adjoint": WITHOUT["kernels"]["unroll_step"],
+        "norm_act_pool": WITHOUT["kernels"]["norm_act_pool"],
+    },
+    "native": {
+        "add_layer_norm": WITHOUT["csrc"]["add_layer_norm"],
+        "freenet_block": "on the CPU it is a part of freenet, whose kernel takes all blocks in one pass",
+    },
 }
 
 
@@ -138,6 +156,11 @@ def test_each_op_has_its_places(op, place):
     missing = [name for pattern in PLACES[place] if not list(ROOT.glob(name := pattern.format(op)))]
     reason = WITHOUT.get(place, {}).get(op)
     assert bool(missing) == bool(reason), f"missing {missing}, and WITHOUT says {reason!r}"
+
+
+@pytest.mark.parametrize("backend", NO_KERNEL)
+def test_each_op_has_a_kernel_or_a_reason(backend):
+    assert {op for op, table in dispatch._ops.items() if backend not in table.backends} == set(NO_KERNEL[backend])
 
 
 def test_files_stay_readable():

@@ -6,6 +6,7 @@ from torch import Tensor
 from torch.nn.functional import layer_norm
 
 from speedk.ops import arguments, dispatch, registered
+from speedk.ops.native import computed_in
 
 
 @dispatch.public
@@ -27,7 +28,11 @@ def add_layer_norm(x: Tensor, residual: Tensor | None, weight: Tensor, bias: Ten
 
 
 def add_layer_norm_reference(x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    return layer_norm(x if residual is None else x + residual, x.shape[-1:], weight, bias, eps)
+    dtype, wide = x.dtype, computed_in(x.dtype)
+    if wide != dtype:  # on the CPU PyTorch's norm sums d_weight and d_bias in the dtype that it is given
+        x, weight, bias = x.to(wide), weight.to(wide), bias.to(wide)
+    x = x if residual is None else x + residual
+    return layer_norm(x, x.shape[-1:], weight, bias, eps).to(dtype)
 
 
 def _fits(x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor) -> None:

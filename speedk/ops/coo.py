@@ -87,7 +87,8 @@ def mhsc_coo(values: Tensor, rows: Tensor, cols: Tensor, saet: Tensor, J: int, *
     Differentiable once in values and saet (any number of times on the torch backend).
 
     saet: [K, D] of the dtype of values, D a multiple of H; the rest, `check` and errors as for `coo_decode`.
-    Returns [N, J, D].
+    Returns [N, J, D]. Where saet is not finite, so are the results of the entries that use it; on the torch backend,
+    whose dense product multiplies it by every zero, all results of its column are NaN.
     Backends: Triton, native (CPU; float32 and float64), torch.
     """
     fits_mhsc_coo(values, rows, cols, saet, J)
@@ -251,17 +252,21 @@ def _(values: Tensor, rows: Tensor, cols: Tensor, saet: Tensor, J: int, check: b
 
 
 @registered.custom_op("speedk::mhsc_coo_bwd")
-def _mhsc_coo_bwd(d_out: Tensor, values: Tensor, rows: Tensor, cols: Tensor, saet: Tensor,
-                  backend: str) -> tuple[Tensor, Tensor]:
+def _mhsc_coo_bwd(d_out: Tensor, values: Tensor, rows: Tensor, cols: Tensor, saet: Tensor, need_values: bool,
+                  need_saet: bool, backend: str) -> tuple[Tensor, Tensor]:
+    """d_values and d_saet, empty where not needed."""
     fits_mhsc_coo(values, rows, cols, saet, d_out.shape[1])
     arguments.shaped("d_out", d_out, (values.shape[0], d_out.shape[1], saet.shape[1]))
     arguments.alike(d_out=d_out, values=values)
-    return dispatch.launchers(backend, "coo").mhsc_coo_bwd(d_out, values, rows, cols, saet)
+    launch = dispatch.launchers(backend, "coo").mhsc_coo_bwd
+    grads = launch(d_out, values, rows, cols, saet, need_values, need_saet)
+    return tuple(values.new_empty(0) if grad is None else grad for grad in grads)
 
 
 @_mhsc_coo_bwd.register_fake
-def _(d_out: Tensor, values: Tensor, rows: Tensor, cols: Tensor, saet: Tensor, backend: str) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(values, memory_format=torch.contiguous_format), saet.new_empty(saet.shape)
+def _(d_out: Tensor, values: Tensor, rows: Tensor, cols: Tensor, saet: Tensor, need_values: bool, need_saet: bool,
+      backend: str) -> tuple[Tensor, Tensor]:
+    return values.new_empty(values.shape if need_values else 0), saet.new_empty(saet.shape if need_saet else 0)
 
 
 def _mhsc_save(ctx, inputs, output) -> None:
@@ -270,8 +275,9 @@ def _mhsc_save(ctx, inputs, output) -> None:
 
 
 def _mhsc_backward(ctx, d_out: Tensor):
-    d_values, d_saet = _mhsc_coo_bwd(d_out, *ctx.saved_tensors, ctx.backend)
-    return d_values, None, None, d_saet, None, None, None
+    need_values, _, _, need_saet, *_ = ctx.needs_input_grad
+    d_values, d_saet = _mhsc_coo_bwd(d_out, *ctx.saved_tensors, need_values, need_saet, ctx.backend)
+    return d_values if need_values else None, None, None, d_saet if need_saet else None, None, None, None
 
 
 _mhsc_coo.register_autograd(_mhsc_backward, setup_context=_mhsc_save)

@@ -109,12 +109,12 @@ def public(function: Callable) -> Callable:
 
 
 def _autocast_for(arguments: tuple) -> str | None:
-    """The kind of device of the first tensor, where autocast is on for it."""
+    """The kind of device of the first floating tensor, where autocast is on for it."""
     for argument in arguments:
-        if isinstance(argument, Tensor):
+        if isinstance(argument, Tensor) and argument.is_floating_point():
             kind = argument.device.type
             on = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
-            return kind if on and argument.is_floating_point() else None
+            return kind if on else None
     return None
 
 
@@ -300,8 +300,11 @@ def checks(check: bool | None, backend: str, tensor: Tensor) -> bool:
     """Whether an op looks for bad values (a NaN, an index out of range) in `tensor` and raises.
 
     As the caller says; by default wherever that costs no more than a glance. The native CPU kernels look anyway; the
-    rest has to wait for the answer, which graphs and transforms cannot, and tensors without values never have.
+    rest has to wait for the answer, which graphs and transforms cannot, and tensors without values never have. What
+    PyTorch compiles cannot branch on a value either, whoever asks.
     """
+    if backend == "torch" and torch.compiler.is_compiling():
+        return False
     if check is not None:
         return check
     if backend == "native" and tensor.device.type == "cpu":

@@ -41,15 +41,15 @@ def freenet_block(features: Tensor, state: Tensor | None, weights: BlockWeights,
     Differentiable once in features, state and weights (any number of times on the torch backend); on Triton nothing
     but the arguments is kept for the backward pass.
 
-    features: [N, J, D] floating, any strides, the shared result of `mhsc`; state: [N, J, D] or None; all of one dtype.
-    Returns [N, J, D]. Raises ValueError where shapes, dtypes or devices do not fit or
-    `norm` is neither.
+    features: [N, J, D] floating, any strides, the shared result of `mhsc`; state: [N, J, D] or None; weights: as
+    BlockWeights or its ten in order; all of one dtype. Returns [N, J, D].
+    Raises ValueError where shapes, dtypes or devices do not fit or `norm` is neither.
     Backends: Triton, torch.
     """
     _fits(features, state, weights, norm)
     backend = _op.choose(features, state, weights)
     if backend == "torch":
-        return freenet_block_reference(features, state, weights, norm)
+        return freenet_block_reference(features, state, BlockWeights(*weights), norm)
     return _freenet_block(features, state, list(weights), norm)
 
 

@@ -196,12 +196,16 @@ def tokens_to_images_fwd(state: Tensor, weight: Tensor, bias: Tensor, channels: 
     return decode_fwd(state, [weight, bias], channels, patch, False, False)[0]
 
 
-def tokens_to_images_bwd(d_images: Tensor, state: Tensor, weight: Tensor, patch: int) -> tuple[Tensor, Tensor, Tensor]:
-    """d_state [N, J, D], d_weight [L, D] and d_bias [L]."""
+def tokens_to_images_bwd(d_images: Tensor, state: Tensor, weight: Tensor, patch: int, need_state: bool = True,
+                         need_weight: bool = True) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """d_state [N, J, D], d_weight [L, D] and d_bias [L], None where not needed (the last two together)."""
     bias = weight.new_empty(weight.shape[0])  # of no consequence to the gradients, and nothing is kept
     channels = d_images.shape[1]
     d_state, d_weights = decode_bwd(d_images, weight, state, [weight, bias], channels, patch, False)
-    return d_state, d_weights[:weight.numel()].reshape(weight.shape).clone(), d_weights[weight.numel():].clone()
+    if not need_weight:
+        return d_state, None, None
+    d_weight, d_bias = d_weights[:weight.numel()].reshape(weight.shape).clone(), d_weights[weight.numel():].clone()
+    return d_state if need_state else None, d_weight, d_bias
 
 
 def _norm_act_pool(x: Tensor, weight: Tensor, bias: Tensor, eps: float, like: torch.memory_format):

@@ -202,18 +202,23 @@ def _(state: Tensor, weight: Tensor, bias: Tensor, channels: int, patch: int, ba
 
 
 @registered.custom_op("speedk::tokens_to_images_bwd")
-def _tokens_to_images_bwd(d_images: Tensor, state: Tensor, weight: Tensor, patch: int,
-                          backend: str) -> tuple[Tensor, Tensor, Tensor]:
+def _tokens_to_images_bwd(d_images: Tensor, state: Tensor, weight: Tensor, patch: int, need_state: bool,
+                          need_weight: bool, backend: str) -> tuple[Tensor, Tensor, Tensor]:
+    """d_state, d_weight and d_bias, empty where not needed: the last two go together."""
     side = square_side(state.shape[1]) * patch
     _fits_projection(state, weight, weight.new_empty(len(weight)), d_images.shape[1], patch)
     arguments.shaped("d_images", d_images, (state.shape[0], d_images.shape[1], side, side))
     arguments.alike(d_images=d_images, state=state)
-    return dispatch.launchers(backend, "patches").tokens_to_images_bwd(d_images, state, weight, patch)
+    launch = dispatch.launchers(backend, "patches").tokens_to_images_bwd
+    grads = launch(d_images, state, weight, patch, need_state, need_weight)
+    return tuple(state.new_empty(0) if grad is None else grad for grad in grads)
 
 
 @_tokens_to_images_bwd.register_fake
-def _(d_images: Tensor, state: Tensor, weight: Tensor, patch: int, backend: str) -> tuple[Tensor, Tensor, Tensor]:
-    return state.new_empty(state.shape), weight.new_empty(weight.shape), weight.new_empty(weight.shape[0])
+def _(d_images: Tensor, state: Tensor, weight: Tensor, patch: int, need_state: bool, need_weight: bool,
+      backend: str) -> tuple[Tensor, Tensor, Tensor]:
+    return (state.new_empty(state.shape if need_state else 0), weight.new_empty(weight.shape if need_weight else 0),
+            weight.new_empty(weight.shape[0] if need_weight else 0))  # fmt: skip
 
 
 def _project_save(ctx, inputs, output) -> None:
@@ -222,7 +227,11 @@ def _project_save(ctx, inputs, output) -> None:
 
 
 def _project_backward(ctx, d_images: Tensor):
-    return *_tokens_to_images_bwd(d_images, *ctx.saved_tensors, ctx.patch, ctx.backend), None, None, None
+    need_state, need_weight, need_bias, *_ = ctx.needs_input_grad
+    grads = _tokens_to_images_bwd(d_images, *ctx.saved_tensors, ctx.patch, need_state, need_weight or need_bias,
+                                  ctx.backend)  # fmt: skip
+    needed = zip(grads, (need_state, need_weight, need_bias))
+    return *(grad if need else None for grad, need in needed), None, None, None
 
 
 _tokens_to_images.register_autograd(_project_backward, setup_context=_project_save)

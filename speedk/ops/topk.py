@@ -15,8 +15,8 @@ def topk_mask(scm: Tensor, k: int, *, check: bool | None = None) -> Tensor:
     Ties go to the lowest index j K + k. k = 0 keeps nothing.
 
     scm: [N, H, J, K] floating, any strides. check: whether a NaN in scm is looked for, which waits for the GPU; by
-    default it is, but for a GPU under torch.compile or graph capture, and PyTorch's backend under torch.compile and
-    transforms. Where it is not, a NaN ranks below every number.
+    default it is, but for a GPU under torch.compile or graph capture, and PyTorch's backend under transforms. That
+    backend looks for none under torch.compile, even if asked. Where none is looked for, a NaN ranks below every number.
     Returns bool [N, H, J, K].
     Raises ValueError for k outside [0, J K] or, where checked, for a NaN.
     Backends: native (CPU, CUDA), torch.

@@ -248,7 +248,8 @@ def test_opcheck(layout):
     torch.library.opcheck(coo._coo_decode, (values, rows, cols, 9, 8, True, "native"))
     torch.library.opcheck(coo._coo_decode_bwd, (d_dense, rows, cols, "native"))
     torch.library.opcheck(coo._mhsc_coo, (values, rows, cols, saet, 9, True, "native"))
-    torch.library.opcheck(coo._mhsc_coo_bwd, (d_out, values.detach(), rows, cols, saet.detach(), "native"))
+    need = {"plain": (True, False), "transposed": (False, True)}.get(layout, (True, True))
+    torch.library.opcheck(coo._mhsc_coo_bwd, (d_out, values.detach(), rows, cols, saet.detach(), *need, "native"))
 
 
 @on_backends("mhsc_coo")

@@ -129,7 +129,8 @@ def test_opcheck(layout):
     tokens = strided(torch.randn(3, 4, 12), layout).detach()
     state = strided(torch.randn(3, 4, 6), layout).detach()
     weight, bias = torch.randn(12, 6), torch.randn(12)
-    torch.library.opcheck(patches._tokens_to_images_bwd, (images, state, weight, 2, "native"))
+    need = {"plain": (True, False), "transposed": (False, True)}.get(layout, (True, True))
+    torch.library.opcheck(patches._tokens_to_images_bwd, (images, state, weight, 2, *need, "native"))
     for tensor in (images, tokens, state, weight, bias):
         tensor.requires_grad_()
     torch.library.opcheck(patches._patchify, (images, 2, "native"))

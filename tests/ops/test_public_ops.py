@@ -7,12 +7,12 @@ import warnings
 
 import pytest
 import torch
-from support import compiles
+from support import built, compiles
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from speedk import ops
-from speedk.ops import BlockWeights, FReeNetWeights, dispatch, explain, use_backend
+from speedk.ops import BlockWeights, FReeNetWeights, dispatch, explain, native, use_backend
 
 N, H, J, K, D, C, P = 2, 3, 4, 5, 6, 3, 2
 
@@ -126,6 +126,16 @@ def test_autocast_takes_the_widest_dtype(name, backend):
         assert torch.equal(a, b) and a.dtype == b.dtype
 
 
+@backends(["mhsc_coo"])
+def test_autocast_of_keywords_in_any_order(name, backend):
+    """The first tensor may be one of indices, which autocast leaves alone."""
+    values, rows, cols = STORED
+    with use_backend(backend), torch.autocast("cpu", torch.bfloat16):
+        got = ops.mhsc_coo(rows=rows, cols=cols, J=J, values=values, saet=SAET)
+    with use_backend(backend):
+        assert torch.equal(got, ops.mhsc_coo(values, rows, cols, SAET, J)) and got.dtype == torch.float32
+
+
 def test_autocast_traces():
     def step(x):
         with torch.autocast("cpu", torch.bfloat16):
@@ -185,6 +195,33 @@ def test_a_batch_of_gradients(name, backend):
         assert torch.allclose(a, torch.stack(b), atol=1e-4)
 
 
+@backends(DIFFERENTIABLE)
+def test_one_gradient_alone(name, backend):
+    tensors, call = leaves(name)
+
+    def gradients(wanted: list[int]) -> tuple[torch.Tensor, ...]:
+        given = [t.clone().requires_grad_(i in wanted) for i, t in enumerate(tensors)]
+        with use_backend(backend):
+            out = call(*given)
+        return torch.autograd.grad(out, [given[i] for i in wanted], draw(len(out), seed=60))
+
+    for i, want in enumerate(gradients([*range(len(tensors))])):
+        torch.testing.assert_close(gradients([i])[0], want)
+
+
+@built
+@pytest.mark.parametrize("name", ["mhsc", "mhsc_coo", "tokens_to_images"])
+def test_a_gradient_that_nobody_wants_is_not_computed(name, monkeypatch):
+    """The launcher is told which of the first tensor's gradient and the others' it has to find."""
+    launch, told = getattr(native, f"{name}_bwd"), []
+    monkeypatch.setattr(native, f"{name}_bwd", lambda *arguments: told.append(arguments[-2:]) or launch(*arguments))
+    tensors, call = leaves(name)
+    with use_backend("native"):
+        for wanted in range(len(tensors)):
+            call(*(t.clone().requires_grad_(i == wanted) for i, t in enumerate(tensors))).sum().backward()
+    assert told == [(i == 0, i != 0) for i in range(len(tensors))]
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", DIFFERENTIABLE)
 def test_half_precision(name, dtype):
@@ -209,6 +246,53 @@ def test_traces_as_one_graph(name, backend):
     tensors, call = leaves(name)
     with use_backend(backend):
         compiles(call, *tensors)
+
+
+CHECKED = ["sparsify", "topk_mask", "coo_encode", "coo_decode", "mhsc_coo", "freenet_coo"]
+
+
+@pytest.mark.parametrize("backend", [pytest.param("native", marks=built), "torch"])
+def test_a_check_that_is_asked_for_traces(backend):
+    """PyTorch's backend cannot look while it is compiled, and does not: a NaN ranks last, an entry is left out."""
+    def walk(scm, cols):
+        stored = STORED[0], STORED[1], cols
+        arguments = {name: (scm, 7) if name in CHECKED[:3] else (*stored, *CASES[name][3:]) for name in CHECKED}
+        found = [getattr(ops, name)(*given, check=True) for name, given in arguments.items()]
+        return tuple(tree_flatten(found)[0])
+
+    with use_backend(backend):
+        compiles(walk, SCM, STORED[2])
+        compiled = torch.compile(walk, fullgraph=True, backend="aot_eager")
+        holed = SCM.clone()
+        holed[1, 2, 3, 4] = torch.nan
+        for bad in ((holed, STORED[2]), (SCM, STORED[2] + 2)):
+            if backend == "torch":
+                assert all(t.isfinite().all() for t in compiled(*bad))
+            else:
+                with pytest.raises(ValueError, match="NaN|out of range"):
+                    compiled(*bad)
+
+
+@backends(["freenet_block", "freenet", "freenet_coo"])
+def test_weights_of_a_block_in_a_list(name, backend):
+    *rest, weights, norm = CASES[name] if name == "freenet_block" else (*CASES[name], None)
+    listed = list(weights) if norm else weights._replace(blocks=[list(block) for block in weights.blocks])
+    with use_backend(backend):
+        want = getattr(ops, name)(*CASES[name])
+        assert torch.equal(getattr(ops, name)(*rest, listed, *([norm] if norm else [])), want)
+
+
+@backends(["mhsc_coo"])
+def test_tokens_that_are_not_finite(name, backend):
+    """As the docstring of mhsc_coo says: a kernel never meets the token that no entry uses."""
+    values, rows, cols = STORED
+    unused, used = SAET.clone(), SAET.clone()
+    unused[1, 2], used[3, 2] = torch.nan, torch.inf
+    with use_backend(backend):
+        for saet, reached in ((unused, []), (used, [3])):
+            lost = ~ops.mhsc_coo(values, rows, cols, saet, J).isfinite()
+            assert not lost[:, :, [0, 1, 3, 4, 5]].any()
+            assert lost[:, :, 2].all() if backend == "torch" else lost[0, :, 2].nonzero().flatten().tolist() == reached
 
 
 @backends(["coo_encode"])
