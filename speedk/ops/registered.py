@@ -35,7 +35,7 @@ class Registered(torch.library.CustomOpDef):
     function: type[torch.autograd.Function] | None  # None: not differentiable, which the dispatcher will say
 
     def __call__(self, *arguments: object) -> object:
-        if torch.compiler.is_compiling() or not _plain(arguments):
+        if not _SHORT or torch.compiler.is_compiling() or not _plain(arguments):
             return super().__call__(*arguments)
         if not (torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments)):
             return self.body(*arguments)
@@ -86,7 +86,12 @@ def _is_known_now(tensor: Tensor) -> bool:
     return _of_tensor(tensor) in _known
 
 
-_known = {_of_tensor(torch.empty(0, device="cpu"))}
+_SHORT = hasattr(forward_ad, "_current_level") and hasattr(torch.autograd, "_profiler_enabled") and all(
+    hasattr(torch._C, name) for name in ("_any_requires_grad", "_dispatch_keys", "_dispatch_tls_local_include_set",
+                                         "_dispatch_tls_local_exclude_set"))
+"""Whether this PyTorch shows what has a say: these names are its own. Without them every call goes the long way."""
 
-with ThreadPoolExecutor(1) as _pool:  # a new thread is in no mode, whatever the one is in that imports this
-    _ELSEWHERE = _pool.submit(_of_thread).result()
+if _SHORT:
+    _known = {_of_tensor(torch.empty(0, device="cpu"))}
+    with ThreadPoolExecutor(1) as _pool:  # a new thread is in no mode, whatever the one is in that imports this
+        _ELSEWHERE = _pool.submit(_of_thread).result()

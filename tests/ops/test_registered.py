@@ -112,3 +112,11 @@ def test_what_is_asked_is_right():
     theta, _ = _unroll_step(*tensors, lr, 0.9, "native")
     batch = torch.autograd.grad(theta, tensors[0], torch.eye(9), is_grads_batched=True)[0]
     assert torch.equal(batch, torch.eye(9))
+
+
+def test_without_torchs_own_names_every_call_goes_the_long_way(no_dispatcher, monkeypatch):
+    x, weight, bias = inputs()
+    _norm_act_pool(x, weight, bias, 1e-5, "native")
+    monkeypatch.setattr(registered, "_SHORT", False)
+    with pytest.raises(Dispatched):
+        _norm_act_pool(x, weight, bias, 1e-5, "native")
