@@ -89,6 +89,7 @@ def test_compile(backend):
             compiles(lambda *x, f=function: f(*x, 0.9), *inputs(20, torch.float32))
 
 
+@built
 def test_threads_do_not_change_a_bit():
     args = inputs(200_001, torch.float32)
     before, results = torch.get_num_threads(), []
