@@ -28,11 +28,10 @@ def add_layer_norm(x: Tensor, residual: Tensor | None, weight: Tensor, bias: Ten
 
 
 def add_layer_norm_reference(x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    dtype, wide = x.dtype, computed_in(x.dtype)
-    if wide != dtype:  # on the CPU PyTorch's norm sums d_weight and d_bias in the dtype that it is given
-        x, weight, bias = x.to(wide), weight.to(wide), bias.to(wide)
-    x = x if residual is None else x + residual
-    return layer_norm(x, x.shape[-1:], weight, bias, eps).to(dtype)
+    wide = computed_in(x.dtype)
+    if wide != x.dtype:  # on the CPU PyTorch's norm sums d_weight and d_bias in the dtype that it is given
+        return add_layer_norm_reference(x.to(wide), residual, weight.to(wide), bias.to(wide), eps).to(x.dtype)
+    return layer_norm(x if residual is None else x + residual, x.shape[-1:], weight, bias, eps)
 
 
 def _fits(x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor) -> None:
