@@ -198,7 +198,8 @@ def tokens_to_images_fwd(state: Tensor, weight: Tensor, bias: Tensor, channels: 
 
 def tokens_to_images_bwd(d_images: Tensor, state: Tensor, weight: Tensor, patch: int, need_state: bool = True,
                          need_weight: bool = True) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """d_state [N, J, D], d_weight [L, D] and d_bias [L], None where not needed (the last two together)."""
+    """d_state [N, J, D], d_weight [L, D] and d_bias [L], None where not needed (the last two together): one pass over
+    the tokens finds them all, and what is not needed is not copied."""
     bias = weight.new_empty(weight.shape[0])  # of no consequence to the gradients, and nothing is kept
     channels = d_images.shape[1]
     d_state, d_weights = decode_bwd(d_images, weight, state, [weight, bias], channels, patch, False)
