@@ -1,6 +1,5 @@
 #include "coo.h"
 
-#include <cstdlib>
 #include <cstring>
 #include <type_traits>
 
@@ -39,7 +38,7 @@ template <class T, class Index> bool decode(const Entries& e, void* dense, int t
   int bad = 0;
   parallel_for(threads, e.matrices, grain_for(bytes), [&](int64_t begin, int64_t end) {
     // A matrix is put together in the cache and written once; the buffer is zero again after each.
-    auto* matrix = static_cast<T*>(std::calloc(static_cast<size_t>(size) + 1, sizeof(T)));
+    const Buffer<T> matrix(size, true);
     for (int64_t m = begin; m < end; ++m) {
       for (int64_t i = m * e.k; i < (m + 1) * e.k; ++i) {
         if (rows[i] >= e.J || cols[i] >= e.K) raise(&bad);
@@ -51,7 +50,6 @@ template <class T, class Index> bool decode(const Entries& e, void* dense, int t
       }
     }
     finish_stream(stream);
-    std::free(matrix);
   });
   return bad != 0;
 }
@@ -97,7 +95,7 @@ bool combine(const Entries& e, const T* saet, int64_t H, int64_t D, T* out, int 
   if (stream) prefer_large_pages(out, images * bytes);
   int bad = 0;
   parallel_for(threads, images, grain_for(bytes), [&](int64_t begin, int64_t end) {
-    auto* features = static_cast<T*>(std::malloc((static_cast<size_t>(size) + 1) * sizeof(T)));
+    const Buffer<T> features(size);
     for (int64_t n = begin; n < end; ++n) {
       std::memset(features, 0, static_cast<size_t>(bytes));
       for (int64_t h = 0; h < H; ++h) {
@@ -110,7 +108,6 @@ bool combine(const Entries& e, const T* saet, int64_t H, int64_t D, T* out, int 
       write_out(out + n * size, features, bytes, stream);
     }
     finish_stream(stream);
-    std::free(features);
   });
   return bad != 0;
 }

@@ -1,6 +1,5 @@
 #include "freenet.h"
 
-#include <cstdlib>
 #include <cstring>
 #include <initializer_list>
 
@@ -18,11 +17,6 @@ constexpr int W = kWidth<float>;
 
 enum Weight { proj_w, proj_b, norm1_w, norm1_b, fc1_w, fc1_b, fc2_w, fc2_b, norm2_w, norm2_b };
 
-float* floats(int64_t count) {
-  const size_t bytes = (static_cast<size_t>(count) * sizeof(float) + 127) / 64 * 64;
-  return static_cast<float*>(std::aligned_alloc(64, bytes));
-}
-
 // Rows of arrays that products read are padded: to whole vectors, and by one more, so that rows of 256 or 512 values do
 // not all fall into the same cache sets. Values beyond D are zero throughout.
 int64_t padded(int64_t width) { return (width + 15) / 16 * 16 + 16; }
@@ -30,9 +24,10 @@ int64_t padded(int64_t width) { return (width + 15) / 16 * 16 + 16; }
 // The weights as products read them: transposed for the way forward, as they are for the way back, which goes through
 // the first layer of each MLP once more.
 struct Packed {
-  explicit Packed(const Decoder& net, bool backward) : net(net), ld(padded(net.D)), ld_out(padded(net.L)) {
-    const int64_t square = net.D * ld, last = net.D * ld_out + ld_out + net.L * ld;
-    memory = floats(net.R * (4 * square + 7 * ld) + last);
+  explicit Packed(const Decoder& net, bool backward)
+      : net(net), ld(padded(net.D)), ld_out(padded(net.L)),
+        memory(net.R * (4 * net.D * ld + 7 * ld) + net.D * ld_out + ld_out + net.L * ld) {
+    const int64_t square = net.D * ld;
     float* next = memory;
     for (int64_t r = 0; r < net.R; ++r) {
       for (int w : {proj_w, fc1_w, fc2_w}) {
@@ -57,9 +52,6 @@ struct Packed {
       out_bias = copy(next + net.D * ld_out, net.weights[net.R * kBlockTensors + 1], 1, net.L, ld_out);
     }
   }
-  ~Packed() { std::free(memory); }
-  Packed(const Packed&) = delete;
-  Packed& operator=(const Packed&) = delete;
 
   const float* weight(int64_t r, int w) const { return net.weights[r * kBlockTensors + w]; }
 
@@ -78,7 +70,7 @@ struct Packed {
 
   const Decoder& net;
   int64_t ld, ld_out;
-  float* memory;
+  Buffer<float> memory;
   const float* turned[kMaxBlocks][kBlockTensors];
   const float* plain[kMaxBlocks][kBlockTensors];
   const float *out_turned = nullptr, *out_bias = nullptr, *out_plain = nullptr;
@@ -201,12 +193,10 @@ template <bool to_images> void move_token(const Decoder& net, int64_t index, flo
 
 // Memory of one thread: `traces` of them, and extra arrays [kTokens, ld].
 struct Workspace {
-  Workspace(const Packed& p, int64_t traces, int64_t arrays) {
+  // Zeros, as padding is read by products and never written.
+  Workspace(const Packed& p, int64_t traces, int64_t arrays)
+      : memory(kTokens * (traces * (kTraceArrays * p.ld + 2) + arrays * p.ld + p.ld_out), true) {
     const int64_t array = kTokens * p.ld;
-    memory = floats(traces * (kTraceArrays * array + 2 * kTokens) + arrays * array + kTokens * p.ld_out);
-    // Padding is read by products and never written: it has to be zero once.
-    const int64_t count = traces * (kTraceArrays * array + 2 * kTokens) + arrays * array + kTokens * p.ld_out;
-    for (int64_t i = 0; i < count; ++i) memory[i] = 0;
     float* next = memory;
     for (int64_t r = 0; r < traces; ++r) {
       for (float** field : {&trace[r].normalised1, &trace[r].hidden, &trace[r].before, &trace[r].active,
@@ -221,11 +211,8 @@ struct Workspace {
     for (int64_t a = 0; a < arrays; ++a, next += array) extra[a] = next;
     tokens = next;
   }
-  ~Workspace() { std::free(memory); }
-  Workspace(const Workspace&) = delete;
-  Workspace& operator=(const Workspace&) = delete;
 
-  float* memory;
+  Buffer<float> memory;
   Trace trace[kMaxBlocks];
   float* extra[4];
   float* tokens;  // [kTokens, ld_out]

@@ -1,4 +1,4 @@
-// Writing large results: past the caches, and on large pages.
+// Memory of the kernels' own, and writing large results: past the caches, and on large pages.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -17,7 +17,27 @@ namespace speedk {
 // read the line that it is about to overwrite.
 constexpr int64_t kStreamBytes = int64_t{8} << 20;
 
+// Memory of a kernel's own, lines of the caches that no other thread has a part of; throws std::bad_alloc where there is
+// none. What a body of parallel_for throws reaches its caller.
+void* allocate(int64_t bytes, bool zeros);
+void release(void* memory);
+
 namespace {  // compiled once per instruction set
+
+// `count` values of T, zero at first with `zeros`.
+template <class T> class Buffer {
+ public:
+  explicit Buffer(int64_t count, bool zeros = false)
+      : memory(static_cast<T*>(allocate(count * static_cast<int64_t>(sizeof(T)), zeros))) {}
+  ~Buffer() { release(memory); }
+  Buffer(const Buffer&) = delete;
+  Buffer& operator=(const Buffer&) = delete;
+  operator T*() const { return memory; }
+
+ private:
+  T* const memory;
+};
+
 
 // Asks the kernel for large pages under memory that has just been allocated. A fresh result costs one page fault per
 // 4 KiB otherwise, which is most of the time that a plain copy takes.

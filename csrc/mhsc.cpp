@@ -1,7 +1,5 @@
 #include "mhsc.h"
 
-#include <cstdlib>
-
 #include "gemm.h"
 #include "memory.h"
 #include "parallel.h"
@@ -10,16 +8,12 @@ namespace speedk {
 namespace SPEEDK_ISA {
 namespace {
 
-template <class T> T* values(int64_t count) {
-  return static_cast<T*>(std::malloc((static_cast<size_t>(count) + 1) * sizeof(T)));
-}
-
 template <class T> void forward(const Mhsc& s, T* out) {
   const auto* scm = static_cast<const T*>(s.scm);
   const auto* saet = static_cast<const T*>(s.saet);
   const int64_t d = s.D / s.H, bytes = s.J * s.D * static_cast<int64_t>(sizeof(T));
   // Heads apart, so that the rows of one head's tokens are neighbours and never compete for a cache set.
-  T* pools = values<T>(s.K * s.D);
+  const Buffer<T> pools(s.K * s.D);
   for (int64_t h = 0; h < s.H; ++h) {
     for (int64_t k = 0; k < s.K; ++k) {
       for (int64_t i = 0; i < d; ++i) pools[(h * s.K + k) * d + i] = saet[k * s.D + h * d + i];
@@ -28,7 +22,7 @@ template <class T> void forward(const Mhsc& s, T* out) {
   const bool stream = s.N * bytes > kStreamBytes;
   if (stream) prefer_large_pages(out, s.N * bytes);
   parallel_for(s.threads, s.N, (int64_t{1} << 18) / (bytes + 1) + 1, [&](int64_t begin, int64_t end) {
-    T* features = values<T>(s.J * s.D);
+    const Buffer<T> features(s.J * s.D);
     for (int64_t n = begin; n < end; ++n) {
       for (int64_t h = 0; h < s.H; ++h) {
         gemm<false>(s.J, d, s.K, scm + (n * s.H + h) * s.J * s.K, s.K, 1, pools + h * s.K * d, d, features + h * d, s.D);
@@ -36,23 +30,22 @@ template <class T> void forward(const Mhsc& s, T* out) {
       write_out(out + n * s.J * s.D, features, bytes, stream);
     }
     finish_stream(stream);
-    std::free(features);
   });
-  std::free(pools);
 }
 
 template <class T> void backward(const Mhsc& s, const T* d_out, T* d_scm, T* d_saet, T* partial) {
   const auto* scm = static_cast<const T*>(s.scm);
   const auto* saet = static_cast<const T*>(s.saet);
   const int64_t d = s.D / s.H, matrix = s.J * s.K, bytes = matrix * static_cast<int64_t>(sizeof(T));
-  T* turned = values<T>(s.K * s.D);  // [D, K]
+  const Buffer<T> turned(s.K * s.D);  // [D, K]
   for (int64_t k = 0; k < s.K; ++k) {
     for (int64_t i = 0; i < s.D; ++i) turned[i * s.K + k] = saet[k * s.D + i];
   }
   const bool stream = d_scm && s.N * s.H * bytes > kStreamBytes;
   if (stream) prefer_large_pages(d_scm, s.N * s.H * bytes);
   parallel_for(s.threads, kMhscParts * s.H, 1, [&](int64_t begin, int64_t end) {
-    T* piece = values<T>(matrix);
+    const Buffer<T> memory(matrix);
+    T* const piece = memory;
     for (int64_t task = begin; task < end; ++task) {
       const int64_t part = task / s.H, h = task % s.H;
       T* sum = d_saet ? partial + part * s.K * s.D + h * s.K * d : nullptr;  // [H, K, d] within a part
@@ -68,7 +61,6 @@ template <class T> void backward(const Mhsc& s, const T* d_out, T* d_scm, T* d_s
       }
     }
     finish_stream(stream);
-    std::free(piece);
   });
   for (int64_t k = 0; d_saet && k < s.K; ++k) {
     for (int64_t h = 0; h < s.H; ++h) {
@@ -81,7 +73,6 @@ template <class T> void backward(const Mhsc& s, const T* d_out, T* d_scm, T* d_s
       }
     }
   }
-  std::free(turned);
 }
 
 }  // namespace

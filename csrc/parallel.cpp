@@ -4,7 +4,8 @@
 
 #include <algorithm>
 #include <atomic>
-#include <system_error>
+#include <exception>
+#include <mutex>
 #include <thread>
 #include <vector>
 
@@ -16,13 +17,22 @@ struct Loop {
   void* context;
   int64_t count, grain;
   std::atomic<int64_t> next{0};
+  std::mutex mutex{};
+  std::exception_ptr error{};  // the first
 
+  // Nothing may leave it: an exception in a thread of a pool ends the process.
   static void work(void* self) {
     auto& loop = *static_cast<Loop*>(self);
-    for (;;) {
-      const int64_t begin = loop.next.fetch_add(loop.grain, std::memory_order_relaxed);
-      if (begin >= loop.count) return;
-      loop.body(loop.context, begin, std::min(begin + loop.grain, loop.count));
+    try {
+      for (;;) {
+        const int64_t begin = loop.next.fetch_add(loop.grain, std::memory_order_relaxed);
+        if (begin >= loop.count) return;
+        loop.body(loop.context, begin, std::min(begin + loop.grain, loop.count));
+      }
+    } catch (...) {
+      loop.next.store(loop.count, std::memory_order_relaxed);  // the others need not go on
+      const std::lock_guard<std::mutex> lock(loop.mutex);
+      if (!loop.error) loop.error = std::current_exception();
     }
   }
 };
@@ -53,12 +63,13 @@ void parallel_for(int threads, int64_t count, int64_t grain, Body body, void* co
     others.reserve(team - 1);
     try {
       for (int i = 1; i < team; ++i) others.emplace_back(Loop::work, &loop);
-    } catch (const std::system_error&) {
+    } catch (const std::exception&) {
       // No more threads to be had: those that started and this one share the work.
     }
     Loop::work(&loop);
     for (auto& thread : others) thread.join();
   }
+  if (loop.error) std::rethrow_exception(loop.error);
 }
 
 }  // namespace speedk

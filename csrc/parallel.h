@@ -7,7 +7,8 @@ namespace speedk {
 using Body = void (*)(void* context, int64_t begin, int64_t end);
 
 // Calls body(context, begin, end) over [0, count) in pieces of `grain`, on at most `threads` threads, the caller among
-// them. Pieces are handed out as threads come free; each index is visited once.
+// them. Pieces are handed out as threads come free; each index is visited once. Where a body throws, no more are handed
+// out, and once all threads are through their own, the first exception goes on from here.
 //
 // Where the process already holds an OpenMP runtime (PyTorch loads its own into the global scope) its pool is used, so
 // that two pools never fight for the same cores; elsewhere plain threads are started for the call.
