@@ -30,7 +30,7 @@ void require(bool holds, const char* otherwise) {
 
 Topk topk(int dtype, uintptr_t scm, int64_t rows, int64_t J, int64_t K, int64_t k, uintptr_t dense, uintptr_t mask,
           uintptr_t values, uintptr_t row_index, uintptr_t col_index, int index_bytes, int threads) {
-  require(rows >= 0 && J >= 0 && K >= 0 && J * K < (int64_t{1} << 31), "a matrix has 0 to 2^31 - 1 entries");
+  require(rows >= 0 && J >= 0 && K >= 0 && (K == 0 || J <= kMaxEntries / K), "a matrix has 0 to 2^30 entries");
   require(k >= 0 && k <= J * K, "k is outside 0 to J K");
   const int64_t below = index_bytes == 1 ? 256 : index_bytes == 2 ? 65536 : 0;
   require(!row_index || (J <= below && K <= below), "an index does not fit its type");
@@ -75,6 +75,7 @@ PYBIND11_MODULE(_native, m) {
   m.attr("cuda") = false;
 #endif
   py::class_<Topk>(m, "Topk").def(py::init(&topk));
+  m.attr("topk_entries") = kMaxEntries;
   m.def("topk", [](const Topk& job) { return SPEEDK_CALL(topk, job); }, released);
 #ifdef SPEEDK_CUDA
   m.def("topk_cuda", [](const Topk& job, uintptr_t nan, uintptr_t stream) {

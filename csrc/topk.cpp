@@ -207,10 +207,9 @@ template <class Key> bool run(const Topk& job) {
   int nan_seen = 0;
   const int64_t grain = (int64_t{1} << 17) / (n * static_cast<int64_t>(sizeof(Key))) + 1;
   parallel_for(job.threads, job.rows, grain, [&](int64_t begin, int64_t end) {
-    // 64 bytes beyond the last candidate, so that keys and positions never share a line with another thread's.
-    char* memory = new char[static_cast<size_t>(n) * (sizeof(Key) + sizeof(int32_t)) + 128];
-    Candidates<Key> found{reinterpret_cast<Key*>(memory),
-                          reinterpret_cast<int32_t*>(memory + (static_cast<size_t>(n) * sizeof(Key) + 7) / 8 * 8), 0};
+    const Buffer<Key> keys(n);
+    const Buffer<int32_t> positions(n);
+    Candidates<Key> found{keys, positions, 0};
     for (int64_t row = begin; row < end; ++row) {
       const Key* bits = static_cast<const Key*>(job.scm) + row * n;
       Cut<Key> cut;
@@ -229,7 +228,6 @@ template <class Key> bool run(const Topk& job) {
       }
     }
     finish_stream((job.dense && stream_dense) || (job.mask && stream_mask));
-    delete[] memory;
   });
   return nan_seen != 0;
 }

@@ -7,11 +7,14 @@
 
 namespace speedk {
 
+// The most entries of a row: positions and counts are of 32 bits, and a step beyond the last stays so.
+constexpr int64_t kMaxEntries = int64_t{1} << 30;
+
 // What to compute for `rows` rows of J K contiguous entries. A null pointer means not wanted.
 struct Topk {
   Dtype dtype;
   const void* scm;       // [rows, J, K]
-  int64_t rows, J, K, k; // 0 <= k <= J K < 2^31
+  int64_t rows, J, K, k; // 0 <= k <= J K <= kMaxEntries
   void* dense;           // [rows, J, K] like scm: zero where not kept
   bool* mask;            // [rows, J, K]
   void* values;          // [rows, k]

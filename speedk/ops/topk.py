@@ -67,11 +67,15 @@ def holds_nan() -> ValueError:
     return ValueError("scm holds a NaN: its largest entries are not defined")
 
 
+NATIVE_ENTRIES = 2**30
+"""Of a matrix, that the native kernels count in 32 bits, a step beyond the end included (csrc/topk.h)."""
+
+
 def why_not_native_topk(scm: Tensor, k: int) -> str | None:
     if scm.dtype not in native.DTYPES:
         return f"{scm.dtype} is computed in PyTorch"
-    if scm.shape[2] * scm.shape[3] >= 2**31:
-        return "positions beyond 31 bits are computed in PyTorch"
+    if scm.shape[2] * scm.shape[3] > NATIVE_ENTRIES:
+        return f"more than {NATIVE_ENTRIES:,} entries of a matrix are computed in PyTorch"
     return dispatch.why_not_native_cuda(scm) if scm.is_cuda else dispatch.why_not_native_cpu(scm)
 
 

@@ -40,11 +40,12 @@ inline void enter() {
   yield();
 }
 
-// Runs `kernel` on `blocks` blocks of 32 x rows threads; false where some threads of a block wait for others that ended.
-inline bool run(int64_t blocks, unsigned rows, std::function<void()> kernel) {
+// Runs `kernel` on `blocks` blocks of columns x rows threads; false where some threads of a block wait for others that
+// ended.
+inline bool run(int64_t blocks, unsigned columns, unsigned rows, std::function<void()> kernel) {
   body = kernel;
-  fibres.assign(32 * rows, {});
-  lanes.assign(32 * rows, 0);
+  fibres.assign(columns * rows, {});
+  lanes.assign(columns * rows, 0);
   for (int64_t b = 0; b < blocks; ++b) {
     block = {static_cast<unsigned>(b), 0};
     for (auto& fibre : fibres) {
@@ -58,7 +59,7 @@ inline bool run(int64_t blocks, unsigned rows, std::function<void()> kernel) {
     for (size_t done = 0; done < fibres.size();) {
       done = 0;
       for (current = 0; current < fibres.size(); ++current) {
-        thread = {current % 32, current / 32};
+        thread = {current % columns, current / columns};
         swapcontext(&scheduler, &fibres[current].context);
         done += fibres[current].done;
       }
@@ -75,12 +76,49 @@ inline bool run(int64_t blocks, unsigned rows, std::function<void()> kernel) {
 
 inline void __syncthreads() { emulated::yield(); }
 
-// Every warp shuffles as often as every other here, so that the block's barrier serves.
-template <class T> T __shfl_xor_sync(unsigned, T value, int mask) {
-  const unsigned me = emulated::current;
-  std::memcpy(&emulated::lanes[me], &value, sizeof(T));
-  emulated::yield();
-  std::memcpy(&value, &emulated::lanes[me ^ mask], sizeof(T));
-  emulated::yield();
+namespace emulated {
+
+// What `read` makes of the values that the block's threads give, in `lanes`. Every warp shuffles and votes as often as
+// every other here, so that the block's barrier serves.
+template <class T, class F> auto exchange(T value, F&& read) {
+  std::memcpy(&lanes[current], &value, sizeof(T));
+  yield();
+  const auto result = read();
+  yield();
+  return result;
+}
+template <class T> T lane(unsigned at) {
+  T value;
+  std::memcpy(&value, &lanes[at], sizeof(T));
   return value;
 }
+
+}  // namespace emulated
+
+template <class T> T __shfl_xor_sync(unsigned, T value, int mask) {
+  const unsigned me = emulated::current;
+  return emulated::exchange(value, [me, mask] { return emulated::lane<T>(me ^ mask); });
+}
+template <class T> T __shfl_up_sync(unsigned, T value, unsigned step) {
+  const unsigned me = emulated::current;
+  return emulated::exchange(value, [me, step] { return emulated::lane<T>(me % 32 < step ? me : me - step); });
+}
+inline unsigned __ballot_sync(unsigned, bool flag) {
+  const unsigned first = emulated::current / 32 * 32;
+  return emulated::exchange(flag, [first] {
+    unsigned votes = 0;
+    for (unsigned i = 0; i < 32; ++i) votes |= static_cast<unsigned>(emulated::lane<bool>(first + i)) << i;
+    return votes;
+  });
+}
+inline int __syncthreads_count(bool flag) {
+  return emulated::exchange(flag, [] {
+    int count = 0;
+    for (unsigned i = 0; i < emulated::fibres.size(); ++i) count += emulated::lane<bool>(i);
+    return count;
+  });
+}
+inline int __syncthreads_or(bool flag) { return __syncthreads_count(flag) != 0; }
+inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
+// A fibre is left at barriers alone, so that an addition is never interrupted.
+inline int atomicAdd(int* at, int value) { return (*at += value) - value; }

@@ -9,7 +9,7 @@ namespace {
 template <class T> bool run(const NormActPool& job, int pass, const NormActPoolSecond& second, void** tensors) {
   return with_team(job, [&](auto team) {
     using Team = decltype(team);
-    return emulated::run(team.blocks(job), kTeamRows, [&] {
+    return emulated::run(team.blocks(job), 32, kTeamRows, [&] {
       if (pass == 0) forward_kernel<T, Team>(job, tensors[0], tensors[1], tensors[2]);
       if (pass == 1)
         backward_kernel<T, Team>(job, tensors[0], tensors[1], tensors[2], tensors[3], tensors[4], tensors[5]);

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import ctypes
-import shutil
-import subprocess
-from pathlib import Path
 
+import emulation
 import forms
 import pytest
 import torch
@@ -15,8 +13,6 @@ from support import assert_matches, built, poisoned_memory
 from speedk.ops import dispatch, native, norm_act_pool
 from speedk.ops.dispatch import use_backend
 
-HERE = Path(__file__).parent
-CSRC = HERE.parents[1] / "csrc"
 FORMATS = {"contiguous": torch.contiguous_format, "channels last": torch.channels_last}
 # One warp a plane, one block a plane, and more channels than a block takes; odd sides in each.
 SHAPES = [(1, 35, 6, 6), (2, 33, 7, 5), (1, 3, 33, 34), (1, 2, 37, 41), (0, 2, 4, 4)]
@@ -27,16 +23,7 @@ CASES = [*((s, torch.float64) for s in SHAPES),
 
 @pytest.fixture(scope="module")
 def emulated(tmp_path_factory):
-    compiler = shutil.which("c++") or shutil.which("g++")
-    if compiler is None:
-        pytest.skip("there is no C++ compiler")
-    library = tmp_path_factory.mktemp("emulated") / "norm_act_pool.so"
-    command = [compiler, "-std=c++17", "-O1", "-fPIC", "-shared", "-Wno-unknown-pragmas", "-I", CSRC,
-               "-o", library, HERE / "norm_act_pool_on_cpu.cpp"]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    call = ctypes.CDLL(str(library)).norm_act_pool_on_cpu
-    call.restype = ctypes.c_bool
+    call = emulation.emulated("norm_act_pool", tmp_path_factory.mktemp("emulated"))
 
     class Emulated:
         """Stands where speedk._native does."""

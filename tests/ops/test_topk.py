@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support import DEVICES, FLOATS, LAYOUTS, built, compiles, on_backends, poisoned_memory, strided
 
-from speedk.ops import sparsify, topk, topk_mask, use_backend
+from speedk.ops import dispatch, explain, sparsify, topk, topk_mask, use_backend
 
 SHAPES = [  # N, H, J, K, k
     (3, 2, 64, 16, 48),  # CIFAR-10, 1 image per class
@@ -149,3 +149,11 @@ def test_transforms_take_torch():
     assert torch.equal(tangent, mask.double())
     batched = torch.vmap(lambda x: sparsify(x, 6))(scm)
     assert torch.equal(batched, torch.stack([sparsify(x, 6) for x in scm]))
+
+
+@built
+def test_larger_matrices_are_left_to_pytorch():
+    assert dispatch.native().topk_entries == topk.NATIVE_ENTRIES
+    one = torch.zeros(())  # of a single number in memory
+    assert "1,073,741,824 entries" in explain("sparsify", one.expand(1, 1, 2**15, 2**15 + 1), 1)["native"]
+    assert explain("sparsify", one.expand(1, 1, 2**15, 2**15), 1)["native"] == "chosen"
