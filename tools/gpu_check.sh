@@ -2,37 +2,63 @@
 # Everything that needs a GPU, on a machine without network, in under 8 minutes: build in place, test ops and training,
 # look for wrong memory accesses and races, time the ops, write bench/results/. Installs nothing: it uses the torch,
 # triton, pytest, hypothesis, pybind11, cmake and ninja that are there, and pytest-xdist where it is.
-# PYTHON=... picks the interpreter.
+# PYTHON=... picks the interpreter; GPU_CHECK_SECONDS=... the time for all of it.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
-limit=465  # seconds for all of it; what is not done by then is left out, and the report says so
+limit=${GPU_CHECK_SECONDS:-465}  # what is not done by then is left out, and the report says so
+grace=$((limit / 30 + 1))  # for a part to end once it is asked to
 unset TRITON_INTERPRET SPEEDK_BACKEND
 mkdir -p bench/results
 report=bench/results/gpu-check.json
+rm -f "$report"
 site=$(mktemp -d)
-trap 'rm -rf "$site"' EXIT
 mkdir "$site/speedk" "$site/logs"
 
-left() { echo $((limit - SECONDS)); }
 parts=()  # "name seconds exit-code"
 failed=0
+finished=false
+write_report() {  # whatever happened, and however far it came
+    local rows=() wrong=() name seconds code IFS=,
+    for part in "${parts[@]:+${parts[@]}}"; do
+        IFS=' ' read -r name seconds code <<< "$part"
+        rows+=("{\"part\": \"$name\", \"seconds\": $seconds, \"exit_code\": $code}")
+        [ "$code" -eq 0 ] || wrong+=("\"$name\"")
+    done
+    printf '{"seconds": %d, "finished": %s, "failed": [%s], "parts": [%s]}\n' "$SECONDS" $finished \
+        "${wrong[*]:+${wrong[*]}}" "${rows[*]:+${rows[*]}}" > "$report"
+    cat "$report"
+}
+trap 'jobs -p | xargs -r kill 2>/dev/null || true; rm -rf "$site"; write_report' EXIT
+trap 'exit 143' INT TERM
+
+# A part may take so many seconds, but no more than are left once those are taken off that the parts after it need.
+left() { echo $((limit - SECONDS)); }
+reserve=0
+at_most() {
+    local most=$(($(left) - reserve - grace))
+    echo $(($1 < most ? $1 : most > 1 ? most : 1))
+}
 note() {
     echo "== $1: exit code $3 after $2 s"
     parts+=("$1 $2 $3")
     [ "$3" -eq 0 ] || failed=1
 }
 part() {
-    local name=$1 most=$2 since=$SECONDS code=0
+    local name=$1 most since=$SECONDS code=0
+    most=$(at_most "$2")
     shift 2
     echo "== $name"
-    timeout -k 15 "$most" "$@" || code=$?
+    timeout -k $grace "$most" "$@" || code=$?
     note "$name" $((SECONDS - since)) $code
 }
 behind() {  # the same in the background; `collect` shows what it said
-    local name=$1 most=$2 since=$SECONDS code=0
+    local name=$1 most since=$SECONDS code=0
+    most=$(at_most "$2")
     shift 2
-    { timeout -k 15 "$most" "$@" > "$site/logs/$name.txt" 2>&1 || code=$?
+    { timeout -k $grace "$most" "$@" > "$site/logs/$name.txt" 2>&1 &
+      trap "kill $!" TERM
+      wait $! || code=$?
       echo $((SECONDS - since)) $code > "$site/logs/$name.end"; } &
 }
 collect() {
@@ -45,9 +71,11 @@ collect() {
     done
 }
 
-"$python" -c 'import torch
+part device 60 "$python" -c 'import torch
 assert torch.cuda.is_available(), "PyTorch sees no GPU here"
 print(torch.__version__, torch.cuda.get_device_name())'
+[ $failed -eq 0 ] || exit 1
+reserve=$((limit / 2))
 part build 200 env SPEEDK_CUDA=ON "$python" setup.py -q build_ext --inplace
 if [ $failed -ne 0 ]; then
     echo "the extension does not build: nothing else was tried"
@@ -62,6 +90,7 @@ pytest=("$python" -P -c 'import sys, pytest; sys.exit(pytest.main(sys.argv[1:]))
 spread=()
 "$python" -c 'import xdist' 2>/dev/null && spread=(-n 10)  # most of the time goes into compiling kernels, on the CPU
 
+reserve=$((limit * 2 / 9))
 # What is not timed runs together. Sanitizers look at our own kernels, not at PyTorch's; racecheck at no others at all.
 checks=(compile)
 behind compile 240 sh -c '"$0" tools/compile_kernels.py && "$@" tests/test_compile_offline.py tests/test_compile_cuda.py' \
@@ -86,15 +115,7 @@ part tests 270 env OMP_NUM_THREADS=2 "${pytest[@]}" ${spread[@]+"${spread[@]}"} 
 part training 90 env OMP_NUM_THREADS=2 "${pytest[@]}" ${spread[@]+"${spread[@]}"} tests/augment tests/distillation -k cuda
 collect "${checks[@]}"
 
-# A bench that starts must be able to end, and the report be written.
-part benches $(($(left) > 45 ? $(left) : 45)) "${pytest[@]}" bench/ --save --seconds $(($(left) > 60 ? $(left) - 30 : 30))
-
-"$python" - "$report" "$SECONDS" "${parts[@]}" <<'END'
-import json, sys
-path, seconds, *parts = sys.argv[1:]
-rows = [dict(zip(("part", "seconds", "exit_code"), (p.split()[0], *map(int, p.split()[1:])))) for p in parts]
-failed = [row["part"] for row in rows if row["exit_code"]]
-open(path, "w").write(json.dumps({"seconds": int(seconds), "failed": failed, "parts": rows}, indent=1) + "\n")
-END
-cat "$report"
+reserve=0
+part benches "$limit" "${pytest[@]}" bench/ --save --seconds $(($(left) - 3 * grace))  # who starts must be able to end
+finished=true
 exit $failed

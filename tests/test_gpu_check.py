@@ -1,0 +1,83 @@
+"""tools/gpu_check.sh keeps to its time and leaves a report, whatever happens: run with a Python that only pretends."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PYTHON = """#!/bin/bash
+case " $* " in
+    *" setup.py "*) part=build ;;
+    *" bench/ "*) part=benches ;;
+    *" tests/ops "*) part=tests ;;
+    *" -c "*|*tools/*) part=other ;;
+esac
+eval "${!part:-true}"
+"""
+
+
+def project(folder: Path) -> Path:
+    for name in ("tools", "speedk", "kernels", "bench/results"):
+        (folder / name).mkdir(parents=True)
+    shutil.copy(ROOT / "tools/gpu_check.sh", folder / "tools")
+    (folder / "python").write_text(PYTHON)
+    (folder / "python").chmod(0o755)
+    (folder / "bench/results/gpu-check.json").write_text("of another day")
+    return folder
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return project(tmp_path)
+
+
+def start(folder: Path, seconds: int, **parts: str) -> subprocess.Popen:
+    """`parts`: what the parts of that name do, in the words of a shell."""
+    environment = {**os.environ, **parts, "PYTHON": str(folder / "python"), "GPU_CHECK_SECONDS": str(seconds)}
+    return subprocess.Popen(["bash", "tools/gpu_check.sh"], cwd=folder, env=environment, stdout=subprocess.DEVNULL)
+
+
+def report(folder: Path) -> dict:
+    return json.loads((folder / "bench/results/gpu-check.json").read_text())
+
+
+def test_a_build_that_fails(folder):
+    assert start(folder, 300, build="exit 3").wait(60) == 1
+    said = report(folder)
+    assert said["failed"] == ["build"] and not said["finished"]
+    assert [part["exit_code"] for part in said["parts"]] == [0, 3]
+
+
+def test_all_is_done(folder):
+    start(folder, 300, tests="exit 1").wait(60)
+    said = report(folder)
+    assert said["finished"] and set(said["failed"]) - {"compute-sanitizer", "memcheck", "racecheck"} == {"tests"}
+    assert {"device", "build", "tests", "compile", "benches"} <= {part["part"] for part in said["parts"]}
+
+
+def test_parts_that_hang(tmp_path):
+    limit, slow = 12, ("build", "tests", "benches", "other")
+    running = {part: start(project(tmp_path / part), limit, **{part: "sleep 600"}) for part in slow}
+    for part, process in running.items():
+        assert process.wait(120) == 1, part
+        said = report(tmp_path / part)
+        assert said["seconds"] < limit + 6, part
+        assert ("device" if part == "other" else part) in said["failed"]
+        if part == "tests":  # there is still time for the benches
+            assert said["finished"] and said["parts"][-1]["part"] == "benches"
+
+
+def test_one_that_is_stopped(folder):
+    running = start(folder, 300, build="sleep 3")
+    time.sleep(1)
+    running.send_signal(signal.SIGTERM)
+    assert running.wait(60) == 143
+    assert not report(folder)["finished"]
