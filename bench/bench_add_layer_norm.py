@@ -1,5 +1,5 @@
 """The fused norm on its own, against PyTorch's addition and LayerNorm, and on a GPU against Liger Kernel's LayerNorm
-where that package is installed (`pip install liger-kernel`)."""
+where that package is installed (`pip install -e '.[bench]'`)."""
 
 import importlib.util
 
@@ -25,7 +25,11 @@ def bench_add_layer_norm(contest, case):
         return lambda: torch.autograd.grad(function(*leaves), leaves, d_out)
 
     peers = {"add, layer_norm": both(library)}
-    if DEVICE == "cuda" and importlib.util.find_spec("liger_kernel"):
+    if DEVICE != "cuda":
+        peers["add, liger"] = "runs on a GPU alone"
+    elif importlib.util.find_spec("liger_kernel") is None:
+        peers["add, liger"] = "is not installed"
+    else:
         from liger_kernel.ops.layer_norm import LigerLayerNormFunction
 
         peers["add, liger"] = both(lambda x, residual, *w: LigerLayerNormFunction.apply(x + residual, *w, 1e-6))

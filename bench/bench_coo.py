@@ -53,6 +53,15 @@ def bench_decode(contest, case):
             {"zeros + scatter_add": lambda: scattered(case, *stored), "torch.sparse": sparse},
             moved=4 * case.N * case.H * case.J * case.K,
             yardsticks={"fill": lambda: torch.zeros(shape, device=DEVICE)})
+    values, d_dense = stored[0].requires_grad_(), torch.randn(shape, device=DEVICE)
+
+    def gradient(function):
+        return lambda: torch.autograd.grad(function(values, *stored[1:]), values, d_dense)
+
+    contest("coo_decode fwd+bwd", case.name,
+            {"speedk": gradient(lambda *stored: coo_decode(*stored, case.J, case.K, check=False))},
+            {"zeros + scatter_add": gradient(lambda *stored: scattered(case, *stored))},
+            moved=4 * case.N * case.H * case.J * case.K)
 
 
 @CASES
@@ -62,3 +71,12 @@ def bench_mhsc_coo(contest, case):
     contest("mhsc_coo", case.name, {"speedk": lambda: mhsc_coo(*stored, saet, case.J, check=False)},
             {"scatter_add + matmul": lambda: heads(case, scattered(case, *stored), saet)}, moved=least,
             flops=2 * stored[0].numel() * case.D // case.H)
+    leaves = stored[0].requires_grad_(), saet.requires_grad_()
+    d_out = torch.randn(case.N, case.J, case.D, device=DEVICE)
+
+    def both(function):
+        return lambda: torch.autograd.grad(function(leaves[0], *stored[1:], saet), leaves, d_out)
+
+    contest("mhsc_coo fwd+bwd", case.name, {"speedk": both(lambda *given: mhsc_coo(*given, case.J, check=False))},
+            {"scatter_add + matmul": both(lambda *given: heads(case, scattered(case, *given[:3]), given[3]))},
+            moved=2 * least, flops=6 * stored[0].numel() * case.D // case.H)

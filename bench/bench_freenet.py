@@ -1,17 +1,26 @@
-"""The whole decoder: from stored entries without gradients, and in training, with peak memory.
+"""The whole decoder: from stored entries without gradients, and in training, with peak memory; and one block of it.
 
 The peer is the straightforward form: the SAETs repeated for each image, E A in each block. `torch.compile` gets the
-same function. On a GPU both sides run in float32, tf32 and bf16.
+same function: on a GPU in each case that has a floor for it, on a CPU, where compiling takes long, in one. On a GPU
+both sides run in float32, tf32 and bf16.
 """
 
 import pytest
 import torch
 from cases import DEEP, IN_EACH_PRECISION, LARGE, MANY, MIDDLE, SMALL
-from measuring import CUDA, precisions
+from measuring import CUDA, DEVICE, dtype_of, precisions
 from torch.nn.functional import gelu, layer_norm, linear
 
-from speedk.ops import freenet, freenet_coo
+from speedk.ops import freenet, freenet_block, freenet_coo
 from speedk.ops.patches import unpatchify_reference
+
+
+def straightforward_block(features, state, b):
+    width = features.shape[-1:]
+    hidden = layer_norm(linear(features, b.proj_weight, b.proj_bias), width, b.norm1_weight, b.norm1_bias, 1e-6)
+    hidden = hidden if state is None else hidden + state
+    inner = gelu(linear(hidden, b.fc1_weight, b.fc1_bias))
+    return layer_norm(linear(inner, b.fc2_weight, b.fc2_bias) + hidden, width, b.norm2_weight, b.norm2_bias, 1e-6)
 
 
 def straightforward(scm, saet, weights):
@@ -19,12 +28,7 @@ def straightforward(scm, saet, weights):
     state = None
     for b in weights.blocks:
         pools = saet.view(1, k, h, -1).transpose(1, 2).repeat(n, 1, 1, 1)
-        features = (scm @ pools).transpose(1, 2).reshape(n, j, -1)
-        width = features.shape[-1:]
-        hidden = layer_norm(linear(features, b.proj_weight, b.proj_bias), width, b.norm1_weight, b.norm1_bias, 1e-6)
-        hidden = hidden if state is None else hidden + state
-        inner = gelu(linear(hidden, b.fc1_weight, b.fc1_bias))
-        state = layer_norm(linear(inner, b.fc2_weight, b.fc2_bias) + hidden, width, b.norm2_weight, b.norm2_bias, 1e-6)
+        state = straightforward_block((scm @ pools).transpose(1, 2).reshape(n, j, -1), state, b)
     return unpatchify_reference(linear(state, weights.weight, weights.bias), weights.channels, weights.patch)
 
 
@@ -50,7 +54,19 @@ def bench_freenet_coo(contest, case, precision):
                 precision=precision, items=case.N)
 
 
-@pytest.mark.parametrize("precision", precisions()[::-1])  # the fast ones first: time may run out
+def compiled_too(case, precision) -> bool:
+    return precision != "float32" if CUDA else case.name == MIDDLE.name
+
+
+def compiled(function):
+    torch._dynamo.reset()  # a compilation of its own for each case, not one for shapes that change
+    return torch.compile(function)
+
+
+FAST_FIRST = pytest.mark.parametrize("precision", precisions()[::-1])  # time may run out
+
+
+@FAST_FIRST
 @pytest.mark.parametrize("case", [SMALL, MIDDLE, DEEP, LARGE], ids=lambda c: c.name)
 def bench_freenet_training(contest, case, precision):
     weights = case.weights(precision)
@@ -62,8 +78,22 @@ def bench_freenet_training(contest, case, precision):
         return lambda: torch.autograd.grad(function(*leaves[:2], weights), leaves, d_images)
 
     peers = {"eager": both(straightforward)}
-    if case is MIDDLE if not CUDA else case in (MIDDLE, DEEP) and precision != "float32":
-        torch._dynamo.reset()  # a compilation of its own for each case, not one for shapes that change
-        peers["torch.compile"] = both(torch.compile(straightforward))
+    if compiled_too(case, precision):
+        peers["torch.compile"] = both(compiled(straightforward))
     contest("freenet fwd+bwd", case.name, {"speedk": both(freenet)}, peers, flops=3 * products(case), memory=True,
             precision=precision)
+
+
+@FAST_FIRST
+@pytest.mark.parametrize("case", [MIDDLE, LARGE], ids=lambda c: c.name)
+def bench_freenet_block(contest, case, precision):
+    block = case.weights(precision).blocks[0]
+    features, state, d_out = (torch.randn(case.N, case.J, case.D, device=DEVICE, dtype=dtype_of(precision))
+                              for _ in range(3))  # fmt: skip
+    leaves = [t.requires_grad_() for t in (features, state, *block)]
+
+    def both(function):
+        return lambda: torch.autograd.grad(function(features, state, block), leaves, d_out)
+
+    contest("freenet_block fwd+bwd", case.name, {"speedk": both(freenet_block)}, {"eager": both(straightforward_block)},
+            flops=18 * case.N * case.J * case.D**2, memory=True, precision=precision)

@@ -38,14 +38,29 @@ def bench_tokens_to_images(contest, case):
     state = torch.randn(case.N, case.J, case.D, device=DEVICE)
     weight, bias = torch.randn(case.L, case.D, device=DEVICE), torch.randn(case.L, device=DEVICE)
 
-    def convolution():
+    def fused(state, weight, bias):
+        return tokens_to_images(state, weight, bias, case.channels, case.patch)
+
+    def permuted(state, weight, bias):
+        return tokens_to_images_reference(state, weight, bias, case.channels, case.patch)
+
+    def shuffled(state, weight, bias):
         grid = linear(state, weight, bias)
         grid = grid.view(case.N, case.J, -1, case.channels).permute(0, 3, 2, 1).flatten(1, 2)
         side = round(case.J**0.5)
         return torch.nn.functional.pixel_shuffle(grid.reshape(case.N, -1, side, side), case.patch)
 
-    contest("tokens_to_images", case.name,
-            {"speedk": lambda: tokens_to_images(state, weight, bias, case.channels, case.patch)},
-            {"linear + permute": lambda: tokens_to_images_reference(state, weight, bias, case.channels, case.patch),
-             "linear + pixel_shuffle": convolution},
-            moved=4 * (state.numel() + case.N * case.J * case.L), flops=2 * case.N * case.J * case.D * case.L)
+    leaves, d_images = [state, weight, bias], case.images()
+    moved, flops = 4 * (state.numel() + d_images.numel()), 2 * case.N * case.J * case.D * case.L
+
+    def both(function):
+        return lambda: torch.autograd.grad(function(*leaves), leaves, d_images)
+
+    contest("tokens_to_images", case.name, {"speedk": lambda: fused(*leaves)},
+            {"linear + permute": lambda: permuted(*leaves), "linear + pixel_shuffle": lambda: shuffled(*leaves)},
+            moved=moved, flops=flops)
+    for leaf in leaves:
+        leaf.requires_grad_()
+    contest("tokens_to_images fwd+bwd", case.name, {"speedk": both(fused)},
+            {"linear + permute": both(permuted), "linear + pixel_shuffle": both(shuffled)},
+            moved=moved + 4 * (d_images.numel() + 2 * state.numel()), flops=3 * flops)

@@ -68,16 +68,16 @@ def pytest_runtest_logreport(report):
 
 @pytest.fixture
 def contest(request):
-    def run(op: str, case: str, ours: dict[str, Call], peers: dict[str, Call], moved: int = 0, flops: int = 0,
+    def run(op: str, case: str, ours: dict[str, Call], peers: dict[str, Call | str], moved: int = 0, flops: int = 0,
             memory: bool = False, yardsticks: dict[str, Call] | None = None, close: float | None = None,
             apart: float = 0.0, rounds: int = 3, precision: str = "float32", items: int = 0) -> None:
         """Time `ours` (by backend) against `peers`; `moved` bytes and `flops` are the least the op has to do, `items`
         how many images come out. Yardsticks are timed along and not compared for their results (a copy of the input,
         say). Results may differ by `close`, a part of the largest value, and the part `apart` of the values by more; at
-        least `rounds` rounds. `precision` is that of both sides. A peer for which the memory of a GPU does not suffice
-        is left out."""
+        least `rounds` rounds. `precision` is that of both sides. In place of a peer's call may stand why it cannot take
+        part, which the table says; so it does of one for which the memory of a GPU does not suffice."""
         with matmul_precision(precision):
-            peers = _that_fit(f"{op}, {case}, {precision}", peers)
+            peers, absent = _present(peers)
             calls = {**ours, **peers}
             first = next(iter({**peers, **ours}.values()))()
             for name, call in calls.items():
@@ -95,24 +95,27 @@ def contest(request):
                 "gigaflops": flops / taken / 1e9, "items_per_second": items / taken,
                 "of_roof": roof / taken, "times_best_peer": rival and rival / taken, "peak_bytes": peaks.get(name),
             })  # fmt: skip
+        for name, why in absent.items():
+            _rows.append({"op": op, "case": case, "precision": precision, "who": name, "ours": False, "absent": why})
+            _missing.append(f"{op}, {case}, {precision}: {name}: {why}")
         if request.config.getoption("--save"):
             reporting.save(_rows, _missing, request.config.getoption("--results"))
 
     return run
 
 
-def _that_fit(label: str, peers: dict[str, Call]) -> dict[str, Call]:
-    if not CUDA:
-        return peers
-    found = {}
-    for name, call in peers.items():
+def _present(peers: dict[str, Call | str]) -> tuple[dict[str, Call], dict[str, str]]:
+    """Those that can take part, and why the others cannot."""
+    absent = {name: peer for name, peer in peers.items() if isinstance(peer, str)}
+    found = {name: peer for name, peer in peers.items() if name not in absent}
+    for name, call in list(found.items()) if CUDA else ():
         try:
             call()
-            found[name] = call
         except torch.OutOfMemoryError:
-            _missing.append(f"{label}: {name} does not fit the memory")
+            absent[name] = "does not fit the memory"
+            del found[name]
         torch.cuda.empty_cache()
-    return found
+    return found, absent
 
 
 def pytest_terminal_summary(terminalreporter, exitstatus, config):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import time
 from pathlib import Path
 
@@ -12,7 +13,14 @@ import torch
 from floors import verdicts
 from measuring import CUDA, roofs
 
-DEVICE_NAME = torch.cuda.get_device_name() if CUDA else f"{platform.machine()}, {torch.get_num_threads()} threads"
+
+def processor(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
+    """The model of this machine's CPU, or its architecture where the system does not say."""
+    found = re.search(r"^model name\s*: *(.+)$", cpuinfo.read_text() if cpuinfo.exists() else "", re.MULTILINE)
+    return found[1].strip() if found else platform.processor() or platform.machine()
+
+
+DEVICE_NAME = torch.cuda.get_device_name() if CUDA else f"{processor()}, {torch.get_num_threads()} threads"
 LOAD_BEFORE = os.getloadavg()[0] if hasattr(os, "getloadavg") else None  # of other work: before any of ours
 TITLES = ["op", "case", "", "ms", "GB/s", "GFLOP/s", "% roof", "x best peer", "peak MB"]
 
@@ -26,12 +34,16 @@ def roofs_in_words() -> str:
 
 
 def table(rows: list[dict]) -> list[list[str]]:
-    """The results as text, a row each, under a row of titles; what repeats from the row above is left out."""
+    """The results as text, a row each, under a row of titles; what repeats from the row above is left out. A peer that
+    could not take part has its reason there."""
     lines, last = [TITLES], None
     for row in rows:
         case = row["case"] if row["precision"] == "float32" else f"{row['case']}, {row['precision']}"
         head = [row["op"], case] if [row["op"], case] != last else ["", ""]
         last = [row["op"], case]
+        if row.get("absent"):
+            lines.append([*head, f" {row['who']}: {row['absent']}", *[""] * (len(TITLES) - 3)])
+            continue
         rates = [f"{row['gigabytes_per_second']:.1f}" if row["gigabytes_per_second"] else "",
                  f"{row['gigaflops']:.0f}" if row["gigaflops"] else ""]
         lines.append([*head, ("*" if row["ours"] else " ") + row["who"], f"{row['milliseconds']:.{2 + CUDA}f}", *rates,
@@ -56,11 +68,16 @@ def aligned(lines: list[list[str]], left: int) -> list[str]:
                       for i, (cell, width) in enumerate(zip(line, widths))) for line in lines]  # fmt: skip
 
 
+def file_name(device: str) -> str:
+    """What its reports are called: its words, without trademarks."""
+    return "-".join(re.findall("[a-z0-9]+", re.sub(r"\((r|tm|c)\)", " ", device.lower())))
+
+
 def save(rows: list[dict], missing: list[str], folder: Path) -> None:
     """Write what there is so far to `folder`, under the device's name; `missing`: what failed or was left out, and
     why."""
     folder.mkdir(parents=True, exist_ok=True)
-    name = "".join(c if c.isalnum() else "-" for c in DEVICE_NAME.lower())
+    name = file_name(DEVICE_NAME)
     today = time.strftime("%Y-%m-%d")
     report = {"device": DEVICE_NAME, "torch": torch.__version__, "date": today, "load_before": LOAD_BEFORE,
               "roofs": roofs(), "rows": rows, "floors": verdicts(rows, "cuda" if CUDA else "cpu"), "missing": missing}
