@@ -5,6 +5,7 @@ The peer is what one would write: stock modules (the group norm is the faster of
 `constant` with its convolutions in bf16.
 On a GPU both sides run in tf32; that they agree is seen in full float32, as rounding grows from step to step.
 `pytest bench/ --long` runs all shapes and numbers of steps, on 4 CPU cores for an hour; without it those of the floors.
+Where the peer cannot hold 60 steps it is compared at 10, and the report says so.
 """
 
 import copy
@@ -98,7 +99,7 @@ def free_bytes() -> int:
     return 1024 * int(next(line.split()[1] for line in lines if line.startswith("MemAvailable")))
 
 
-@pytest.mark.parametrize("steps", [5, 20, 60])
+@pytest.mark.parametrize("steps", [5, 10, 20, 60])
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda s: s.name)
 def bench_unroll(contest, request, shape, steps):
     if (shape.name, steps) not in SHORT and not request.config.getoption("--long"):
@@ -123,10 +124,14 @@ def bench_unroll(contest, request, shape, steps):
     sizes = {name: (peak_bytes(both(way, schedule[:2])) or 0) - (peak_bytes(both(way, schedule[:1])) or 0)
              for name, way in (("full", ways["full"]), ("eager", eager))}  # fmt: skip
     free = 0.8 * free_bytes()
+    if steps == 10 and 60 * sizes["eager"] < free:
+        pytest.skip("eager is compared at 60 steps, which fit")
     fits = {name: steps * size < free for name, size in sizes.items()}
     for name, fit in fits.items():
         if not fit:
-            print(f"{name} is left out: {steps} steps of {sizes[name] / 1e6:.0f} MB do not fit {free / 1e9:.1f} GB")
+            instead = ": compared at T=10" if name == "eager" and 10 * sizes[name] < free else ""
+            contest.leave_out(f"unroll, {shape.name} T={steps}: {name}: {steps} steps of {sizes[name] / 1e6:.0f} MB do "
+                              f"not fit {free / 1e9:.1f} GB{instead}")
     if CUDA:
         _agree_in_float32(ways, eager, both, schedule[:5])
     ours = {name: both(way) for name, way in ways.items() if fits.get(name, True)}

@@ -101,6 +101,7 @@ def contest(request):
         if request.config.getoption("--save"):
             reporting.save(_rows, _missing, request.config.getoption("--results"))
 
+    run.leave_out = _missing.append  # says why something is not measured
     return run
 
 
@@ -123,7 +124,7 @@ def pytest_terminal_summary(terminalreporter, exitstatus, config):
         return
     terminalreporter.write_line(f"\n{reporting.DEVICE_NAME}: {reporting.roofs_in_words()}")
     results, floors = reporting.aligned(reporting.table(_rows), 3), reporting.aligned(reporting.floors_table(_rows), 6)
-    for line in [*results, "", *floors]:
+    for line in [*results, "", *floors, *(f"left out: {text}" for text in _missing)]:
         terminalreporter.write_line(line.rstrip())
     if config.getoption("--save"):
         reporting.save(_rows, _missing, config.getoption("--results"))

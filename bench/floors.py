@@ -91,7 +91,12 @@ FLOORS = [
                                   (96, "tf32", 12e6), (96, "bf16", 12e6), (192, "bf16", 2e6))),
     *_unroll("cifar10-ipc1 T=20", 3, 2), *_unroll("cifar10-batch256 T=20", 1.8, 1.3),
     *_unroll("imagenet-ipc1 T=20", 1.8, 1.3),
-    Floor("cuda", "unroll", "cifar10-ipc1 T=60", "memory", 1 / 20, "eager", "constant", "tf32"),
+    # A twentieth at 60 steps, and with fewer as much more: eager's memory is in proportion to the steps.
+    *(Floor("cpu", "unroll", f"{shape} T={steps}", "memory", 3 / steps, "eager", "constant")
+      for shape, steps in (("cifar10-ipc1", 5), ("cifar10-ipc1", 10), ("cifar10-ipc10", 10), ("imagenet-ipc1", 5))),
+    *(Floor("cuda", "unroll", f"{shape} T={steps}", "memory", 3 / steps, "eager", "constant", "tf32")
+      for shape, steps in (("cifar10-ipc1", 60), ("cifar10-ipc10", 60), ("cifar10-batch256", 20), ("imagenet-ipc1", 10),
+                           ("imagenet-ipc1", 20))),
 ]  # fmt: skip
 
 
