@@ -25,9 +25,3 @@ def multiply(a_ptr, a_row, a_col, row, in_row, w_ptr, w_out, w_in, out, in_out, 
 def load_row(ptr, col, in_col):
     """A vector of D values as [1, BD] float32, zero beyond D."""
     return tl.load(ptr + col, in_col, 0.0).to(tl.float32)[None, :]
-
-
-@triton.jit
-def load_rows(ptr, row, row_stride, col, col_stride, keep):
-    """Rows of a matrix of any strides as [BM, BD] float32, zero where not keep."""
-    return tl.load(ptr + row[:, None] * row_stride + col[None, :].to(tl.int64) * col_stride, keep, 0.0).to(tl.float32)

@@ -21,6 +21,10 @@ BACKWARD_PROGRAMS = 1024
 """Programs among which the backward kernel divides the rows, each with a partial sum of d_weight and d_bias. Fixed,
 so that the order of the sums does not depend on the device."""
 
+WIDEST_IN_REGISTERS = 8192
+"""The widest row whose sums of d_weight and d_bias a program keeps in registers. Wider ones go to memory, a quarter as
+many programs, so that their sums stay in the second-level cache."""
+
 
 @triton.jit
 def row_statistics(x, keep, D, eps):
@@ -64,11 +68,13 @@ def _add_layer_norm_fwd_kernel(
 def _add_layer_norm_bwd_kernel(
     d_out_ptr, x_ptr, residual_ptr, weight_ptr, d_x_ptr, partial_ptr, rows, D, eps, tiles,
     d_out_row, d_out_col, x_row, x_col, residual_row, residual_col, weight_col,
-    BR: tl.constexpr, BD: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
+    BR: tl.constexpr, BD: tl.constexpr, HAS_RESIDUAL: tl.constexpr, SUMS_IN_MEMORY: tl.constexpr,
 ):  # fmt: skip
-    """A program walks `tiles` blocks of rows; partial is [programs, 2, D], the sums of d_weight and d_bias."""
+    """A program walks `tiles` blocks of rows; partial is [programs, 2, D], the sums of d_weight and d_bias. They are
+    kept in registers, or with SUMS_IN_MEMORY where they belong."""
     program = tl.program_id(0).to(tl.int64)
     col = tl.arange(0, BD).to(tl.int64)
+    partial_ptrs = partial_ptr + program * 2 * D + col
     weight = tl.load(weight_ptr + col * weight_col, col < D, 0.0).to(tl.float32)
     d_weight = tl.zeros((BR, BD), tl.float32)  # summed over its rows at the end: once across the warps, not per block
     d_bias = tl.zeros((BR, BD), tl.float32)
@@ -82,19 +88,27 @@ def _add_layer_norm_bwd_kernel(
         d_out = tl.load(d_out_ptr + row[:, None] * d_out_row + col[None, :] * d_out_col, keep, 0.0).to(tl.float32)
         centred, rstd = row_statistics(x, keep, D, eps)
         normalised = centred * rstd[:, None]
+        if SUMS_IN_MEMORY:
+            before = (col < D) & (tile > 0)
+            tl.store(partial_ptrs, tl.load(partial_ptrs, before, 0.0) + tl.sum(d_out * normalised, 0), col < D)
+            tl.store(partial_ptrs + D, tl.load(partial_ptrs + D, before, 0.0) + tl.sum(d_out, 0), col < D)
+            tl.debug_barrier()  # another thread may read them next
+            weight = tl.load(weight_ptr + col * weight_col, col < D, 0.0).to(tl.float32)
+        else:
+            d_weight += d_out * normalised
+            d_bias += d_out
         d_x = norm_backward(d_out, normalised, weight, rstd, D)
         tl.store(d_x_ptr + row[:, None] * D + col[None, :], d_x.to(d_x_ptr.dtype.element_ty), keep)
-        d_weight += d_out * normalised
-        d_bias += d_out
-    tl.store(partial_ptr + (program * 2) * D + col, tl.sum(d_weight, 0), col < D)
-    tl.store(partial_ptr + (program * 2 + 1) * D + col, tl.sum(d_bias, 0), col < D)
+    if not SUMS_IN_MEMORY:
+        tl.store(partial_ptrs, tl.sum(d_weight, 0), col < D)
+        tl.store(partial_ptrs + D, tl.sum(d_bias, 0), col < D)
 
 
 def add_layer_norm_meta(D: int) -> dict[str, int]:
     """Rows of a block and warps for rows of D: about 16 values a thread, a warp to a row or more where it fits."""
     BD = block(D, smallest=1)
     BR = max(1, 2048 // BD)
-    return {"BR": BR, "BD": BD, "num_warps": min(max(BR * BD // 512, 1), 16)}
+    return {"BR": BR, "BD": BD, "num_warps": max(BR * BD // 512, 1)}
 
 
 def add_layer_norm_fwd(x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
@@ -127,13 +141,15 @@ def add_layer_norm_bwd(
     residual = x if (plain := residual is None) else residual.reshape(-1, D)
     meta = add_layer_norm_meta(D)
     blocks = triton.cdiv(len(x), meta["BR"])
-    tiles = triton.cdiv(blocks, BACKWARD_PROGRAMS)
+    wide = D > WIDEST_IN_REGISTERS
+    tiles = triton.cdiv(blocks, BACKWARD_PROGRAMS // 4 if wide else BACKWARD_PROGRAMS)
     programs = triton.cdiv(blocks, tiles)
     partial = torch.empty(programs, 2, D, device=x.device, dtype=torch.float32)
     with on_device_of(x):
         _add_layer_norm_bwd_kernel[(programs,)](
             d_out, x, residual, weight, d_x, partial, len(x), D, eps, tiles,
-            *d_out.stride(), *x.stride(), *residual.stride(), *weight.stride(), HAS_RESIDUAL=not plain, **meta,
+            *d_out.stride(), *x.stride(), *residual.stride(), *weight.stride(),
+            HAS_RESIDUAL=not plain, SUMS_IN_MEMORY=wide, **meta,
         )  # fmt: skip
     d_weight, d_bias = (part.sum(0).to(weight.dtype) for part in partial.unbind(1))
     return d_x, d_weight, d_bias

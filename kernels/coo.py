@@ -202,9 +202,10 @@ def coo_decode_meta(size: int, k: int) -> dict[str, int]:
 
 
 def mhsc_coo_meta(J: int, d: int, k: int) -> dict[str, int]:
-    """Blocks for J tokens, heads of width d and k entries: 16 results a thread."""
+    """Blocks for J tokens, heads of width d and k entries: 16 results a thread, or 8 where addresses take registers."""
     BD = block(d, 16, 128)
-    return {"BE": block(k, 16, 1024), "BJ": block(J, 2, 2048 // BD), "BD": BD, "STEPS": k.bit_length(), "num_warps": 4}
+    return {"BE": block(k, 16, 1024), "BJ": block(J, 2, (1024 if d % 16 else 2048) // BD), "BD": BD,
+            "STEPS": k.bit_length(), "num_warps": 4}  # fmt: skip
 
 
 def mhsc_coo_values_meta(d: int, k: int) -> dict[str, int]:
@@ -215,7 +216,8 @@ def mhsc_coo_values_meta(d: int, k: int) -> dict[str, int]:
 
 def mhsc_coo_saet_meta(K: int, d: int, k: int) -> dict[str, int]:
     """Blocks of the gradient of the tokens."""
-    return {"BE": block(k, 16, 32), "BK": block(K, 16, 64), "BD": block(d, 16, 64), "num_warps": 4, "num_stages": 2}
+    return {"BE": block(k, 16, 32), "BK": block(K, 16, 64), "BD": block(d, 16, 64),
+            "num_warps": 8 if d % 16 else 4, "num_stages": 2}  # fmt: skip
 
 
 SPLIT_PROGRAMS = 1024

@@ -78,6 +78,8 @@ def mhsc_fwd_meta(K: int, d: int, precision: str, itemsize: int) -> dict[str, in
     BD = block(d)
     if BD > 64:
         return {"BM": 32 if precision == "ieee" else 64, "BK": 16, "BD": BD, "num_warps": 8, "num_stages": 2}
+    if K % 16 or d % 16:  # no address is a multiple of 16 bytes, and each takes registers of its own
+        return {"BM": 64, "BK": block(K, largest=32), "BD": BD, "num_warps": 8, "num_stages": 3}
     return {"BM": 128, "BK": block(K, largest=32 if itemsize == 4 else 64), "BD": BD,
             "num_warps": 4 if BD <= 32 else 8, "num_stages": 3}  # fmt: skip
 
@@ -88,6 +90,8 @@ def mhsc_bwd_meta(K: int, d: int, precision: str, itemsize: int) -> dict[str, in
     if BD > 64 or (itemsize == 4 and precision == "ieee"):  # without tensor cores, or this wide, larger blocks spill
         return {"BM": 32 if BD <= 128 else 16, "BK": block(K, largest=64 if BD <= 64 else 32), "BD": BD,
                 "num_warps": 8, "num_stages": 1}  # fmt: skip
+    if K % 16 or d % 16:
+        return {"BM": 32, "BK": block(K, largest=64), "BD": BD, "num_warps": 8, "num_stages": 2}
     return {"BM": 64, "BK": block(K, largest=64), "BD": BD, "num_warps": 4, "num_stages": 2}
 
 

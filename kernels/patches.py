@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from speedk.kernels._launch import block, dot_precision, on_device_of
+from speedk.kernels._launch import block, cut, dot_precision, on_device_of, padded, up_to
 from speedk.kernels._tiles import load_row, multiply
 
 
@@ -208,14 +208,17 @@ def lines_meta(C: int, patch: int) -> dict[str, int]:
 
 def tokens_to_images_fwd_meta(C: int, patch: int, D: int) -> dict[str, int]:
     """Blocks of the forward kernel."""
-    return {**lines_meta(C, patch), "BM": 64, "BK": block(D, 16, 32), "num_warps": 4, "num_stages": 3}
+    spread = patch > 64  # the addresses of long lines take registers
+    return {**lines_meta(C, patch), "BM": 32 if spread else 64, "BK": block(D, 16, 32),
+            "num_warps": 8 if spread else 4, "num_stages": 3}  # fmt: skip
 
 
 def tokens_to_images_bwd_meta(C: int, patch: int, D: int, precision: str, itemsize: int) -> dict[str, int]:
     """Blocks of both backward kernels."""
     registers = itemsize == 4 and precision == "ieee"  # no tensor cores: operands come through registers
-    return {**lines_meta(C, patch), "BM": 32 if registers else 64, "BD": block(D, 16, 64),
-            "num_warps": 8 if registers else 4, "num_stages": 1 if registers else 2}  # fmt: skip
+    spread = registers or patch > 64
+    return {**lines_meta(C, patch), "BM": 32 if spread else 64, "BD": block(D, 16, 64),
+            "num_warps": 8 if spread else 4, "num_stages": 1 if registers else 2}  # fmt: skip
 
 
 def tokens_to_images_fwd(state: Tensor, weight: Tensor, bias: Tensor, channels: int, patch: int) -> Tensor:
@@ -243,6 +246,13 @@ def tokens_to_images_bwd(
     """Gradients of `tokens_to_images_fwd` for d_images [N, C, H, W], any strides: (d_state, d_weight, d_bias), the
     last two together, None where not needed. Partial sums over a fixed split of the tokens, no atomics."""
     (N, J, D), (L, C) = state.shape, (len(weight), d_images.shape[1])
+    if D % 16:  # see freenet.py: addresses that are not a multiple of 16 bytes take more registers than there are
+        wide = up_to(D, 16)
+        d_state, d_weight, d_bias = tokens_to_images_bwd(
+            d_images, padded(state, N, J, wide), padded(weight, L, wide), patch, need_state, need_weight
+        )
+        return (d_state if d_state is None else cut(d_state, N, J, D),
+                d_weight if d_weight is None else cut(d_weight, L, D), d_bias)  # fmt: skip
     d_state = torch.zeros(N, J, D, device=state.device, dtype=state.dtype) if need_state else None
     d_weight = torch.zeros(L, D, device=state.device, dtype=weight.dtype) if need_weight else None
     d_bias = torch.zeros(L, device=state.device, dtype=weight.dtype) if need_weight else None

@@ -111,8 +111,10 @@ def main() -> None:
         sys.exit("TRITON_INTERPRET is set: there is nothing to compile under the interpreter")
     LAUNCHES[:] = collect(options.only, options.case)
     tasks = [(arch, number) for number in range(len(LAUNCHES)) for arch in options.arch]
+    longest_first = sorted(tasks, key=lambda task: -len(LAUNCHES[task[1]][1].src))  # no core is left alone with one
     with multiprocessing.get_context("fork").Pool(os.cpu_count()) as pool:
-        rows = pool.map(compile_one, tasks, chunksize=1)
+        done = dict(zip(longest_first, pool.map(compile_one, longest_first, chunksize=1)))
+    rows = [done[task] for task in tasks]
     if options.json:
         print(json.dumps(rows))
         return

@@ -16,7 +16,13 @@ RECIPES = [  # N, H, J, K, k, D, C, patch: the widths and codes at which the lau
     (32, 4, 256, 256, 192, 192, 3, 8),  # ImageNet subsets, 1
     (32, 6, 256, 256, 384, 384, 3, 8),  # ImageNet subsets, 10
 ]
-ODD = (9, 1, 49, 37, 20, 200, 1, 5)  # nobody's: one wide head, nothing a multiple of 16
+ODD = [  # nobody's, nothing a multiple of 16: a wide head, a narrow one, wide rows and long lines of a patch
+    (9, 1, 49, 37, 20, 200, 1, 5),
+    (9, 2, 49, 37, 20, 100, 1, 65),
+    (9, 3, 49, 37, 20, 300, 3, 100),
+]
+BETWEEN = (9, 1, 64, 64, 48, 64, 3, 4)  # a block of 64 columns, which no recipe has
+WIDEST = 16384  # of add_layer_norm
 ONES = (1, 1, 1, 1, 1, 1, 1, 1)  # Triton makes a constant of an argument that is 1, a Python number to the kernel
 LONG = (2, 3, 1, 400, 24, 48, 3, 4)  # indices of 16 bits, one patch
 PRECISIONS = [(torch.float32, "highest"), (torch.float32, "high"), (torch.bfloat16, "highest")]
@@ -40,9 +46,14 @@ def cases() -> Iterator[tuple[str, Callable[[], object]]]:
             with matmul_precision(precision):
                 yield from _of(recipe, dtype, f"{name} {'/'.join(map(str, recipe))}", products=precision == "high")
     with matmul_precision("high"):
-        yield from _of(ODD, torch.float32, f"odd tf32 {'/'.join(map(str, ODD))}", products=False)
+        for sizes in ODD:
+            yield from _of(sizes, torch.float32, f"odd tf32 {'/'.join(map(str, sizes))}", products=False)
         for sizes in (ONES, LONG):
             yield from _of(sizes, torch.float32, f"edge tf32 {'/'.join(map(str, sizes))}", products=False)
+    yield from _of(BETWEEN, torch.float32, f"float32 {'/'.join(map(str, BETWEEN))}", products=True)
+    for dtype in (torch.float32, torch.bfloat16):
+        rows, vector = (torch.empty(*shape, WIDEST, dtype=dtype, device="meta") for shape in ((9,), ()))
+        yield from _norms(rows, vector, f"widest {str(dtype).removeprefix('torch.')}")
     for k, index in ((0, torch.uint8), (5, torch.int64)):  # nothing stored; indices of 64 bits, which are narrowed
         values, scm, saet = (torch.empty(shape, device="meta") for shape in ((2, 2, k), (2, 2, 9, 6), (6, 8)))
         yield from _stored(values, values.to(index), scm, saet, f"edge k={k} {str(index).removeprefix('torch.')}")
@@ -73,11 +84,15 @@ def _of(recipe: tuple[int, ...], dtype: torch.dtype, label: str, products: bool)
     yield label, lambda: coo.mhsc_coo_bwd(state, values, index, index, saet)
     if products:
         return
-    yield label, lambda: add_layer_norm.add_layer_norm_fwd(state, state, vector, vector, 1e-6)
-    yield label, lambda: add_layer_norm.add_layer_norm_bwd(state, state, state, vector, 1e-6)
+    yield from _norms(state, vector, label)
     yield label, lambda: patches.patchify_fwd(images, patch)
     yield label, lambda: patches.unpatchify_fwd(new(N, J, L), C, patch)
     yield from _stored(values, index, scm, saet, label)
+
+
+def _norms(rows: torch.Tensor, vector: torch.Tensor, label: str) -> Iterator:
+    yield label, lambda: add_layer_norm.add_layer_norm_fwd(rows, rows, vector, vector, 1e-6)
+    yield label, lambda: add_layer_norm.add_layer_norm_bwd(rows, rows, rows, vector, 1e-6)
 
 
 def _stored(values: torch.Tensor, index: torch.Tensor, scm: torch.Tensor, saet: torch.Tensor, label: str) -> Iterator:

@@ -65,3 +65,10 @@ def test_empty():
     assert add_layer_norm_fwd(randn(0, 8), None, weight, weight, EPS).shape == (0, 8)
     d_x, d_weight, d_bias = add_layer_norm_bwd(randn(0, 8), randn(0, 8), None, weight, EPS)
     assert d_x.shape == (0, 8) and not d_weight.any() and not d_bias.any()
+
+
+def test_sums_in_memory(monkeypatch):
+    """As for rows that are too wide for registers, in several blocks a program."""
+    monkeypatch.setattr("speedk.kernels.add_layer_norm.WIDEST_IN_REGISTERS", 20)
+    monkeypatch.setattr("speedk.kernels.add_layer_norm.BACKWARD_PROGRAMS", 8)
+    check(randn(333, 24), randn(333, 24, seed=1), randn(24, seed=2), randn(24, seed=3), randn(333, 24, seed=4))
