@@ -68,13 +68,14 @@ def _coo_decode_fwd_kernel(
         tl.store(dense_ptr + at, value.to(dense_ptr.dtype.element_ty), fits & (at >= 0) & (at < BO))
 
 
-@triton.jit(do_not_specialize=["k"])
+@triton.jit(do_not_specialize=["k", "blocks"])
 def _coo_decode_bwd_kernel(
-    d_dense_ptr, rows_ptr, cols_ptr, d_values_ptr, k, H, J, K, d_n, d_h, d_j, d_k,
+    d_dense_ptr, rows_ptr, cols_ptr, d_values_ptr, k, H, J, K, blocks, d_n, d_h, d_j, d_k,
     BE: tl.constexpr,
 ):  # fmt: skip
-    matrix = tl.program_id(0).to(tl.int64)
-    e = tl.program_id(1) * BE + tl.arange(0, BE)
+    program = tl.program_id(0).to(tl.int64)
+    matrix = program // blocks
+    e = (program % blocks).to(tl.int32) * BE + tl.arange(0, BE)
     row, col = _load_index(rows_ptr + matrix * k, e, e < k), _load_index(cols_ptr + matrix * k, e, e < k)
     fits = (e < k) & (row >= 0) & (row < J) & (col >= 0) & (col < K)
     d_dense_ptr += (matrix // H) * d_n + (matrix % H) * d_h
@@ -142,14 +143,16 @@ def _mhsc_coo_fwd_kernel(
     tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), (j < J)[:, None] & (c < d)[None, :])
 
 
-@triton.jit(do_not_specialize=["k"])
+@triton.jit(do_not_specialize=["k", "blocks"])
 def _mhsc_coo_values_bwd_kernel(
-    d_out_ptr, rows_ptr, cols_ptr, saet_ptr, d_values_ptr, k, H, J, K, d, d_out_n, d_out_j, d_out_d, saet_k, saet_d,
+    d_out_ptr, rows_ptr, cols_ptr, saet_ptr, d_values_ptr, k, H, J, K, d, blocks,
+    d_out_n, d_out_j, d_out_d, saet_k, saet_d,
     BE: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     """d_values[n, h, e] = d_out[n, row_e, head h] . saet[col_e, head h]."""
-    matrix = tl.program_id(0).to(tl.int64)
-    e = tl.program_id(1) * BE + tl.arange(0, BE)
+    program = tl.program_id(0).to(tl.int64)
+    matrix = program // blocks
+    e = (program % blocks).to(tl.int32) * BE + tl.arange(0, BE)
     n, h = matrix // H, matrix % H
     row = _load_index(rows_ptr + matrix * k, e, e < k).to(tl.int64)
     col = _load_index(cols_ptr + matrix * k, e, e < k).to(tl.int64)
@@ -254,9 +257,10 @@ def coo_decode_bwd(d_dense: Tensor, rows: Tensor, cols: Tensor) -> Tensor:
     if d_values.numel() == 0:
         return d_values
     BE = block(k, 16, 256)
+    blocks = triton.cdiv(k, BE)
     with on_device_of(d_dense):
-        _coo_decode_bwd_kernel[(N * H, triton.cdiv(k, BE))](
-            d_dense, _plain(rows), _plain(cols), d_values, k, H, J, K, *d_dense.stride(), BE=BE, num_warps=2
+        _coo_decode_bwd_kernel[(N * H * blocks,)](
+            d_dense, _plain(rows), _plain(cols), d_values, k, H, J, K, blocks, *d_dense.stride(), BE=BE, num_warps=2
         )
     return d_values
 
@@ -295,8 +299,9 @@ def mhsc_coo_bwd(
     with on_device_of(values):
         if need_values:
             meta = mhsc_coo_values_meta(d, k)
-            _mhsc_coo_values_bwd_kernel[(N * H, triton.cdiv(k, meta["BE"]))](
-                d_out, rows, cols, saet, d_values, k, H, J, K, d, *d_out.stride(), *saet.stride(), **meta
+            blocks = triton.cdiv(k, meta["BE"])
+            _mhsc_coo_values_bwd_kernel[(N * H * blocks,)](
+                d_out, rows, cols, saet, d_values, k, H, J, K, d, blocks, *d_out.stride(), *saet.stride(), **meta
             )
         if need_saet:
             meta = mhsc_coo_saet_meta(K, d, k)
