@@ -17,8 +17,8 @@ namespace speedk {
 // read the line that it is about to overwrite.
 constexpr int64_t kStreamBytes = int64_t{8} << 20;
 
-// Memory of a kernel's own, lines of the caches that no other thread has a part of; throws std::bad_alloc where there is
-// none. What a body of parallel_for throws reaches its caller.
+// Memory of a kernel's own, lines of the caches that no other thread has a part of; throws std::bad_alloc where there
+// is none. What a body of parallel_for throws reaches its caller.
 void* allocate(int64_t bytes, bool zeros);
 void release(void* memory);
 

@@ -1,13 +1,13 @@
 // The GPU's topk: one thread block takes one row from end to end, with the order and the cut of topk.h.
-//   1. The largest entry of each thread's share. The k-th largest of these is a lower bound of the k-th largest entry (k
-//      shares each hold an entry at least as large), and with few k to the threads a close one.
+//   1. The largest entry of each thread's share. The k-th largest of these is a lower bound of the k-th largest entry,
+//      as k shares each hold an entry at least as large, and with few k to the threads a close one.
 //   2. The candidates: entries that reach the bound. They are gathered in shared memory, and the exact cut is found
 //      among them.
 //   3. The results: zeros, and then the candidates that are kept.
-// So a row is read twice, and nothing is done to most entries but to compare them (docs/math/topk.md). What this does not
-// suit - a NaN, many k, more candidates than there is room for - goes through the row digit by digit.
-// Nothing depends on the order in which threads run: equal inputs give equal bits. Without a launch in it, so that a test
-// can compile this file for the CPU and run it there.
+// So a row is read twice, and nothing is done to most entries but to compare them (docs/math/topk.md). What this does
+// not suit - a NaN, many k, more candidates than there is room for - goes through the row digit by digit. Nothing
+// depends on the order in which threads run: equal inputs give equal bits. Without a launch in it, so that a test can
+// compile this file for the CPU and run it there.
 #pragma once
 #include "topk.h"
 
@@ -20,8 +20,7 @@ constexpr int kThreads = 512;
 constexpr int kWarps = kThreads / 32;
 constexpr int kDigitBits = 11;
 constexpr int kDigits = 1 << kDigitBits;
-constexpr int kOwn = 2;  // candidates of a thread
-constexpr int kCandidates = kOwn * kThreads;
+constexpr int kCandidates = 2 * kThreads;
 constexpr int kBounded = kThreads / 4 * 3;  // the largest k for which the bound is close enough to be tried
 constexpr int kBlocks = 3;  // of a multiprocessor: what they load at a time, 16 bytes a thread, keeps the memory busy
 
@@ -48,8 +47,8 @@ __device__ __forceinline__ int lead_of(const void* address, int64_t bytes) {
   return static_cast<int>(lead < bytes ? lead : bytes);
 }
 
-// each(position, bits) for this thread's share of a row, in packs of 16 bytes but at the ends; from the last pack to the
-// first with `backwards`.
+// each(position, bits) for this thread's share of a row, in packs of 16 bytes but at the ends; from the last pack to
+// the first with `backwards`.
 template <bool backwards, class Key, class F>
 __device__ __forceinline__ void each_of_share(const Key* bits, int n, F&& each) {
   constexpr int size = Pack<Key>::size;
@@ -77,22 +76,13 @@ __device__ void clear(void* target, int64_t bytes) {
   if (tail + threadIdx.x < bytes) to[tail + threadIdx.x] = 0;
 }
 
-// How many of the block's keys, `each` to a thread, reach the bound. Every thread of the block takes part.
-template <class Key, int each> __device__ __forceinline__ int count_at_least(const Key (&keys)[each], Key bound) {
+// The largest b in [low, high] that at least k of the block's keys reach, one to a thread, given that k reach `low`;
+// stops early, at a smaller b, where exactly k reach it. Every thread of the block takes part.
+template <class Key> __device__ Key bound_of(Key key, int k, Key low, Key high) {
   int count = 0;
-#pragma unroll
-  for (int i = 0; i < each; ++i) count += __syncthreads_count(keys[i] >= bound);
-  return count;
-}
-
-// The largest b in [low, high] that at least k of the block's keys reach, given that k of them reach `low`; stops early,
-// at a smaller b, where exactly k reach it. `reached` is how many do.
-template <class Key, int each>
-__device__ Key bound_of(const Key (&keys)[each], int k, Key low, Key high, int* reached) {
-  int count = count_at_least(keys, low);
   while (low < high && count != k) {
     const Key middle = static_cast<Key>(low + (high - low) / 2 + ((high - low) & 1));
-    const int c = count_at_least(keys, middle);
+    const int c = __syncthreads_count(key >= middle);
     if (c >= k) {
       low = middle;
       count = c;
@@ -100,7 +90,6 @@ __device__ Key bound_of(const Key (&keys)[each], int k, Key low, Key high, int* 
       high = static_cast<Key>(middle - 1);
     }
   }
-  *reached = count;
   return low;
 }
 
@@ -157,9 +146,10 @@ __device__ int pick_digit(const int* counts, int* warps, int* found, int* wanted
   return found[0];
 }
 
-// The cut, kDigitBits of the key at a time: each pass counts the digits of the keys that agree with what is known of it.
-// Where more entries equal the cut than may be kept, one more finds the position of the last one that is.
-template <class Key> __device__ Cut<Key> cut_by_digits(const Key* bits, int n, int k, Key infinity, Shared<Key>& shared) {
+// The cut, kDigitBits of the key at a time: each pass counts the digits of the keys that agree with what is known of
+// it. Where more entries equal the cut than may be kept, one more finds the position of the last one that is.
+template <class Key>
+__device__ Cut<Key> cut_by_digits(const Key* bits, int n, int k, Key infinity, Shared<Key>& shared) {
   int *counts = shared.counts, *warps = shared.warps, *found = shared.found;
   constexpr int key_bits = 8 * static_cast<int>(sizeof(Key)) - 1;
   constexpr int passes = (key_bits + kDigitBits - 1) / kDigitBits;
@@ -205,32 +195,20 @@ template <class Key, class Index> __device__ void write_entry(const Topk& job, i
   static_cast<Index*>(job.col_index)[at] = static_cast<Index>(position % K);
 }
 
-// The results of a row by its candidates alone, the `shared.count` entries that reach `low`, all k largest among them.
-template <class Key, class Index>
-__device__ void keep_candidates(const Topk& job, int64_t row, Key low, Key infinity, Shared<Key>& shared) {
+// The results of a row by its candidates alone, `shared.count` entries with all k largest among them. They are few:
+// each is compared with all others, and the one that k - 1 come before is the last that is kept.
+template <class Key, class Index> __device__ void keep_candidates(const Topk& job, int64_t row, Shared<Key>& shared) {
   const int n = static_cast<int>(job.J * job.K), k = static_cast<int>(job.k), count = shared.count;
   const auto& all = shared.candidates;
-  Key own[kOwn];
-#pragma unroll
-  for (int e = 0; e < kOwn; ++e) {
-    const int c = static_cast<int>(threadIdx.x) + e * kThreads;
-    own[e] = c < count ? magnitude_key(all.bits[c]) : Key{-1};
+  for (int c = threadIdx.x; c < count; c += kThreads) {
+    const Cut<Key> own{magnitude_key(all.bits[c]), all.position[c]};
+    int before = -1;  // it is kept itself where it is the cut
+    for (int o = 0; o < count; ++o) before += keeps(own, magnitude_key(all.bits[o]), all.position[o]);
+    if (before == k - 1) shared.found[0] = c;
   }
-  int reached;
-  Cut<Key> cut{bound_of(own, k, low, infinity, &reached), n};
-  if (reached > k) {  // ties at the cut: the first ones are kept
-    const int ties = k - count_at_least(own, static_cast<Key>(cut.key + 1));
-    for (int c = threadIdx.x; c < count; c += kThreads) {
-      if (magnitude_key(all.bits[c]) != cut.key) continue;
-      int before = 0;
-      for (int o = 0; o < count; ++o) {
-        before += magnitude_key(all.bits[o]) == cut.key && all.position[o] < all.position[c];
-      }
-      if (before + 1 == ties) shared.found[0] = all.position[c];
-    }
-    __syncthreads();
-    cut.last = shared.found[0];
-  }
+  __syncthreads();
+  const int last = shared.found[0];
+  const Cut<Key> cut{magnitude_key(all.bits[last]), all.position[last]};
   for (int c = threadIdx.x; c < count; c += kThreads) {
     const Key value = all.bits[c];
     const int position = all.position[c];
@@ -272,17 +250,16 @@ template <class Key, class Index> __global__ void __launch_bounds__(kThreads, kB
   const int64_t row = blockIdx.x;
   const Key infinity = infinity_key<Key>(job.dtype);
   const Key* bits = static_cast<const Key*>(job.scm) + row * n;
-  Key top[1] = {-1};
+  Key top = -1;
   each_of_share<false>(bits, n, [&](int, Key value) {
     const Key key = magnitude_key(value);
-    top[0] = key > top[0] ? key : top[0];
+    top = key > top ? key : top;
   });
   if (threadIdx.x == 0) shared.count = 0;
-  const bool bad = __syncthreads_or(top[0] > infinity);
+  const bool bad = __syncthreads_or(top > infinity);
   if (bad && threadIdx.x == 0) *nan = 1;  // every block writes the same
   if (!bad && k > 0 && k <= kBounded) {
-    int reached;
-    const Key low = bound_of(top, k, Key{-1}, infinity, &reached);
+    const Key low = bound_of(top, k, Key{-1}, infinity);
     // Backwards, as what was read last is in the caches still.
     each_of_share<true>(bits, n, [&](int position, Key value) {
       if (magnitude_key(value) < low) return;
@@ -294,7 +271,7 @@ template <class Key, class Index> __global__ void __launch_bounds__(kThreads, kB
     if (job.dense) clear(static_cast<Key*>(job.dense) + row * n, int64_t{n} * static_cast<int64_t>(sizeof(Key)));
     if (job.mask) clear(job.mask + row * n, n);
     __syncthreads();
-    if (shared.count <= kCandidates) return keep_candidates<Key, Index>(job, row, low, infinity, shared);
+    if (shared.count <= kCandidates) return keep_candidates<Key, Index>(job, row, shared);
     __syncthreads();  // all have read the count, and nobody reads candidates
   }
   const Cut<Key> cut = k ? cut_by_digits(bits, n, k, infinity, shared) : Cut<Key>{infinity, -1};
