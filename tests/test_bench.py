@@ -1,0 +1,91 @@
+"""The benches measure what is asked: each floor has its contest and its peer, on a CPU and on a GPU, and no machine's
+report takes the place of another's. Nothing is timed."""
+
+from __future__ import annotations
+
+import importlib
+import itertools
+import sys
+from dataclasses import is_dataclass, replace
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+BENCHES = ["bench_add_layer_norm", "bench_coo", "bench_freenet", "bench_mhsc", "bench_patches", "bench_topk",
+           "bench_unroll_step"]  # fmt: skip
+BOTH_WAYS = ["add_layer_norm", "coo_decode", "freenet", "freenet_block", "mhsc", "mhsc_coo", "sparsify",
+             "tokens_to_images"]  # fmt: skip
+OURS = ["cases", "floors", "measuring", "reporting", *BENCHES]
+
+
+@pytest.fixture
+def bench(monkeypatch):
+    """Imports a module of bench/ anew, and forgets it after the test."""
+    monkeypatch.syspath_prepend(str(ROOT / "bench"))
+    for name in OURS:
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    yield importlib.import_module
+    for name in OURS:
+        sys.modules.pop(name, None)
+
+
+def contests(bench) -> list[dict]:
+    """A row for whoever takes part in a contest, of two images, as if all had taken a second."""
+    rows = []
+
+    def contest(op, case, ours, peers, moved=0, flops=0, memory=False, yardsticks=None, precision="float32", items=0,
+                **_):  # fmt: skip
+        for who, call in {**ours, **peers, **(yardsticks or {})}.items():
+            rows.append({
+                "op": op, "case": case, "precision": precision, "who": who, "ours": who in ours, "milliseconds": 1e3,
+                "of_roof": float(moved + flops > 0), "items_per_second": items, "peak_bytes": memory and 1,
+                **({"absent": call} if isinstance(call, str) else {}),
+            })  # fmt: skip
+
+    for name in BENCHES:
+        module = bench(name)
+        for function in [f for key, f in vars(module).items() if key.startswith("bench_")]:
+            axes = [mark.args for mark in getattr(function, "pytestmark", ()) if mark.name == "parametrize"]
+            for values in itertools.product(*(axis[1] for axis in axes)):
+                values = [replace(v, N=2) if is_dataclass(v) else v for v in values]
+                function(contest, **dict(zip((axis[0] for axis in axes), values, strict=True)))
+    return rows
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_every_floor_is_measured(bench, device, monkeypatch):
+    monkeypatch.setattr(bench("measuring"), "CUDA", device == "cuda")
+    rows = contests(bench)
+    floors = bench("floors")
+    asked = [floor for floor in floors.FLOORS if floor.device == device and floor.op != "unroll"]
+    assert asked and not [floor for floor in asked if not floor.measured(rows)]
+    assert {f"{op} fwd+bwd" for op in BOTH_WAYS} <= {row["op"] for row in rows}
+    if device == "cuda":
+        compiled = {(row["case"], row["precision"]) for row in rows
+                    if row["who"] == "torch.compile" and row["op"] == "freenet fwd+bwd"}
+        cases = {row["case"] for row in rows if row["op"] == "freenet fwd+bwd"}
+        assert len(cases) == 4 and compiled == set(itertools.product(cases, floors.FAST))
+
+
+def test_a_peer_that_is_not_there(bench):
+    """The table gives the reason in its row, and no floor takes it for measured."""
+    reporting, floors = bench("reporting"), bench("floors")
+    row = {"op": "freenet fwd+bwd", "case": "c", "precision": "tf32", "ours": False}
+    rows = [{**row, "who": "speedk", "ours": True, "milliseconds": 1.0, "gigabytes_per_second": 0, "gigaflops": 0,
+             "of_roof": 0, "times_best_peer": None, "peak_bytes": None},
+            {**row, "who": "torch.compile", "absent": "is not installed"}]  # fmt: skip
+    lines = reporting.table(rows)
+    assert lines[2][2].strip() == "torch.compile: is not installed" and {len(line) for line in lines} == {len(lines[0])}
+    floor = floors.Floor("cuda", row["op"], "c", "faster", 1.0, "torch.compile", precision="tf32")
+    assert floor.measured(rows) is None
+
+
+def test_reports_are_named_for_the_processor(bench, tmp_path):
+    reporting = bench("reporting")
+    names = set()
+    for model in ("Intel(R) Xeon(R) Platinum 8481C CPU @ 2.70GHz", "AMD EPYC 9R14 96-Core Processor"):
+        (tmp_path / "cpuinfo").write_text(f"processor\t: 0\nmodel name\t: {model}\nmodel name\t: {model}\n")
+        names.add(reporting.file_name(f"{reporting.processor(tmp_path / 'cpuinfo')}, 4 threads"))
+    assert names == {"intel-xeon-platinum-8481c-cpu-2-70ghz-4-threads", "amd-epyc-9r14-96-core-processor-4-threads"}
+    assert reporting.processor(tmp_path / "missing")
