@@ -12,7 +12,7 @@ namespace speedk {
 namespace SPEEDK_ISA {
 namespace {
 
-constexpr int64_t kTokens = 32;  // of a block: 12 to 48 KiB for each array of it
+constexpr int64_t kTokens = 64;  // of a block: 12 to 52 KiB for each array of it; weights are read once a block
 constexpr int W = kWidth<float>;
 
 enum Weight { proj_w, proj_b, norm1_w, norm1_b, fc1_w, fc1_b, fc2_w, fc2_b, norm2_w, norm2_b };
@@ -20,6 +20,19 @@ enum Weight { proj_w, proj_b, norm1_w, norm1_b, fc1_w, fc1_b, fc2_w, fc2_b, norm
 // Rows of arrays that products read are padded: to whole vectors, and by one more, so that rows of 256 or 512 values do
 // not all fall into the same cache sets. Values beyond D are zero throughout.
 int64_t padded(int64_t width) { return (width + 15) / 16 * 16 + 16; }
+
+// Within the kernel a token's values lie channel by channel, row by row, as an image's do, and move in whole rows. Which
+// value of a token the l-th of these is.
+int64_t in_token(const Decoder& net, int64_t l) {
+  return l % (net.patch * net.patch) * net.C + l / (net.patch * net.patch);
+}
+// The same of a place among the gradients of all weights, the last of which are those of the final projection.
+int64_t in_weights(const Decoder& net, int64_t i) {
+  const int64_t last = i - net.R * block_weights(net), matrix = net.L * net.D;
+  if (last < 0) return i;
+  if (last >= matrix) return i - last + matrix + in_token(net, last - matrix);
+  return i - last + in_token(net, last / net.D) * net.D + last % net.D;
+}
 
 // The weights as products read them: transposed for the way forward, as they are for the way back, which goes through
 // the first layer of each MLP once more.
@@ -44,12 +57,17 @@ struct Packed {
         next += ld;
       }
     }
-    const float* out = net.weights[net.R * kBlockTensors];
+    const Buffer<float> ordered(net.L * (net.D + 1));
+    for (int64_t l = 0; l < net.L; ++l) {
+      const float* out = net.weights[net.R * kBlockTensors] + in_token(net, l) * net.D;
+      for (int64_t i = 0; i < net.D; ++i) ordered[l * net.D + i] = out[i];
+      ordered[net.L * net.D + l] = net.weights[net.R * kBlockTensors + 1][in_token(net, l)];
+    }
     if (backward) {
-      out_plain = copy(next, out, net.L, net.D, ld);
+      out_plain = copy(next, ordered, net.L, net.D, ld);
     } else {
-      out_turned = turn(next, out, net.L, net.D, ld_out);
-      out_bias = copy(next + net.D * ld_out, net.weights[net.R * kBlockTensors + 1], 1, net.L, ld_out);
+      out_turned = turn(next, ordered, net.L, net.D, ld_out);
+      out_bias = copy(next + net.D * ld_out, ordered + net.L * net.D, 1, net.L, ld_out);
     }
   }
 
@@ -79,11 +97,7 @@ struct Packed {
 // y = x w + b over `rows` rows; widths in values, strides a whole number of vectors.
 void affine(int64_t rows, int64_t in, int64_t out, const float* x, int64_t ldx, const float* w, int64_t ldw,
             const float* b, float* y, int64_t ldy) {
-  const int64_t wide = (out + W - 1) / W * W;
-  gemm<false>(rows, wide, in, x, ldx, 1, w, ldw, y, ldy);
-  for (int64_t t = 0; t < rows; ++t) {
-    for (int64_t i = 0; i < wide; i += W) store(y + t * ldy + i, load(y + t * ldy + i) + load(b + i));
-  }
+  gemm<false>(rows, (out + W - 1) / W * W, in, x, ldx, 1, w, ldw, y, ldy, b);
 }
 
 // What a block of tokens leaves behind in one recurrent block; all [kTokens, ld] but the scales [kTokens].
@@ -92,12 +106,16 @@ struct Trace {
 };
 constexpr int64_t kTraceArrays = 6;
 
-// The first layer of the MLP: fills `before` and `active` from `hidden`.
-void first_layer(const Packed& p, int64_t r, int64_t rows, const Trace& t) {
+// The first layer of the MLP: fills `before` and `active` from `hidden`; for the way back `before` becomes GELU's slope.
+template <bool backward> void first_layer(const Packed& p, int64_t r, int64_t rows, const Trace& t) {
   const int64_t D = p.net.D, ld = p.ld, wide = (D + W - 1) / W * W;
   affine(rows, D, D, t.hidden, ld, p.turned[r][fc1_w], ld, p.plain[r][fc1_b], t.before, ld);
   for (int64_t i = 0; i < rows; ++i) {
-    for (int64_t c = 0; c < wide; c += W) store(t.active + i * ld + c, gelu(load(t.before + i * ld + c)));
+    for (int64_t c = i * ld; c < i * ld + wide; c += W) {
+      const Floats before = load(t.before + c), cdf = normal_cdf(before);
+      store(t.active + c, before * cdf);
+      if (backward) store(t.before + c, gelu_slope(before, cdf));
+    }
   }
 }
 
@@ -118,7 +136,7 @@ void forward_block(const Packed& p, int64_t r, int64_t rows, const float* x, int
       for (int64_t c = 0; c < wide; c += W) store(hidden + c, load(hidden + c) + load(state + i * ld + c));
     }
   }
-  first_layer(p, r, rows, t);
+  first_layer<false>(p, r, rows, t);
   affine(rows, D, D, t.active, ld, turned[fc2_w], ld, plain[fc2_b], t.state, ld);
   for (int64_t i = 0; i < rows; ++i) {
     float* out = t.state + i * ld;
@@ -127,8 +145,8 @@ void forward_block(const Packed& p, int64_t r, int64_t rows, const float* x, int
   }
 }
 
-// The part of a trace that is kept, D values a token and not padded: written to `kept`, or read from it.
-float* keep(const Packed& p, int64_t rows, const Trace& t, float* kept, bool stream) {
+// The part of a trace that is kept, D values a token and not padded: written to `kept`.
+void keep(const Packed& p, int64_t rows, const Trace& t, float* kept, bool stream) {
   const int64_t D = p.net.D;
   for (const float* array : {t.normalised1, t.normalised2}) {
     for (int64_t i = 0; i < rows; ++i, kept += D) {
@@ -138,57 +156,67 @@ float* keep(const Packed& p, int64_t rows, const Trace& t, float* kept, bool str
   for (const float* scale : {t.scale1, t.scale2}) {
     for (int64_t i = 0; i < rows; ++i) *kept++ = scale[i];
   }
-  return kept;
-}
-const float* recall(const Packed& p, int64_t rows, const Trace& t, const float* kept) {
-  const int64_t D = p.net.D;
-  for (float* array : {t.normalised1, t.normalised2}) {
-    for (int64_t i = 0; i < rows; ++i, kept += D) std::memcpy(array + i * p.ld, kept, static_cast<size_t>(D) * sizeof(float));
-  }
-  for (float* scale : {t.scale1, t.scale2}) {
-    for (int64_t i = 0; i < rows; ++i) scale[i] = *kept++;
-  }
-  return kept;
 }
 
-// Fills what is not kept of the traces of all blocks, as the way forward did; returns the last state.
-const float* retrace(const Packed& p, int64_t rows, const float* kept, const Trace* traces) {
-  const int64_t ld = p.ld, wide = (p.net.D + W - 1) / W * W;
-  const float* state = nullptr;
-  for (int64_t r = 0; r < p.net.R; ++r) {
-    const Trace& t = traces[r];
-    const auto& plain = p.plain[r];
-    kept = recall(p, rows, t, kept);
-    for (int64_t i = 0; i < rows; ++i) {
-      for (int64_t c = 0; c < wide; c += W) {
-        const int64_t at = i * ld + c;
-        Floats hidden = load(t.normalised1 + at) * load(plain[norm1_w] + c) + load(plain[norm1_b] + c);
-        if (state && !p.net.sum) hidden += load(state + at);
-        store(t.hidden + at, hidden);
-        store(t.state + at, load(t.normalised2 + at) * load(plain[norm2_w] + c) + load(plain[norm2_b] + c));
-      }
+// What a norm's result was: its weight times what it normalised, plus its bias.
+Floats normed(const float* normalised, const float* w, const float* b) { return load(normalised) * load(w) + load(b); }
+
+// Reads what was kept of block r from `kept`, and fills the rest of its trace as the way forward did; in place of the
+// MLP's values before GELU stand the slopes there. `kept` is of all blocks of these tokens.
+void retrace(const Packed& p, int64_t r, int64_t rows, const float* kept, const Trace& t) {
+  const int64_t D = p.net.D, ld = p.ld, wide = (D + W - 1) / W * W, row = D * static_cast<int64_t>(sizeof(float));
+  const auto& plain = p.plain[r];
+  const int64_t one = rows * (2 * D + 2);
+  const float* own = kept + r * one;
+  for (int64_t i = 0; i < rows; ++i) {
+    std::memcpy(t.normalised1 + i * ld, own + i * D, static_cast<size_t>(row));
+    std::memcpy(t.normalised2 + i * ld, own + (rows + i) * D, static_cast<size_t>(row));
+    t.scale1[i] = own[2 * rows * D + i];
+    t.scale2[i] = own[2 * rows * D + rows + i];
+  }
+  const bool adds = r > 0 && !p.net.sum;  // LN1(P) + Z, with Z the state before
+  for (int64_t i = 0; i < rows; ++i) {
+    float* hidden = t.hidden + i * ld;
+    if (adds) std::memcpy(hidden, own - one + (rows + i) * D, static_cast<size_t>(row));
+    for (int64_t c = 0; c < wide; c += W) {
+      const Floats state = adds ? normed(hidden + c, p.plain[r - 1][norm2_w] + c, p.plain[r - 1][norm2_b] + c) : Floats{};
+      store(hidden + c, normed(t.normalised1 + i * ld + c, plain[norm1_w] + c, plain[norm1_b] + c) + state);
     }
-    first_layer(p, r, rows, t);
-    state = t.state;
   }
-  return state;
+  first_layer<true>(p, r, rows, t);
 }
 
-// Copies the values of token `index` from its place in the images, or to it.
-template <bool to_images> void move_token(const Decoder& net, int64_t index, float* token, float* images) {
-  const int64_t n = index / net.J, j = index % net.J, P = net.patch;
+// The last state, from what was kept of the last block.
+void last_state(const Packed& p, int64_t rows, const float* kept, float* state) {
+  const int64_t D = p.net.D, r = p.net.R - 1, wide = (D + W - 1) / W * W;
+  const float* normalised = kept + r * rows * (2 * D + 2) + rows * D;
+  for (int64_t i = 0; i < rows; ++i) {
+    float* to = state + i * p.ld;
+    std::memcpy(to, normalised + i * D, static_cast<size_t>(D) * sizeof(float));
+    for (int64_t c = 0; c < wide; c += W) store(to + c, normed(to + c, p.plain[r][norm2_w] + c, p.plain[r][norm2_b] + c));
+  }
+}
+
+// Copies the values of tokens from their places in the images, or to them.
+template <bool to_images, class Side>
+void move_tokens(const Decoder& net, int64_t first, int64_t rows, float* tokens, int64_t ld, float* images, Side P) {
   const int64_t width = net.columns * P, plane = net.J / net.columns * P * width;
-  float* image = images + n * net.C * plane + j / net.columns * P * width + j % net.columns * P;
-  for (int64_t c = 0; c < net.C; ++c) {
-    for (int64_t y = 0; y < P; ++y) {
-      for (int64_t x = 0; x < P; ++x) {
-        float& value = image[c * plane + y * width + x];
-        float& stored = token[(y * P + x) * net.C + c];
-        if (to_images) value = stored;
-        else stored = value;
+  for (int64_t index = first; index < first + rows; ++index) {
+    const int64_t n = index / net.J, j = index % net.J;
+    float* image = images + n * net.C * plane + j / net.columns * P * width + j % net.columns * P;
+    float* token = tokens + (index - first) * ld;
+    for (int64_t c = 0; c < net.C; ++c, image += plane - P * width) {
+      for (int64_t y = 0; y < P; ++y, image += width, token += P) {
+        std::memcpy(to_images ? image : token, to_images ? token : image, static_cast<size_t>(P) * sizeof(float));
       }
     }
   }
+}
+template <bool to_images>
+void move_tokens(const Decoder& net, int64_t first, int64_t rows, float* tokens, int64_t ld, float* images) {
+  if (net.patch == 4) move_tokens<to_images>(net, first, rows, tokens, ld, images, Fixed<4>());
+  else if (net.patch == 8) move_tokens<to_images>(net, first, rows, tokens, ld, images, Fixed<8>());
+  else move_tokens<to_images>(net, first, rows, tokens, ld, images, net.patch);
 }
 
 // Memory of one thread: `traces` of them, and extra arrays [kTokens, ld].
@@ -213,7 +241,7 @@ struct Workspace {
   }
 
   Buffer<float> memory;
-  Trace trace[kMaxBlocks];
+  Trace trace[2];
   float* extra[4];
   float* tokens;  // [kTokens, ld_out]
 };
@@ -222,8 +250,11 @@ struct Workspace {
 void add_outer(int64_t rows, int64_t out, int64_t in, const float* d, int64_t ldd, const float* x, int64_t ldx,
                float* d_w, float* d_b) {
   gemm<true>(out, in, rows, d, 1, ldd, x, ldx, d_w, in);
-  for (int64_t t = 0; t < rows; ++t) {
-    for (int64_t i = 0; i < out; ++i) d_b[i] += d[t * ldd + i];
+  for (int64_t i = 0; i < out; i += W) {
+    Floats sum{};
+    for (int64_t t = 0; t < rows; ++t) sum += load(d + t * ldd + i);
+    const int64_t count = out - i < W ? out - i : W;
+    store_some(d_b + i, load_some(d_b + i, count) + sum, count);
   }
 }
 
@@ -242,7 +273,7 @@ void backward_block(const Packed& p, int64_t r, int64_t rows, const float* x, in
   gemm<false>(rows, wide, D, d, ld, 1, plain[fc2_w], ld, a, ld);
   for (int64_t i = 0; i < rows; ++i) {
     for (int64_t c = 0; c < wide; c += W) {
-      store(a + i * ld + c, load(a + i * ld + c) * gelu_slope(load(t.before + i * ld + c)));
+      store(a + i * ld + c, load(a + i * ld + c) * load(t.before + i * ld + c));
     }
   }
   add_outer(rows, D, D, a, ld, t.hidden, ld, fc1, fc1_bias);
@@ -266,21 +297,22 @@ void decode(const Decoder& net, float* images, float* kept) {
   const int64_t tokens = net.N * net.J, blocks = (tokens + kTokens - 1) / kTokens;
   const int64_t bytes = tokens * net.L * static_cast<int64_t>(sizeof(float));
   if (bytes > kStreamBytes) prefer_large_pages(images, bytes);
-  parallel_for(net.threads, blocks, 8, [&](int64_t begin, int64_t end) {
+  parallel_for(net.threads, blocks, 4, [&](int64_t begin, int64_t end) {
     Workspace w(p, 2, 0);  // a block reads the state of the one before: two traces, in turns
     for (int64_t block = begin; block < end; ++block) {
       const int64_t first = block * kTokens, rows = first + kTokens < tokens ? kTokens : tokens - first;
       const float* x = net.features + first * net.D;
       const float* state = nullptr;
-      float* next = kept ? kept + first * net.R * (2 * net.D + 2) : nullptr;
+      float* const next = kept ? kept + first * net.R * (2 * net.D + 2) : nullptr;
       for (int64_t r = 0; r < net.R; ++r) {
         const Trace& trace = w.trace[r % 2];
         forward_block(p, r, rows, x, net.D, state, trace);
-        if (kept) next = keep(p, rows, trace, next, stream);
+        if (kept) keep(p, rows, trace, next + r * rows * (2 * net.D + 2), stream);
         state = trace.state;
       }
-      affine(rows, net.D, net.L, state ? state : x, state ? p.ld : net.D, p.out_turned, p.ld_out, p.out_bias, w.tokens, p.ld_out);
-      for (int64_t i = 0; i < rows; ++i) move_token<true>(net, first + i, w.tokens + i * p.ld_out, images);
+      affine(rows, net.D, net.L, state ? state : x, state ? p.ld : net.D, p.out_turned, p.ld_out, p.out_bias, w.tokens,
+             p.ld_out);
+      move_tokens<true>(net, first, rows, w.tokens, p.ld_out, images);
     }
     finish_stream(stream);
   });
@@ -291,9 +323,13 @@ void decode_backward(const Decoder& net, const float* d_images, const float* kep
   const Packed p(net, true);
   const int64_t D = net.D, ld = p.ld, tokens = net.N * net.J, blocks = (tokens + kTokens - 1) / kTokens;
   const int64_t one = block_weights(net), count = all_weights(net);
+  const int64_t row = D * static_cast<int64_t>(sizeof(float));
+  const bool stream = tokens * row > kStreamBytes;
+  if (stream) prefer_large_pages(d_features, tokens * row);
   const int64_t parts = decoder_parts(net), wide = (D + W - 1) / W * W;
   parallel_for(net.threads, parts, 1, [&](int64_t begin, int64_t end) {
-    Workspace w(p, net.R, 4);
+    Workspace w(p, 1, 4);
+    const Trace& trace = w.trace[0];
     float *d = w.extra[0], *d_x = w.extra[1];
     for (int64_t part = begin; part < end; ++part) {
       float* sums = partial + part * count;
@@ -301,29 +337,29 @@ void decode_backward(const Decoder& net, const float* d_images, const float* kep
       for (int64_t block = blocks * part / parts; block < blocks * (part + 1) / parts; ++block) {
         const int64_t first = block * kTokens, rows = first + kTokens < tokens ? kTokens : tokens - first;
         const float* x = net.features + first * D;
-        const float* state = retrace(p, rows, kept + first * net.R * (2 * D + 2), w.trace);
-        for (int64_t i = 0; i < rows; ++i) {
-          move_token<false>(net, first + i, w.tokens + i * p.ld_out, const_cast<float*>(d_images));
-        }
+        const float* own = kept + first * net.R * (2 * D + 2);
+        if (net.R) last_state(p, rows, own, trace.state);
+        move_tokens<false>(net, first, rows, w.tokens, p.ld_out, const_cast<float*>(d_images));
         float* last = sums + net.R * one;
-        add_outer(rows, net.L, D, w.tokens, p.ld_out, state ? state : x, state ? ld : D, last, last + net.L * D);
+        add_outer(rows, net.L, D, w.tokens, p.ld_out, net.R ? trace.state : x, net.R ? ld : D, last, last + net.L * D);
         gemm<false>(rows, wide, net.L, w.tokens, p.ld_out, 1, p.out_plain, ld, d, ld);
         for (int64_t i = 0; i < rows * ld; ++i) d_x[i] = 0;
         for (int64_t r = net.R - 1; r >= 0; --r) {
-          backward_block(p, r, rows, x, D, r == 0, w.trace[r], d, d_x, w.extra[2], w.extra[3],
-                         sums + r * one);
+          retrace(p, r, rows, own, trace);
+          backward_block(p, r, rows, x, D, r == 0, trace, d, d_x, w.extra[2], w.extra[3], sums + r * one);
         }
         for (int64_t i = 0; i < rows; ++i) {
-          for (int64_t c = 0; c < D; ++c) d_features[(first + i) * D + c] = (net.R ? d_x : d)[i * ld + c];
+          write_out(d_features + (first + i) * D, (net.R ? d_x : d) + i * ld, row, stream);
         }
       }
     }
+    finish_stream(stream);
   });
   parallel_for(net.threads, count, 4096, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       float sum = 0;
       for (int64_t part = 0; part < parts; ++part) sum += partial[part * count + i];
-      d_weights[i] = sum;
+      d_weights[in_weights(net, i)] = sum;
     }
   });
 }

@@ -6,20 +6,23 @@
 namespace speedk {
 namespace {
 
+// Three vectors of columns, and as many rows as the registers then hold sums of: 24 of 32, or 12 of 16, beside three
+// vectors of B and one value of A.
 #if defined(__AVX512F__)
 constexpr int kTileRows = 8;
 #else
-constexpr int kTileRows = 4;  // 16 registers: 8 sums, 2 columns of B, 1 of A
+constexpr int kTileRows = 4;
 #endif
 
 // rows x (columns vectors) of C, held in registers. `part` is how many values of the last vector count, 0 for all.
 template <class T, int rows, int columns, bool add, bool partial>
 SPEEDK_SHARED void tile(int64_t K, const T* A, int64_t am, int64_t ak, const T* B, int64_t ldb, T* C, int64_t ldc,
-                        int64_t part) {
+                        int64_t part, const T* bias) {
   constexpr int width = kWidth<T>;
   Simd<T> sum[rows][columns];
-  for (int r = 0; r < rows; ++r) {
-    for (int c = 0; c < columns; ++c) sum[r][c] = Simd<T>{};
+  for (int c = 0; c < columns; ++c) {
+    const Simd<T> start = !bias ? Simd<T>{} : partial ? load_some(bias, part) : load(bias + c * width);
+    for (int r = 0; r < rows; ++r) sum[r][c] = start;
   }
   for (int64_t k = 0; k < K; ++k) {
     Simd<T> b[columns];
@@ -45,23 +48,37 @@ SPEEDK_SHARED void tile(int64_t K, const T* A, int64_t am, int64_t ak, const T* 
 
 template <class T, int columns, bool add, bool partial>
 void column_of_tiles(int64_t M, int64_t K, const T* A, int64_t am, int64_t ak, const T* B, int64_t ldb, T* C,
-                     int64_t ldc, int64_t part) {
+                     int64_t ldc, int64_t part, const T* bias) {
   int64_t m = 0;
   for (; m + kTileRows <= M; m += kTileRows) {
-    tile<T, kTileRows, columns, add, partial>(K, A + m * am, am, ak, B, ldb, C + m * ldc, ldc, part);
+    tile<T, kTileRows, columns, add, partial>(K, A + m * am, am, ak, B, ldb, C + m * ldc, ldc, part, bias);
   }
-  for (; m < M; ++m) tile<T, 1, columns, add, partial>(K, A + m * am, am, ak, B, ldb, C + m * ldc, ldc, part);
+  for (; m < M; ++m) tile<T, 1, columns, add, partial>(K, A + m * am, am, ak, B, ldb, C + m * ldc, ldc, part, bias);
 }
 
-// C [M, N] = A [M, K] B [K, N], or += with `add`. A[m, k] lies at m am + k ak; B and C have rows of ldb and ldc.
+// C [M, N] = A [M, K] B [K, N] + bias [N] where there is one, or += with `add`. A[m, k] lies at m am + k ak; B and C have
+// rows of ldb and ldc.
 template <bool add, class T>
 void gemm(int64_t M, int64_t N, int64_t K, const T* A, int64_t am, int64_t ak, const T* B, int64_t ldb, T* C,
-          int64_t ldc) {
+          int64_t ldc, const T* bias = nullptr) {
   constexpr int width = kWidth<T>;
-  int64_t n = 0;
-  for (; n + 2 * width <= N; n += 2 * width) column_of_tiles<T, 2, add, false>(M, K, A, am, ak, B + n, ldb, C + n, ldc, 0);
-  for (; n + width <= N; n += width) column_of_tiles<T, 1, add, false>(M, K, A, am, ak, B + n, ldb, C + n, ldc, 0);
-  if (n < N) column_of_tiles<T, 1, add, true>(M, K, A, am, ak, B + n, ldb, C + n, ldc, N - n);
+  for (int64_t n = 0; n < N;) {
+    const int64_t left = (N - n) / width;  // whole vectors; four are two and two
+    const T* b = bias ? bias + n : nullptr;
+    if (left >= 3 && left != 4) {
+      column_of_tiles<T, 3, add, false>(M, K, A, am, ak, B + n, ldb, C + n, ldc, 0, b);
+      n += 3 * width;
+    } else if (left >= 2) {
+      column_of_tiles<T, 2, add, false>(M, K, A, am, ak, B + n, ldb, C + n, ldc, 0, b);
+      n += 2 * width;
+    } else if (left) {
+      column_of_tiles<T, 1, add, false>(M, K, A, am, ak, B + n, ldb, C + n, ldc, 0, b);
+      n += width;
+    } else {
+      column_of_tiles<T, 1, add, true>(M, K, A, am, ak, B + n, ldb, C + n, ldc, N - n, b);
+      n = N;
+    }
+  }
 }
 
 }  // namespace

@@ -20,10 +20,12 @@ constexpr int kVectorBytes = 16;
 template <class T> struct SimdOf;
 template <> struct SimdOf<float> {
   using Vec = float __attribute__((vector_size(kVectorBytes)));
+  using Narrow = float __attribute__((vector_size(16)));
   using Unaligned = float __attribute__((vector_size(kVectorBytes), aligned(4), may_alias));
 };
 template <> struct SimdOf<double> {
   using Vec = double __attribute__((vector_size(kVectorBytes)));
+  using Narrow = double __attribute__((vector_size(16)));
   using Unaligned = double __attribute__((vector_size(kVectorBytes), aligned(8), may_alias));
 };
 template <class T> using Simd = typename SimdOf<T>::Vec;
@@ -44,10 +46,16 @@ template <class T> SPEEDK_SHARED Simd<T> load_some(const T* from, int64_t count)
 template <class T> SPEEDK_SHARED void store_some(T* to, Simd<T> value, int64_t count) {
   std::memcpy(to, &value, static_cast<size_t>(count) * sizeof(T));
 }
-template <class T> SPEEDK_SHARED Simd<T> spread(T value) { return Simd<T>{} + value; }
+// Less nothing, which compilers leave out: `0 + value` is no such thing, as it makes a zero of a negative zero.
+template <class T> SPEEDK_SHARED Simd<T> spread(T value) { return value - Simd<T>{}; }
+// Quarters first, and then what is left of them: a chain of single values would take four times as long.
 template <class T> SPEEDK_SHARED T sum_of(Simd<T> v) {
-  T sum = 0;
-  for (int i = 0; i < kWidth<T>; ++i) sum += v[i];
+  typename SimdOf<T>::Narrow parts[kVectorBytes / 16], sums{};
+  std::memcpy(parts, &v, sizeof(v));
+  for (int i = 0; i < kVectorBytes / 16; ++i) sums += parts[i];
+  constexpr int left = 16 / static_cast<int>(sizeof(T));
+  T sum = sums[0] + sums[left / 2];
+  if (left == 4) sum += sums[1] + sums[3];
   return sum;
 }
 
@@ -87,12 +95,9 @@ SPEEDK_SHARED Floats erf(Floats z) {
   return z * p / q;
 }
 
-// GELU, x Phi(x), and its derivative Phi(x) + x phi(x).
+// Phi(x); GELU is x Phi(x), and its derivative Phi(x) + x phi(x).
 SPEEDK_SHARED Floats normal_cdf(Floats x) { return 0.5f * erf(x * 0.707106781f) + 0.5f; }
-SPEEDK_SHARED Floats gelu(Floats x) { return x * normal_cdf(x); }
-SPEEDK_SHARED Floats gelu_slope(Floats x) {
-  return normal_cdf(x) + x * (0.398942280f * exp_negative(-0.5f * x * x));
-}
+SPEEDK_SHARED Floats gelu_slope(Floats x, Floats cdf) { return cdf + x * (0.398942280f * exp_negative(-0.5f * x * x)); }
 
 }  // namespace
 }  // namespace speedk

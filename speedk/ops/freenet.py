@@ -176,9 +176,9 @@ def _backward(ctx, d_images: Tensor, _: None):
         d_features, *d_weights = dispatch.gradients_in_torch(reference, [features, *weights], d_images)
         return d_features, d_weights, None, None, None, None
     d_features, d_weights = _freenet_bwd(d_images, kept, features, weights, *ctx.settings)
-    pieces = d_weights.split([w.numel() for w in weights])
     # Copies: a view would keep the gradients of all weights alive, in memory and in a file that one is saved to.
-    return d_features, [piece.view(w.shape).clone() for piece, w in zip(pieces, weights)], None, None, None, None
+    pieces = torch.split_with_sizes_copy(d_weights, [w.numel() for w in weights])
+    return d_features, [piece.view(w.shape) for piece, w in zip(pieces, weights)], None, None, None, None
 
 
 def _freenet_reference(channels: int, patch: int, sum_norm: bool, features: Tensor, *weights: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ SHAPES = [  # N, H, J, K, D
     (2, 6, 64, 64, 192),
     (2, 3, 7, 37, 33),
     (11, 1, 13, 5, 17),  # more images than partial sums
+    (2, 2, 45, 6, 8),  # a block of rows and a part of one
     (1, 1, 1, 1, 1),
     (0, 2, 8, 4, 6),
     (2, 2, 0, 4, 6),

@@ -17,7 +17,7 @@ CALLS = {
     "mhsc_coo": "n.mhsc_coo(n.Entries(0, 0, 0, 0, 1, 2, 0, 1 << 40, 1), 0, 1, 1024, 0, 2)",
     "mhsc, before its threads": "n.mhsc(n.Mhsc(0, 2, 1, 1, 1 << 40, 1024, 0, 0, 2), 0)",
     "mhsc": "n.mhsc(n.Mhsc(0, 2, 1, 1 << 40, 1, 1024, 0, row, 2), 0)",
-    "mhsc_backward": "n.mhsc_backward(n.Mhsc(0, 16, 1, 1 << 40, 1, 1024, 0, row, 2), 0, row, 0, 0)",
+    "mhsc_backward": "n.mhsc_backward(n.Mhsc(0, 16, 1, 1, 1 << 25, 1, 0, row, 2), 0, row, 0, 0)",
     "decode": "n.decode(n.Net(1, 1, 1 << 20, 1, 1, 1, 1, False, 0, [0] * 12, 2), 0, 0)",
     "decode_backward": "n.decode_backward(n.Net(1, 1, 1 << 20, 1, 1, 1, 1, False, 0, [0] * 12, 2), 0, 0, 0, 0, 0)",
     "topk": "n.topk(n.Topk(0, 0, 2, 1 << 15, 1 << 14, 1, 0, 0, 0, 0, 0, 0, 2))",
@@ -29,7 +29,7 @@ spec = importlib.util.spec_from_file_location("_native", {path!r})
 n = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(n)
 assert n.parallel_backend() == {backend!r}
-data = (ctypes.c_float * 1024)()
+data = (ctypes.c_float * (1 << 25))()
 row = ctypes.addressof(data)
 resource.setrlimit(resource.RLIMIT_AS, (2 << 30, resource.RLIM_INFINITY))
 for call in {calls!r}:
