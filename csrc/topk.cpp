@@ -21,22 +21,8 @@ template <class Key> int32_t count_at_least(const Key* keys, int32_t n, Key boun
   return count;
 }
 
-// The largest b in [low, high] that at least k of n keys reach, given that k of them reach `low` and none is above
-// `high`; stops early, at a smaller b, where exactly k reach it. `reached` is how many do.
-template <class Key> Key bound_of(const Key* keys, int32_t n, int32_t k, Key low, Key high, int32_t* reached) {
-  int32_t count = n;
-  while (low < high && count != k) {
-    const Key middle = static_cast<Key>(low + (high - low) / 2 + ((high - low) & 1));
-    const int32_t c = count_at_least(keys, n, middle);
-    if (c >= k) {
-      low = middle;
-      count = c;
-    } else {
-      high = static_cast<Key>(middle - 1);
-    }
-  }
-  *reached = count_at_least(keys, n, low);
-  return low;
+template <class Key> Key bound_of(const Key* keys, int32_t n, int32_t k, Key low, Key high) {
+  return bound_of(n, k, low, high, [&](Key bound) { return count_at_least(keys, n, bound); });
 }
 
 // Which of kLanes entries reach the bound, as bits.
@@ -127,19 +113,18 @@ bool cut_row(const Key* bits, int32_t n, int32_t k, Key infinity, Candidates<Key
     *cut = {infinity, -1};
     return nan;
   }
-  int32_t reached;
   Key low = 0;
   if (nan) {
     gather_ranked(bits, n, infinity, found);
     low = -1;
     high = infinity;
   } else {
-    if (grouped) low = bound_of(maxima, groups, k, Key{0}, high, &reached);
+    if (grouped) low = bound_of(maxima, groups, k, Key{0}, high);
     gather(bits, n, low, found);
   }
-  cut->key = bound_of(found.keys, found.count, k, low, high, &reached);
+  cut->key = bound_of(found.keys, found.count, k, low, high);
   cut->last = n;
-  if (reached > k) {  // ties at the cut: the first ones are kept
+  if (count_at_least(found.keys, found.count, cut->key) > k) {  // ties at the cut: the first ones are kept
     int32_t ties = k - count_at_least(found.keys, found.count, static_cast<Key>(cut->key + 1));
     for (int32_t c = 0; c < found.count && ties; ++c) {
       if (found.keys[c] == cut->key && --ties == 0) cut->last = found.positions[c];

@@ -76,23 +76,6 @@ __device__ void clear(void* target, int64_t bytes) {
   if (tail + threadIdx.x < bytes) to[tail + threadIdx.x] = 0;
 }
 
-// The largest b in [low, high] that at least k of the block's keys reach, one to a thread, given that k reach `low`;
-// stops early, at a smaller b, where exactly k reach it. Every thread of the block takes part.
-template <class Key> __device__ Key bound_of(Key key, int k, Key low, Key high) {
-  int count = 0;
-  while (low < high && count != k) {
-    const Key middle = static_cast<Key>(low + (high - low) / 2 + ((high - low) & 1));
-    const int c = __syncthreads_count(key >= middle);
-    if (c >= k) {
-      low = middle;
-      count = c;
-    } else {
-      high = static_cast<Key>(middle - 1);
-    }
-  }
-  return low;
-}
-
 template <class Key> using Unsigned = std::conditional_t<sizeof(Key) == 8, uint64_t, uint32_t>;
 
 // Keys as unsigned numbers: NaN is 0, every number is above it.
@@ -259,7 +242,8 @@ template <class Key, class Index> __global__ void __launch_bounds__(kThreads, kB
   const bool bad = __syncthreads_or(top > infinity);
   if (bad && threadIdx.x == 0) *nan = 1;  // every block writes the same
   if (!bad && k > 0 && k <= kBounded) {
-    const Key low = bound_of(top, k, Key{-1}, infinity);
+    // Of the threads' maxima, one each: all of the block take part.
+    const Key low = bound_of(0, k, Key{-1}, infinity, [top](Key bound) { return __syncthreads_count(top >= bound); });
     // Backwards, as what was read last is in the caches still.
     each_of_share<true>(bits, n, [&](int position, Key value) {
       if (magnitude_key(value) < low) return;

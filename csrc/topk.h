@@ -48,6 +48,25 @@ template <class Key> SPEEDK_SHARED Key rank_key(Key bits, Key infinity) {
   return key > infinity ? Key{-1} : key;
 }
 
+// The largest b in [low, high] that at least k keys reach, given that k reach `low` and none is above `high`; stops early,
+// at a smaller b, where exactly k reach it. reach(b) counts the keys that reach b; there are `count` in all, 0 for unknown.
+#if defined(__CUDACC__)
+#pragma nv_exec_check_disable
+#endif
+template <class Key, class Reach> SPEEDK_SHARED Key bound_of(int32_t count, int32_t k, Key low, Key high, Reach reach) {
+  while (low < high && count != k) {
+    const Key middle = static_cast<Key>(low + (high - low) / 2 + ((high - low) & 1));
+    const int32_t c = reach(middle);
+    if (c >= k) {
+      low = middle;
+      count = c;
+    } else {
+      high = static_cast<Key>(middle - 1);
+    }
+  }
+  return low;
+}
+
 // Which entries of a row are kept: those above `key`, and those equal to it up to and including position `last`.
 template <class Key> struct Cut {
   Key key;
