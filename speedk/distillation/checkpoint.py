@@ -4,26 +4,31 @@ from __future__ import annotations
 
 import hashlib
 import json
+import struct
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import safetensors
-import safetensors.torch
 import torch
 
 from speedk.errors import TrainingError
 from speedk.files import write_atomic
 
 KEEP = 2
+_NAMES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
+          torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL"}  # fmt: skip
 
 
 def save(folder: Path, step: int, state: dict[str, Any]) -> Path:
-    """Write `state` (nested dicts and lists of tensors and JSON values) as the checkpoint of `step`."""
+    """Write `state` (nested dicts and lists of tensors and JSON values) as the checkpoint of `step`.
+
+    Straight from the tensors' own memory, or from a GPU one tensor at a time: a state may be most of what there is.
+    """
     tensors: dict[str, torch.Tensor] = {}
     tree = _flatten(state, "", tensors)
     header = json.dumps({"step": step, "state": tree, "digest": _digest(tensors)}, sort_keys=True)
     path = folder / f"step-{step:08d}.safetensors"
-    write_atomic(path, safetensors.torch.save(tensors, {"speedk": header}))
+    write_atomic(path, lambda stream: _write(stream, header, tensors))
     for old in _all(folder)[:-KEEP]:
         old.unlink(missing_ok=True)
     return path
@@ -67,19 +72,39 @@ def _all(folder: Path) -> list[Path]:
     return sorted(folder.glob("step-*.safetensors"))
 
 
+def _write(stream: BinaryIO, header: str, tensors: dict[str, torch.Tensor]) -> None:
+    """A safetensors file. Its library would have a copy of all of it in memory first."""
+    order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))  # wide first: all stay aligned
+    table: dict[str, Any] = {"__metadata__": {"speedk": header}}
+    end = 0
+    for name in order:
+        begin, end = end, end + tensors[name].numel() * tensors[name].element_size()
+        table[name] = {"dtype": _NAMES[tensors[name].dtype], "shape": list(tensors[name].shape),
+                       "data_offsets": [begin, end]}
+    head = json.dumps(table).encode()
+    head += b" " * (-len(head) % 8)
+    stream.write(struct.pack("<Q", len(head)) + head)
+    for name in order:
+        stream.write(_bytes(tensors[name]))
+
+
+def _bytes(tensor: torch.Tensor) -> memoryview | bytes:
+    """The values, where they lie if that is in the memory of the CPU."""
+    return tensor.cpu().contiguous().view(torch.uint8).numpy().data if tensor.numel() else b""
+
+
 def _digest(tensors: dict[str, torch.Tensor]) -> str:
     digest = hashlib.sha256()
     for name in sorted(tensors):
         digest.update(name.encode())
-        digest.update(tensors[name].detach().cpu().contiguous().view(torch.uint8).numpy().data
-                      if tensors[name].numel() else b"")
+        digest.update(_bytes(tensors[name]))
     return digest.hexdigest()
 
 
 def _flatten(value: Any, name: str, tensors: dict[str, torch.Tensor]) -> Any:
     if isinstance(value, torch.Tensor):
         # At least one dimension: a view as bytes is not defined without.
-        tensors[name] = value.detach().cpu().contiguous().reshape(value.shape or (1,)).clone()
+        tensors[name] = value.detach().reshape(value.shape or (1,))
         return {"tensor": name, "scalar": value.ndim == 0}
     if isinstance(value, dict):
         return {"dict": [[key, _flatten(item, f"{name}/{key}", tensors)] for key, item in value.items()]}

@@ -22,7 +22,9 @@ from speedk.distillation.rundir import RunDir
 from speedk.distillation.step_graph import repeatable
 from speedk.errors import ConfigError, Interrupted, TrainingError, one_line
 
-CHECKPOINT_SECONDS = 30.0
+CHECKPOINT_SECONDS, QUICK = 30.0, 1.5
+"""How long after a checkpoint the next is saved, and how long saving one may take for that: where it takes longer the
+next waits longer, so that no more than a twentieth of the time goes into saving."""
 LOOKED_AT = 32
 """Decoded images that are looked at before a checkpoint is saved, evenly spread."""
 
@@ -65,16 +67,15 @@ class Run:
         """One outer iteration. Raises Diverged, before anything is updated, where the loss is not finite."""
         for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
             group["lr"] = rate * self.recipe.objective.share(self.done)
-        self.optimizer.zero_grad(set_to_none=False)
+        self.optimizer.zero_grad()  # and free what they take: a step of the objective needs room of its own
         try:
             numbers = self.objective.step(self.synthetic, self.done)
         except Skip as skipped:
             self.done += 1
             return skipped.numbers
-        penalty = self.synthetic.penalty()
+        penalty = self.synthetic.accumulate_penalty()
         if penalty is not None:
-            penalty.backward()
-            numbers["penalty"] = float(penalty.detach())
+            numbers["penalty"] = penalty
         for name, value in numbers.items():
             if not math.isfinite(value):
                 raise too_high(f"the {name} is {value} at step {self.done + 1}", self.synthetic, self.recipe.objective)
@@ -92,7 +93,7 @@ class Run:
         index = torch.linspace(0, self.synthetic.size - 1, min(LOOKED_AT, self.synthetic.size)).long()
         images = self.synthetic.decode(index.to(self.device))[0]
         for name, tensor in (*self.synthetic.named_parameters(), ("the synthetic images", images)):
-            largest = float(tensor.abs().amax()) if tensor.numel() else 0.0
+            largest = float(torch.linalg.vector_norm(tensor, torch.inf)) if tensor.numel() else 0.0  # makes no copy
             if not largest <= ABSURD:  # or nan
                 raise too_high(f"there is a value of {largest:.3g} in {name} after step {self.done:,}", self.synthetic,
                                self.recipe.objective)
@@ -180,7 +181,7 @@ def _hurried(progress: Progress, until: float) -> Progress:
 
 def _iterate(run: Run, folder: RunDir, log, stop: signals.Stop, progress: Progress, until: float) -> None:
     steps, every = run.recipe.objective.steps, run.recipe.run.preview_every
-    saved, saved_at = run.done, time.monotonic()
+    saved, saved_at, wait = run.done, time.monotonic(), CHECKPOINT_SECONDS
     stop.patient = True
     while run.done < steps:
         late = False
@@ -191,13 +192,15 @@ def _iterate(run: Run, folder: RunDir, log, stop: signals.Stop, progress: Progre
             if every and run.done % every == 0:
                 folder.preview(run.synthetic, run.real)
             late = time.monotonic() > until
-            due = stop.asked or time.monotonic() - saved_at > CHECKPOINT_SECONDS
+            due = stop.asked or time.monotonic() - saved_at > wait
             # While iterations fail the checkpoint from before stays the newest: from there the run comes here again.
             if late or run.done == steps or (due and not run.objective.failures):
+                began = time.monotonic()
                 run.check()
                 log.flush()
                 checkpoint.save(folder.checkpoints, run.done, run.state())
                 saved, saved_at = run.done, time.monotonic()
+                wait = CHECKPOINT_SECONDS * max(1.0, (saved_at - began) / QUICK)
         except Diverged as error:
             if saved >= run.done - max(0, run.objective.failures - 1):  # not one good step was made from there
                 saved = checkpoint.drop_newest(folder.checkpoints)
@@ -229,5 +232,5 @@ def _optimizer(recipe: Recipe, groups: list[dict[str, Any]]) -> torch.optim.Opti
     for group in groups:
         group["lr"] = spec.rates.get(group["name"], group["lr"])
     if spec.optimizer == "adam":
-        return torch.optim.Adam(groups)
+        return torch.optim.Adam(groups, fused=True)  # in one pass over memory, and with no copy of a parameter
     return torch.optim.SGD(groups, lr=0.0, momentum=spec.momentum)

@@ -85,7 +85,7 @@ def _fit_part(synthetic: Speed, index: Tensor, images: Tensor, shared: list[Tens
     groups = [{"params": [codes], "lr": RATES["scm"]}]
     if shared:
         groups += [{"params": shared[:1], "lr": RATES["saet"]}, {"params": shared[1:], "lr": RATES["freenet"]}]
-    optimizer = torch.optim.Adam(groups, betas=(0.9, 0.99))
+    optimizer = torch.optim.Adam(groups, betas=(0.9, 0.99), fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5 + 0.5 * math.cos(math.pi * step / steps))
     first = max(spec.k, size // 4)
     piece = pool.images(synthetic.geometry.resolution)

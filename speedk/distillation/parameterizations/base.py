@@ -64,6 +64,15 @@ class Parameterization(nn.Module):
         """A term of the outer loss over the whole set (SPEED: lambda times the sum of |A|), or None."""
         return None
 
+    def accumulate_penalty(self) -> float | None:
+        """Add to the gradients of the learned tensors those of `penalty`, and return its value."""
+        with torch.enable_grad():
+            penalty = self.penalty()
+        if penalty is None:
+            return None
+        penalty.backward()
+        return float(penalty.detach())
+
     def param_groups(self) -> list[dict[str, Any]]:
         """Groups for torch.optim: each with "name", "params", "lr", and whatever else that optimiser takes."""
         raise NotImplementedError

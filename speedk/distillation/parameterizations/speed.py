@@ -26,6 +26,8 @@ SPARSE = ("end", "always")
 SPARSIFY = ("global", "local")
 MAX_CODE = 1 << 27
 MAX_CONVOLUTIONS = 8
+PENALISED = 1 << 22
+"""Entries of codes that are penalised at a time, about."""
 
 
 @dataclass(frozen=True)
@@ -186,6 +188,18 @@ class Speed(Parameterization):
     def penalty(self, images: Tensor | None = None, features: Tensor | None = None) -> Tensor | None:
         """lambda times the sum of |A| over all codes (Eq. 5)."""
         return self.spec.weight(self.geometry) * self.scm.abs().sum()
+
+    @torch.no_grad()
+    def accumulate_penalty(self) -> float:
+        """The same a few codes at a time: autograd would hold three more arrays of the size of all codes."""
+        if self.scm.grad is None:
+            self.scm.grad = torch.zeros_like(self.scm)
+        weight, total = self.spec.weight(self.geometry), torch.zeros((), dtype=torch.float64, device=self.scm.device)
+        images = max(1, PENALISED // max(1, self.scm[0].numel()))
+        for codes, gradient in zip(self.scm.split(images), self.scm.grad.split(images)):
+            gradient.add_(codes.sign(), alpha=weight)
+            total += codes.abs().sum()
+        return weight * float(total)
 
     def param_groups(self) -> list[dict[str, Any]]:
         return [
