@@ -142,11 +142,9 @@ def distill(recipe: Recipe, real: RealData, out: str | Path, *, resume: bool = F
     run = Run(recipe, real, torch.device(device))
     with signals.noted() as stop, repeatable(run.device), RunDir(out, recipe, real, resume, chosen) as folder:
         try:
-            found = checkpoint.load_newest(folder.checkpoints, run.device)
-            if found is not None:
-                _restore(run, folder, *found)
+            resumed = _restore(run, folder)
             run.objective.prepare(_hurried(progress, until))
-            if found is not None:
+            if resumed:
                 progress.say(f"resuming at step {run.done:,} of {recipe.objective.steps:,}")
             else:
                 run.initialise(progress)
@@ -158,7 +156,12 @@ def distill(recipe: Recipe, real: RealData, out: str | Path, *, resume: bool = F
         return _finish(run, folder, progress)
 
 
-def _restore(run: Run, folder: RunDir, done: int, state: dict[str, Any]) -> None:
+def _restore(run: Run, folder: RunDir) -> bool:
+    """Go back to the newest checkpoint, if there is one."""
+    found = checkpoint.load_newest(folder.checkpoints, run.device)
+    if found is None:
+        return False
+    done, state = found
     steps = run.recipe.objective.steps
     if done > steps:
         raise ConfigError(f"{folder.path} is at step {done:,} already: steps={steps} cannot be had from it; say {done} "
@@ -168,6 +171,7 @@ def _restore(run: Run, folder: RunDir, done: int, state: dict[str, Any]) -> None
     except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise TrainingError(f"the checkpoint of step {done:,} in {folder.checkpoints} is not of this recipe "
                             f"({one_line(error)}); start anew in another --out") from None
+    return True
 
 
 def _hurried(progress: Progress, until: float) -> Progress:
