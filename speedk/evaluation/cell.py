@@ -48,7 +48,7 @@ class Evaluation:
 def found(made: Plan, how: Evaluation) -> dict[str, Any] | None:
     """What `measure` found in the run directory of `made` before, if that was all of it, or None."""
     record = Record(made.out, _key(made.recipe.to_dict(), made.real))
-    return _line(record, how) if record.complete and not any(map(record.lacks, how.tests().values())) else None
+    return _line(record, how) if record.answers(how.tests().values()) else None
 
 
 def finished(out: Path) -> bool:
@@ -125,7 +125,7 @@ def _measure(out: Path, real: RealData, device: torch.device | str, what: dict[s
              make: Callable[[], Any], describe: Callable[[Any], dict[str, Any]], bars: bool | None) -> dict[str, Any]:
     tests, key = how.tests(), _key(what, real)
     record = Record(out, key)
-    if record.complete and not any(map(record.lacks, tests.values())):
+    if record.answers(tests.values()):
         return _line(record, how)
     # Whitened once and kept: the first run of a process would take longer than the others.
     real.normalised("train", torch.zeros(1, dtype=torch.int64))

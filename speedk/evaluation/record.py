@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,10 @@ class Record:
     def complete(self) -> bool:
         """Whether the set is known, and is what it will be."""
         return bool(self.set) and self.set["steps"] == self.set["steps_of"]
+
+    def answers(self, tests: Iterable[dict[str, Any]]) -> bool:
+        """Whether nothing has to be run for the results of `tests`."""
+        return self.complete and not any(map(self.lacks, tests))
 
     def of(self, made: dict[str, Any]) -> None:
         """The set is `made`: results of another one are forgotten."""
