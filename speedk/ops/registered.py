@@ -8,7 +8,8 @@ ones, an op is called as what it is: a function, or an autograd.Function of the 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
@@ -35,11 +36,17 @@ class Registered(torch.library.CustomOpDef):
     function: type[torch.autograd.Function] | None  # None: not differentiable, which the dispatcher will say
 
     def __call__(self, *arguments: object) -> object:
-        if not _SHORT or torch.compiler.is_compiling() or not _plain(arguments):
+        if not _SHORT or torch.compiler.is_compiling():
             return super().__call__(*arguments)
-        if not (torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments)):
+        lengths = [len(a) if type(a) is list else None for a in arguments] if list in map(type, arguments) else None
+        flat = arguments if lengths is None else _flat(arguments)
+        if not _plain(flat):
+            return super().__call__(*arguments)
+        if not (torch.is_grad_enabled() and torch._C._any_requires_grad(*flat)):
             return self.body(*arguments)
-        return super().__call__(*arguments) if self.function is None else self.function.apply(*arguments)
+        if self.function is None:
+            return super().__call__(*arguments)
+        return self.function.apply(*flat) if lengths is None else self.of_lists.apply(lengths, *flat)
 
     def register_autograd(self, backward: Callable, /, *, setup_context: Callable | None = None) -> None:
         super().register_autograd(backward, setup_context=setup_context)
@@ -50,8 +57,28 @@ class Registered(torch.library.CustomOpDef):
                 setup_context(ctx, arguments, output)
             return output
 
-        halves = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
-        self.function = type(self._qualname.replace("::", "_"), (torch.autograd.Function,), halves)
+        # An autograd.Function does not look into lists: one that takes them gets what is in them, and their lengths.
+        def forward_of_lists(ctx, lengths: list[int | None], *flat: object) -> object:
+            values = iter(flat)
+            return forward(ctx, *(next(values) if length is None else list(itertools.islice(values, length))
+                                  for length in lengths))
+
+        def backward_of_lists(ctx, *gradients: Tensor | None) -> tuple:
+            return None, *_flat(backward(ctx, *gradients))
+
+        name = self._qualname.replace("::", "_")
+        self.function = _function(name, forward, backward)
+        self.of_lists = _function(name, forward_of_lists, backward_of_lists)
+
+
+def _function(name: str, forward: Callable, backward: Callable) -> type[torch.autograd.Function]:
+    halves = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+    return type(name, (torch.autograd.Function,), halves)
+
+
+def _flat(values: Sequence[object]) -> list[object]:
+    """The values, and in place of a list what is in it."""
+    return [inner for value in values for inner in (value if type(value) is list else (value,))]
 
 
 def _plain(arguments: tuple) -> bool:
@@ -63,7 +90,7 @@ def _plain(arguments: tuple) -> bool:
         if type(argument) is Tensor or type(argument) is nn.Parameter:
             if _of_tensor(argument) not in _known and not _is_known_now(argument):
                 return False
-        elif isinstance(argument, (Tensor, list, tuple)):  # an autograd.Function does not look into lists
+        elif isinstance(argument, (Tensor, list, tuple)):
             return False
     return True
 

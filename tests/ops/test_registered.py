@@ -65,6 +65,44 @@ def test_plain_calls_take_the_short_way_to_the_same_bits(device, monkeypatch):
         assert torch.equal(a, b)
 
 
+def test_lists_take_the_short_way_to_the_same_bits(monkeypatch):
+    """Two lists, one of them empty and one that gets no gradient, between arguments that are none."""
+    @registered.custom_op("speedk_test::scaled_sum")
+    def scaled_sum(x: torch.Tensor, scales: list[torch.Tensor], by: float, fixed: list[torch.Tensor]) -> torch.Tensor:
+        return x * by * sum(scales) + (sum(fixed) if fixed else 0)
+
+    def save(ctx, inputs, output):
+        x, scales, ctx.by, fixed = inputs
+        ctx.fixed = len(fixed)
+        ctx.save_for_backward(x, *scales)
+
+    def backward(ctx, d):
+        x, *scales = ctx.saved_tensors
+        return d * ctx.by * sum(scales), [(d * ctx.by * x).clone() for _ in scales], None, [None] * ctx.fixed
+
+    scaled_sum.register_fake(lambda x, scales, by, fixed: torch.empty_like(x))
+    scaled_sum.register_autograd(backward, setup_context=save)
+    x, *rest = (t.requires_grad_() for t in vectors()[:3])
+
+    def results():
+        plain = scaled_sum(x.detach(), [t.detach() for t in rest], 2.0, [])
+        return (plain, *torch.autograd.grad(scaled_sum(x, rest, 2.0, []).sum(), [x, *rest]),
+                *torch.autograd.grad(scaled_sum(x, rest[:1], 2.0, [rest[1].detach()]).sum(), [x, rest[0]]))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(registered, "_plain", lambda arguments: False)
+        want = results()
+
+    def called(op, *_):
+        raise Dispatched(op)
+
+    monkeypatch.setattr(torch.library.CustomOpDef, "__call__", called)
+    for a, b in zip(results(), want, strict=True):
+        assert torch.equal(a, b)
+    with pytest.raises(Dispatched):
+        scaled_sum(x, tuple(rest), 2.0, [])
+
+
 def test_who_has_a_say_is_asked(no_dispatcher):
     x, weight, bias = (t.detach() for t in inputs())
     arguments = x, weight, bias, 1e-5, "native"
