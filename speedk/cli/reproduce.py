@@ -108,8 +108,8 @@ def run(args: argparse.Namespace) -> int:
         tables.append(args.results, found)
         tables.write_page(args.results)
         for line in found:
-            ours = "failed" if line["mean"] is None else f"{line['mean']:.1f}±{line['std']:.1f}"
-            print(f"table {line['table']}, {line['row']}, {line['column']}: published {line['published']}, ours {ours}"
+            print(f"table {line['table']}, {line['row']}, {line['column']}: published {line['published']}, ours "
+                  + tables.accuracy(line)
                   + (f" after {line['steps']:,} of {line['steps_of']:,} steps" if line["steps"] < line["steps_of"]
                      else ""))
         if bad := [cell for cell, line in zip(of_run, found, strict=True) if line["mean"] is None]:

@@ -232,7 +232,8 @@ def _gains(found: Table, last: Mapping[tuple[str, str, str], Mapping[str, Any]])
         theirs = UNPUBLISHED if UNPUBLISHED in means else f"{float(means[1]) - float(means[0]):+.1f}"
         gain = pair[1]["mean"] - pair[0]["mean"]
         spread = pair[0]["std"] + pair[1]["std"]
-        rows.append([plain, cell.column, theirs, f"{gain:+.1f}", "no gain" if gain <= 0 else
+        alone = 1 in (pair[0]["runs"], pair[1]["runs"])
+        rows.append([plain, cell.column, theirs, f"{gain:+.1f}", "no gain" if gain <= 0 else "of one run" if alone else
                      "within the deviations" if gain <= spread else ""])  # fmt: skip
     if not rows:
         return ""
@@ -249,11 +250,14 @@ def _shown(cell: Cell, line: Mapping[str, Any] | None) -> str:
         return "-"
     if line is None:
         return f"{cell.published} / {'n/a' if cell.target is None else 'not run'}"
-    return f"{cell.published} / **{_accuracy(line)}**{'†' if published.differences(cell.target, line) else ''}"
+    return f"{cell.published} / **{accuracy(line)}**{'†' if published.differences(cell.target, line) else ''}"
 
 
-def _accuracy(line: Mapping[str, Any]) -> str:
-    return "failed" if line["mean"] is None else f"{line['mean']:.1f}±{line['std']:.1f}"
+def accuracy(line: Mapping[str, Any]) -> str:
+    """Mean and deviation in per cent; one run has no deviation."""
+    if line["mean"] is None:
+        return "failed"
+    return f"{line['mean']:.1f}" + (f"±{line['std']:.1f}" if line["runs"] > 1 else " (one run)")
 
 
 def _details(measured: Sequence[tuple[Cell, Mapping[str, Any]]]) -> str:
@@ -263,7 +267,7 @@ def _details(measured: Sequence[tuple[Cell, Mapping[str, Any]]]) -> str:
         version = f"{line['version']} {line['commit']}".strip()
         budget = f"{line['numbers'] / line['budget']:.0%}" if line["budget"] else "-"
         protocol = f"{line['protocol']['name']}, {line['protocol']['standardisation']}"
-        rows.append([line["row"], line["column"], _accuracy(line), str(line["runs"]), f"{line['numbers']:,}", budget,
+        rows.append([line["row"], line["column"], accuracy(line), str(line["runs"]), f"{line['numbers']:,}", budget,
                      f"{line['steps']:,}", f"{line['distil_seconds'] / 60:,.1f} min", line["device"], line["split"],
                      protocol, str(line["seed"]), version, line["date"],
                      ", ".join(published.differences(cell.target, line)) or "in nothing"])

@@ -220,6 +220,15 @@ def test_the_page_shows_the_gain_of_speed():
         "| DM | ConvNet, 1 | +18.5 | +9.9 |  |", "| DM | ViT, 1 | +7.9 | +0.9 | within the deviations |", ""]
 
 
+def test_one_run_has_no_deviation():
+    def alone(row, mean):
+        return line("ResNet18, 1", mean, table="3", row=row, std=0.0, runs=1, accuracies=[mean])
+
+    part = tables.page([alone("DM", 20.0), alone("DM with SPEED", 21.0)]).partition("## Table 3:")[2]
+    assert "20.6±0.5 / **20.0 (one run)**" in part
+    assert "| DM | ResNet18, 1 | +20.1 | +1.0 | of one run |" in part
+
+
 def test_a_file_of_something_else_is_refused(tmp_path):
     path = tmp_path / "lines.jsonl"
     for text in ("{}", "no", "[]", json.dumps({"table": "1"})):
