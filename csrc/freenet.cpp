@@ -102,9 +102,9 @@ void affine(int64_t rows, int64_t in, int64_t out, const float* x, int64_t ldx, 
 
 // What a block of tokens leaves behind in one recurrent block; all [kTokens, ld] but the scales [kTokens].
 struct Trace {
-  float *normalised1, *hidden, *before, *active, *normalised2, *state, *scale1, *scale2;
+  float *normalised1, *hidden, *before, *active, *normalised2, *scale1, *scale2;
 };
-constexpr int64_t kTraceArrays = 6;
+constexpr int64_t kTraceArrays = 5;
 
 // The first layer of the MLP: fills `before` and `active` from `hidden`; for the way back `before` becomes GELU's slope.
 template <bool backward> void first_layer(const Packed& p, int64_t r, int64_t rows, const Trace& t) {
@@ -119,29 +119,28 @@ template <bool backward> void first_layer(const Packed& p, int64_t r, int64_t ro
   }
 }
 
-// One recurrent block on `rows` tokens: reads features x and `state` (null for the first), fills the trace.
+// One recurrent block on `rows` tokens: reads features x and `state` (null for the first), fills the trace; its `hidden`
+// ends as the state that is handed on, and what is only kept for the way back is left out unless `keeps`.
 void forward_block(const Packed& p, int64_t r, int64_t rows, const float* x, int64_t ldx, const float* state,
-                   const Trace& t) {
+                   bool keeps, const Trace& t) {
   const int64_t D = p.net.D, ld = p.ld, wide = (D + W - 1) / W * W;
   const auto& turned = p.turned[r];
   const auto& plain = p.plain[r];
   affine(rows, D, D, x, ldx, turned[proj_w], ld, plain[proj_b], t.hidden, ld);
   for (int64_t i = 0; i < rows; ++i) {
     float* hidden = t.hidden + i * ld;
-    if (state && p.net.sum) {
-      for (int64_t c = 0; c < wide; c += W) store(hidden + c, load(hidden + c) + load(state + i * ld + c));
+    const float* added = state ? state + i * ld : nullptr;
+    if (added && p.net.sum) {
+      for (int64_t c = 0; c < wide; c += W) store(hidden + c, load(hidden + c) + load(added + c));
+      added = nullptr;
     }
-    t.scale1[i] = norm_row(hidden, t.normalised1 + i * ld, plain[norm1_w], plain[norm1_b], D);
-    if (state && !p.net.sum) {
-      for (int64_t c = 0; c < wide; c += W) store(hidden + c, load(hidden + c) + load(state + i * ld + c));
-    }
+    t.scale1[i] = norm_row(hidden, keeps ? t.normalised1 + i * ld : nullptr, plain[norm1_w], plain[norm1_b], added, D);
   }
   first_layer<false>(p, r, rows, t);
-  affine(rows, D, D, t.active, ld, turned[fc2_w], ld, plain[fc2_b], t.state, ld);
+  gemm<true>(rows, wide, D, t.active, ld, 1, turned[fc2_w], ld, t.hidden, ld, plain[fc2_b]);
   for (int64_t i = 0; i < rows; ++i) {
-    float* out = t.state + i * ld;
-    for (int64_t c = 0; c < wide; c += W) store(out + c, load(out + c) + load(t.hidden + i * ld + c));
-    t.scale2[i] = norm_row(out, t.normalised2 + i * ld, plain[norm2_w], plain[norm2_b], D);
+    t.scale2[i] = norm_row(t.hidden + i * ld, keeps ? t.normalised2 + i * ld : nullptr, plain[norm2_w], plain[norm2_b],
+                           nullptr, D);
   }
 }
 
@@ -227,8 +226,8 @@ struct Workspace {
     const int64_t array = kTokens * p.ld;
     float* next = memory;
     for (int64_t r = 0; r < traces; ++r) {
-      for (float** field : {&trace[r].normalised1, &trace[r].hidden, &trace[r].before, &trace[r].active,
-                            &trace[r].normalised2, &trace[r].state}) {
+      for (float** field :
+           {&trace[r].normalised1, &trace[r].hidden, &trace[r].before, &trace[r].active, &trace[r].normalised2}) {
         *field = next;
         next += array;
       }
@@ -259,15 +258,16 @@ void add_outer(int64_t rows, int64_t out, int64_t in, const float* d, int64_t ld
 }
 
 // The way back through one block: `d` [rows, ld] is the gradient of its state and becomes that of the state before.
-// Adds to d_x [rows, ld] and to the weights' gradients at `g`.
-void backward_block(const Packed& p, int64_t r, int64_t rows, const float* x, int64_t ldx, bool first, const Trace& t,
-                    float* d, float* d_x, float* a, float* b, float* g) {
+// Adds to d_x [rows, ld], which the last block begins, and to the weights' gradients at `g`.
+void backward_block(const Packed& p, int64_t r, int64_t rows, const float* x, int64_t ldx, const Trace& t, float* d,
+                    float* d_x, float* a, float* b, float* g) {
   const int64_t D = p.net.D, ld = p.ld, wide = (D + W - 1) / W * W, square = D * D;
   const auto& plain = p.plain[r];
   float *proj = g, *proj_bias = proj + square, *n1 = proj_bias + D, *n1_bias = n1 + D, *fc1 = n1_bias + D,
         *fc1_bias = fc1 + square, *fc2 = fc1_bias + D, *fc2_bias = fc2 + square, *n2 = fc2_bias + D, *n2_bias = n2 + D;
   for (int64_t i = 0; i < rows; ++i) {
-    norm_row_backward(d + i * ld, t.normalised2 + i * ld, plain[norm2_w], t.scale2[i], n2, n2_bias, D);
+    float* row = d + i * ld;
+    norm_row_backward(row, row, t.normalised2 + i * ld, plain[norm2_w], t.scale2[i], n2, n2_bias, D);
   }
   add_outer(rows, D, D, d, ld, t.active, ld, fc2, fc2_bias);
   gemm<false>(rows, wide, D, d, ld, 1, plain[fc2_w], ld, a, ld);
@@ -279,12 +279,12 @@ void backward_block(const Packed& p, int64_t r, int64_t rows, const float* x, in
   add_outer(rows, D, D, a, ld, t.hidden, ld, fc1, fc1_bias);
   gemm<true>(rows, wide, D, a, ld, 1, plain[fc1_w], ld, d, ld);
   for (int64_t i = 0; i < rows; ++i) {
-    for (int64_t c = 0; c < wide; c += W) store(b + i * ld + c, load(d + i * ld + c));
-    norm_row_backward(b + i * ld, t.normalised1 + i * ld, plain[norm1_w], t.scale1[i], n1, n1_bias, D);
-    for (int64_t c = 0; !first && p.net.sum && c < wide; c += W) store(d + i * ld + c, load(b + i * ld + c));
+    norm_row_backward(d + i * ld, b + i * ld, t.normalised1 + i * ld, plain[norm1_w], t.scale1[i], n1, n1_bias, D);
+    for (int64_t c = 0; r > 0 && p.net.sum && c < wide; c += W) store(d + i * ld + c, load(b + i * ld + c));
   }
   add_outer(rows, D, D, b, ld, x, ldx, proj, proj_bias);
-  gemm<true>(rows, wide, D, b, ld, 1, plain[proj_w], ld, d_x, ld);
+  if (r == p.net.R - 1) gemm<false>(rows, wide, D, b, ld, 1, plain[proj_w], ld, d_x, ld);
+  else gemm<true>(rows, wide, D, b, ld, 1, plain[proj_w], ld, d_x, ld);
 }
 
 }  // namespace
@@ -306,9 +306,9 @@ void decode(const Decoder& net, float* images, float* kept) {
       float* const next = kept ? kept + first * net.R * (2 * net.D + 2) : nullptr;
       for (int64_t r = 0; r < net.R; ++r) {
         const Trace& trace = w.trace[r % 2];
-        forward_block(p, r, rows, x, net.D, state, trace);
+        forward_block(p, r, rows, x, net.D, state, kept != nullptr, trace);
         if (kept) keep(p, rows, trace, next + r * rows * (2 * net.D + 2), stream);
-        state = trace.state;
+        state = trace.hidden;
       }
       affine(rows, net.D, net.L, state ? state : x, state ? p.ld : net.D, p.out_turned, p.ld_out, p.out_bias, w.tokens,
              p.ld_out);
@@ -338,15 +338,14 @@ void decode_backward(const Decoder& net, const float* d_images, const float* kep
         const int64_t first = block * kTokens, rows = first + kTokens < tokens ? kTokens : tokens - first;
         const float* x = net.features + first * D;
         const float* own = kept + first * net.R * (2 * D + 2);
-        if (net.R) last_state(p, rows, own, trace.state);
+        if (net.R) last_state(p, rows, own, trace.hidden);
         move_tokens<false>(net, first, rows, w.tokens, p.ld_out, const_cast<float*>(d_images));
         float* last = sums + net.R * one;
-        add_outer(rows, net.L, D, w.tokens, p.ld_out, net.R ? trace.state : x, net.R ? ld : D, last, last + net.L * D);
+        add_outer(rows, net.L, D, w.tokens, p.ld_out, net.R ? trace.hidden : x, net.R ? ld : D, last, last + net.L * D);
         gemm<false>(rows, wide, net.L, w.tokens, p.ld_out, 1, p.out_plain, ld, d, ld);
-        for (int64_t i = 0; i < rows * ld; ++i) d_x[i] = 0;
         for (int64_t r = net.R - 1; r >= 0; --r) {
           retrace(p, r, rows, own, trace);
-          backward_block(p, r, rows, x, D, r == 0, trace, d, d_x, w.extra[2], w.extra[3], sums + r * one);
+          backward_block(p, r, rows, x, D, trace, d, d_x, w.extra[2], w.extra[3], sums + r * one);
         }
         for (int64_t i = 0; i < rows; ++i) {
           write_out(d_features + (first + i) * D, (net.R ? d_x : d) + i * ld, row, stream);

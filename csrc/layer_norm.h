@@ -9,9 +9,9 @@ namespace {
 
 constexpr float kEps = 1e-6f;  // EPS of speedk/ops/freenet_block.py
 
-// LayerNorm of one row of D values, in place: y becomes normalised w + b, `normalised` keeps what it is scaled from.
-// Returns 1 / standard deviation.
-inline float norm_row(float* y, float* normalised, const float* w, const float* b, int64_t D) {
+// LayerNorm of one row of D values, in place: y becomes normalised w + b (+ `added`, where that is not null), and
+// `normalised`, where that is not null, what it is scaled from. Returns 1 / standard deviation.
+inline float norm_row(float* y, float* normalised, const float* w, const float* b, const float* added, int64_t D) {
   constexpr int W = kWidth<float>;
   Floats total{};
   int64_t i = 0;
@@ -30,19 +30,20 @@ inline float norm_row(float* y, float* normalised, const float* w, const float* 
   for (i = 0; i + W <= D; i += W) {
     const Floats n = (load(y + i) - mean) * scale;
     if (normalised) store(normalised + i, n);
-    store(y + i, n * load(w + i) + load(b + i));
+    const Floats result = n * load(w + i) + load(b + i);
+    store(y + i, added ? result + load(added + i) : result);
   }
   for (; i < D; ++i) {
     const float n = (y[i] - mean) * scale;
     if (normalised) normalised[i] = n;
-    y[i] = n * w[i] + b[i];
+    y[i] = n * w[i] + b[i] + (added ? added[i] : 0.0f);
   }
   return scale;
 }
 
-// Turns the gradient of the result of norm_row into that of its input, in place, and adds to those of w and b.
-inline void norm_row_backward(float* d, const float* normalised, const float* w, float scale, float* d_w, float* d_b,
-                              int64_t D) {
+// From the gradient `d` of the result of norm_row that of its input, to `d_y`, which may be `d`; adds to those of w and b.
+inline void norm_row_backward(const float* d, float* d_y, const float* normalised, const float* w, float scale,
+                              float* d_w, float* d_b, int64_t D) {
   constexpr int W = kWidth<float>;
   float sum = 0, projection = 0;
   Floats sums{}, projections{};
@@ -52,23 +53,23 @@ inline void norm_row_backward(float* d, const float* normalised, const float* w,
     store(d_w + i, load(d_w + i) + g * n);
     store(d_b + i, load(d_b + i) + g);
     const Floats scaled = g * load(w + i);
-    store(d + i, scaled);
+    store(d_y + i, scaled);
     sums += scaled;
     projections += scaled * n;
   }
   for (; i < D; ++i) {
     d_w[i] += d[i] * normalised[i];
     d_b[i] += d[i];
-    d[i] *= w[i];
-    sum += d[i];
-    projection += d[i] * normalised[i];
+    d_y[i] = d[i] * w[i];
+    sum += d_y[i];
+    projection += d_y[i] * normalised[i];
   }
   sum = (sum + sum_of<float>(sums)) / static_cast<float>(D);
   projection = (projection + sum_of<float>(projections)) / static_cast<float>(D);
   for (i = 0; i + W <= D; i += W) {
-    store(d + i, (load(d + i) - sum - load(normalised + i) * projection) * scale);
+    store(d_y + i, (load(d_y + i) - sum - load(normalised + i) * projection) * scale);
   }
-  for (; i < D; ++i) d[i] = (d[i] - sum - normalised[i] * projection) * scale;
+  for (; i < D; ++i) d_y[i] = (d_y[i] - sum - normalised[i] * projection) * scale;
 }
 
 }  // namespace

@@ -22,7 +22,7 @@ template <class Key> int32_t count_at_least(const Key* keys, int32_t n, Key boun
 }
 
 template <class Key> Key bound_of(const Key* keys, int32_t n, int32_t k, Key low, Key high) {
-  return bound_of(n, k, low, high, [&](Key bound) { return count_at_least(keys, n, bound); });
+  return speedk::bound_of(n, k, low, high, [&](Key bound) { return count_at_least(keys, n, bound); });
 }
 
 // Which of kLanes entries reach the bound, as bits.

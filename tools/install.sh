@@ -36,6 +36,7 @@ fi
 
 echo "Installing speedk and what it needs"
 pip install -qq "setuptools>=64" wheel "pybind11>=2.12" "cmake>=3.18" ninja
+rm -f speedk/_native*.so  # one from before would hide that this one cannot be built
 # No isolated build: it would fetch the build tools again, and speedk itself needs no torch to build.
 pip install -qq --no-build-isolation -e ".[test]"
 $venv/bin/python - <<'END'
