@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from peak import peak_bytes
+from peak import least_peak
 from toys import DEVICES
 
 import speedk
@@ -35,9 +35,9 @@ def test_memory_hardly_grows_with_the_steps(device):
     """By theta and m, 2.6 MB a step at P = 320,010; at most 4."""
     call = unrolled("convnet", Geometry(10, 3, 32), device)
     call(2, "full")
-    five = peak_bytes(lambda: call(5, "constant"), device)
-    assert (peak_bytes(lambda: call(60, "constant"), device) - five) / 55 < 4e6
-    assert (peak_bytes(lambda: call(20, "full"), device) - five) / 15 > 6e6  # so that the line above can fail
+    five = least_peak(lambda: call(5, "constant"), device)
+    assert (least_peak(lambda: call(60, "constant"), device) - five) / 55 < 4e6
+    assert (least_peak(lambda: call(20, "full"), device) - five) / 15 > 6e6  # so that the line above can fail
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -51,7 +51,7 @@ def test_the_peak_keeps_to_the_limit(sizes, batch, augmented, limit, device):
     call = unrolled(**sizes, geometry=Geometry(10, 3, 32), device=device, batch=batch,
                     augment=(lambda images, step: images.sin().exp().tanh()) if augmented else None)
     call(2, "full")
-    constant, limited, full = (peak_bytes(lambda m=m: call(30, m), device) for m in ("constant", int(limit), "full"))
+    constant, limited, full = (least_peak(lambda m=m: call(30, m), device) for m in ("constant", int(limit), "full"))
     assert full - constant > 1.5 * limit  # so that the next line can fail
     assert limited - constant < 1.05 * limit + 4e6  # by which two peaks of the same differ: threads meet, or do not
 
