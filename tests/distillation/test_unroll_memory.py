@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from peak import least_peak
+from peak import usual_peak
 from toys import DEVICES
 
 import speedk
@@ -35,9 +35,18 @@ def test_memory_hardly_grows_with_the_steps(device):
     """By theta and m, 2.6 MB a step at P = 320,010; at most 4."""
     call = unrolled("convnet", Geometry(10, 3, 32), device)
     call(2, "full")
-    five = least_peak(lambda: call(5, "constant"), device)
-    assert (least_peak(lambda: call(60, "constant"), device) - five) / 55 < 4e6
-    assert (least_peak(lambda: call(20, "full"), device) - five) / 15 > 6e6  # so that the line above can fail
+    five = usual_peak(lambda: call(5, "constant"), device)
+    assert (usual_peak(lambda: call(60, "constant"), device) - five) / 55 < 4e6
+    assert (usual_peak(lambda: call(20, "full"), device) - five) / 15 > 6e6  # so that the line above can fail
+
+
+@pytest.fixture
+def one_thread():
+    """What two threads hold at once is a matter of when they meet, by up to 8 MB here: the limit is of kept graphs."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -47,11 +56,11 @@ def test_memory_hardly_grows_with_the_steps(device):
     ({"name": "mlp"}, 64, False, 10e6),
     ({"name": "mlp"}, 64, True, 30e6),  # and what an augmentation saves is, too.
 ])
-def test_the_peak_keeps_to_the_limit(sizes, batch, augmented, limit, device):
+def test_the_peak_keeps_to_the_limit(sizes, batch, augmented, limit, device, one_thread):
     call = unrolled(**sizes, geometry=Geometry(10, 3, 32), device=device, batch=batch,
                     augment=(lambda images, step: images.sin().exp().tanh()) if augmented else None)
     call(2, "full")
-    constant, limited, full = (least_peak(lambda m=m: call(30, m), device) for m in ("constant", int(limit), "full"))
+    constant, limited, full = (usual_peak(lambda m=m: call(30, m), device) for m in ("constant", int(limit), "full"))
     assert full - constant > 1.5 * limit  # so that the next line can fail
     assert limited - constant < 1.05 * limit + 4e6  # by which two peaks of the same differ: threads meet, or do not
 
