@@ -45,14 +45,8 @@ def vectors(device="cpu"):
     return *torch.randn(3, 9, generator=g).to(device).unbind(), torch.tensor(0.3, device=device)
 
 
-@pytest.mark.parametrize("device", DEVICES)
-def test_plain_calls_take_the_short_way_to_the_same_bits(device, monkeypatch):
-    def results():
-        stepped = [t.clone().requires_grad_() for t in vectors(device)]
-        theta, m = unroll_step(*stepped, 0.9)
-        return (*twice_differentiated(*inputs(device)), theta, m, *torch.autograd.grad((theta * m).sum(), stepped),
-                *unroll_step_adjoint(*vectors(device), 0.9), sparsify(inputs(device)[0], 4))
-
+def takes_the_short_way_to_the_same_bits(results, monkeypatch):
+    """The tensors of `results()` by way of the dispatcher, and again where whoever calls it is refused."""
     with monkeypatch.context() as patched:
         patched.setattr(registered, "_plain", lambda arguments: False)
         want = results()
@@ -63,6 +57,17 @@ def test_plain_calls_take_the_short_way_to_the_same_bits(device, monkeypatch):
     monkeypatch.setattr(torch.library.CustomOpDef, "__call__", called)
     for a, b in zip(results(), want, strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_plain_calls_take_the_short_way_to_the_same_bits(device, monkeypatch):
+    def results():
+        stepped = [t.clone().requires_grad_() for t in vectors(device)]
+        theta, m = unroll_step(*stepped, 0.9)
+        return (*twice_differentiated(*inputs(device)), theta, m, *torch.autograd.grad((theta * m).sum(), stepped),
+                *unroll_step_adjoint(*vectors(device), 0.9), sparsify(inputs(device)[0], 4))
+
+    takes_the_short_way_to_the_same_bits(results, monkeypatch)
 
 
 def test_lists_take_the_short_way_to_the_same_bits(monkeypatch):
@@ -89,16 +94,7 @@ def test_lists_take_the_short_way_to_the_same_bits(monkeypatch):
         return (plain, *torch.autograd.grad(scaled_sum(x, rest, 2.0, []).sum(), [x, *rest]),
                 *torch.autograd.grad(scaled_sum(x, rest[:1], 2.0, [rest[1].detach()]).sum(), [x, rest[0]]))
 
-    with monkeypatch.context() as patched:
-        patched.setattr(registered, "_plain", lambda arguments: False)
-        want = results()
-
-    def called(op, *_):
-        raise Dispatched(op)
-
-    monkeypatch.setattr(torch.library.CustomOpDef, "__call__", called)
-    for a, b in zip(results(), want, strict=True):
-        assert torch.equal(a, b)
+    takes_the_short_way_to_the_same_bits(results, monkeypatch)
     with pytest.raises(Dispatched):
         scaled_sum(x, tuple(rest), 2.0, [])
 
