@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-import struct
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import safetensors
 import torch
 
+from speedk.distillation import tensorfile
 from speedk.errors import TrainingError
 from speedk.files import write_atomic
 
 KEEP = 2
-_NAMES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
-          torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL"}  # fmt: skip
 
 
 def save(folder: Path, step: int, state: dict[str, Any]) -> Path:
@@ -61,7 +59,7 @@ def load_newest(folder: Path, device: torch.device) -> tuple[int, dict[str, Any]
 
 def _load(path: Path, device: torch.device) -> tuple[int, dict[str, Any]]:
     with safetensors.safe_open(path, framework="pt") as file:
-        header = json.loads((file.metadata() or {})["speedk"])
+        header = json.loads((file.metadata() or {})[tensorfile.KEY])
         tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 (not a dict)
     if header["digest"] != _digest(tensors):
         raise ValueError("its checksum does not match")
@@ -74,16 +72,8 @@ def _all(folder: Path) -> list[Path]:
 
 def _write(stream: BinaryIO, header: str, tensors: dict[str, torch.Tensor]) -> None:
     """A safetensors file. Its library would have a copy of all of it in memory first."""
-    order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))  # wide first: all stay aligned
-    table: dict[str, Any] = {"__metadata__": {"speedk": header}}
-    end = 0
-    for name in order:
-        begin, end = end, end + tensors[name].numel() * tensors[name].element_size()
-        table[name] = {"dtype": _NAMES[tensors[name].dtype], "shape": list(tensors[name].shape),
-                       "data_offsets": [begin, end]}
-    head = json.dumps(table).encode()
-    head += b" " * (-len(head) % 8)
-    stream.write(struct.pack("<Q", len(head)) + head)
+    start, order = tensorfile.head(header, tensors)
+    stream.write(start)
     for name in order:
         stream.write(_bytes(tensors[name]))
 

@@ -27,26 +27,34 @@ MAX_HEADER = 1 << 22
 _MAX_DEPTH = 16
 _MAX_NAME = 200
 _DTYPES = {"F32": np.dtype("<f4"), "U8": np.dtype("u1"), "U16": np.dtype("<u2")}
-_NAMES = {torch.float32: "F32", torch.uint8: "U8", torch.uint16: "U16"}
+_NAMES = {torch.float32: "F32", torch.uint8: "U8", torch.uint16: "U16"}  # of artifacts
+_OTHER_NAMES = {torch.float64: "F64", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
+                torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.bool: "BOOL"}  # fmt: skip
 _ALIGN = 8
 
 
 def pack(document: Any, tensors: Mapping[str, Tensor]) -> bytes:
     """The bytes of a file with `document` (JSON types) and `tensors` (float32, uint8, uint16), in a fixed order."""
+    blobs = {name: tensor_bytes(tensor) for name, tensor in tensors.items()}
+    start, order = head(canonical(document), tensors)
+    if len(start) - 8 > MAX_HEADER:
+        raise ArtifactError(f"the header takes {len(start) - 8:,} bytes, more than {MAX_HEADER:,}")
+    return b"".join([start, *(blobs[name] for name in order)])
+
+
+def head(text: str, tensors: Mapping[str, Tensor]) -> tuple[bytes, list[str]]:
+    """The bytes of a file before its first tensor's, with `text` as its document, and the order of the tensors."""
     order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))  # wide first: all stay aligned
-    outer: dict[str, Any] = {"__metadata__": {KEY: canonical(document)}}
-    blobs, end = [], 0
+    outer: dict[str, Any] = {"__metadata__": {KEY: text}}
+    end = 0
     for name in order:
-        blob = tensor_bytes(tensors[name])
-        outer[name] = {"dtype": dtype_name(tensors[name]), "shape": list(tensors[name].shape),
-                       "data_offsets": [end, end + len(blob)]}
-        blobs.append(blob)
-        end += len(blob)
+        tensor = tensors[name]
+        begin, end = end, end + tensor.numel() * tensor.element_size()
+        outer[name] = {"dtype": {**_NAMES, **_OTHER_NAMES}[tensor.dtype], "shape": list(tensor.shape),
+                       "data_offsets": [begin, end]}  # fmt: skip
     header = json.dumps(outer, separators=(",", ":")).encode()
     header += b" " * (-len(header) % _ALIGN)
-    if len(header) > MAX_HEADER:
-        raise ArtifactError(f"the header takes {len(header):,} bytes, more than {MAX_HEADER:,}")
-    return b"".join([struct.pack("<Q", len(header)), header, *blobs])
+    return struct.pack("<Q", len(header)) + header, order
 
 
 def read(path: str | os.PathLike[str]) -> bytes:
