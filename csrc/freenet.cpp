@@ -165,7 +165,7 @@ Floats normed(const float* normalised, const float* w, const float* b) { return 
 void retrace(const Packed& p, int64_t r, int64_t rows, const float* kept, const Trace& t) {
   const int64_t D = p.net.D, ld = p.ld, wide = (D + W - 1) / W * W, row = D * static_cast<int64_t>(sizeof(float));
   const auto& plain = p.plain[r];
-  const int64_t one = rows * (2 * D + 2);
+  const int64_t one = kept_of_block(p.net, rows);
   const float* own = kept + r * one;
   for (int64_t i = 0; i < rows; ++i) {
     std::memcpy(t.normalised1 + i * ld, own + i * D, static_cast<size_t>(row));
@@ -188,7 +188,7 @@ void retrace(const Packed& p, int64_t r, int64_t rows, const float* kept, const 
 // The last state, from what was kept of the last block.
 void last_state(const Packed& p, int64_t rows, const float* kept, float* state) {
   const int64_t D = p.net.D, r = p.net.R - 1, wide = (D + W - 1) / W * W;
-  const float* normalised = kept + r * rows * (2 * D + 2) + rows * D;
+  const float* normalised = kept + r * kept_of_block(p.net, rows) + rows * D;
   for (int64_t i = 0; i < rows; ++i) {
     float* to = state + i * p.ld;
     std::memcpy(to, normalised + i * D, static_cast<size_t>(D) * sizeof(float));
@@ -303,11 +303,11 @@ void decode(const Decoder& net, float* images, float* kept) {
       const int64_t first = block * kTokens, rows = first + kTokens < tokens ? kTokens : tokens - first;
       const float* x = net.features + first * net.D;
       const float* state = nullptr;
-      float* const next = kept ? kept + first * net.R * (2 * net.D + 2) : nullptr;
+      float* const next = kept ? kept + net.R * kept_of_block(net, first) : nullptr;
       for (int64_t r = 0; r < net.R; ++r) {
         const Trace& trace = w.trace[r % 2];
         forward_block(p, r, rows, x, net.D, state, kept != nullptr, trace);
-        if (kept) keep(p, rows, trace, next + r * rows * (2 * net.D + 2), stream);
+        if (kept) keep(p, rows, trace, next + r * kept_of_block(net, rows), stream);
         state = trace.hidden;
       }
       affine(rows, net.D, net.L, state ? state : x, state ? p.ld : net.D, p.out_turned, p.ld_out, p.out_bias, w.tokens,
@@ -337,7 +337,7 @@ void decode_backward(const Decoder& net, const float* d_images, const float* kep
       for (int64_t block = blocks * part / parts; block < blocks * (part + 1) / parts; ++block) {
         const int64_t first = block * kTokens, rows = first + kTokens < tokens ? kTokens : tokens - first;
         const float* x = net.features + first * D;
-        const float* own = kept + first * net.R * (2 * D + 2);
+        const float* own = kept + net.R * kept_of_block(net, first);
         if (net.R) last_state(p, rows, own, trace.hidden);
         move_tokens<false>(net, first, rows, w.tokens, p.ld_out, const_cast<float*>(d_images));
         float* last = sums + net.R * one;

@@ -36,8 +36,9 @@ SPEEDK_SHARED int64_t decoder_parts(const Decoder& net) {
   return parts < useful ? parts : useful;
 }
 
-// Values to keep for the way back.
-SPEEDK_SHARED int64_t kept_values(const Decoder& net) { return net.R * net.N * net.J * (2 * net.D + 2); }
+// Values to keep for the way back: what `tokens` of them leave behind in one recurrent block, and all in all.
+SPEEDK_SHARED int64_t kept_of_block(const Decoder& net, int64_t tokens) { return tokens * (2 * net.D + 2); }
+SPEEDK_SHARED int64_t kept_values(const Decoder& net) { return net.R * kept_of_block(net, net.N * net.J); }
 
 // images [N, C, rows patch, columns patch]; `kept` is null where no way back follows.
 SPEEDK_DECLARE(void decode(const Decoder& net, float* images, float* kept))

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from speedk.errors import ConfigError
+from speedk.precision import PRECISIONS
 
 if TYPE_CHECKING:
     from speedk.data import RealData
@@ -20,7 +21,7 @@ def networks(text: str) -> list[str]:
 
 
 def add_precision(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--precision", choices=("float32", "bf16"), default="float32", help="of the networks' "
+    parser.add_argument("--precision", choices=PRECISIONS, default="float32", help="of the networks' "
                         "convolutions and matrix products; bf16 is faster and not the published protocol (default: "
                         "float32)")
 

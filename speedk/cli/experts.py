@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from speedk.errors import ConfigError
+from speedk.precision import PRECISIONS
 
 if TYPE_CHECKING:
     from speedk.distillation.expertfolder import ExpertFolder
@@ -40,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", metavar="DIR", type=Path, help="default: the user's cache, where distill looks")
     parser.add_argument("--seed", metavar="S", type=int, help="of everything random (default: the recipe's, or 0)")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: auto")
-    parser.add_argument("--precision", choices=("float32", "bf16"), default="float32",
+    parser.add_argument("--precision", choices=PRECISIONS, default="float32",
                         help="of the stored parameters (default: float32; bf16 needs --out)")
 
 

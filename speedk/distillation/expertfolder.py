@@ -33,9 +33,9 @@ from speedk.distillation.step_graph import alike
 from speedk.errors import ArtifactError, ConfigError, TrainingError, one_line
 from speedk.files import locked, unwritable, write_atomic
 from speedk.geometry import Geometry
+from speedk.precision import PRECISIONS
 
 FORMAT = 1
-PRECISIONS = {"float32": torch.float32, "bf16": torch.bfloat16}
 _KINDS = {"str": (str,), "int": (int,), "bool": (bool,), "float": (float, int), "dict[str, Any]": (dict,)}
 _FILE = re.compile(r"expert-(\d{4,})\.safetensors")
 

@@ -22,9 +22,10 @@ from torch import Tensor, nn
 from speedk import networks, training
 from speedk.data import RealData, cache
 from speedk.distillation import seeds
-from speedk.distillation.expertfolder import PRECISIONS, ExpertFolder, Identity
+from speedk.distillation.expertfolder import ExpertFolder, Identity
 from speedk.errors import ConfigError, TrainingError
 from speedk.geometry import Geometry
+from speedk.precision import dtype_of
 from speedk.training import ImageSet, separable
 from speedk.workers import Pool, Stopped, single_threaded
 
@@ -161,7 +162,7 @@ def _claim_and_train(work: _Work, number: int, pool: Pool) -> None:
 
 def _train(work: _Work, number: int, pool: Pool) -> None:
     folder, identity, device = work.folder, work.folder.identity, pool.device
-    dtype, seed = PRECISIONS[identity.precision], seeds.derive(identity.seed, "expert", number)
+    dtype, seed = dtype_of(identity.precision), seeds.derive(identity.seed, "expert", number)
     student = networks.fresh(identity.network, work.geometry, seeds.derive(seed, "start"), device)
     parameters = list(student.parameters())
     trained = [p for p in parameters if p.requires_grad]  # what is frozen keeps its value, in theta too

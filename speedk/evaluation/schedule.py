@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from speedk.errors import ConfigError
+from speedk.precision import PRECISIONS
 from speedk.registry import nearest
 
 
@@ -46,7 +47,6 @@ class Schedule:
 PROTOCOLS = {"paper": Schedule(epochs=1001), "quick": Schedule(epochs=200)}
 WHOLE = Schedule(epochs=50)
 STANDARDISATIONS = ("mtt", "speed")
-PRECISIONS = ("float32", "bf16")
 
 
 def schedule(protocol: str, standardisation: str = "mtt", whole: bool = False, rate: float | None = None,

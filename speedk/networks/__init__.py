@@ -22,8 +22,9 @@ from speedk.errors import ConfigError
 from speedk.geometry import Geometry
 from speedk.networks import _own
 from speedk.networks._convolution import Convolution
+from speedk.precision import dtype_of
 
-__all__ = ["PRECISIONS", "build", "fresh", "given", "names", "parameter_count", "require_features", "set_precision",
+__all__ = ["build", "fresh", "given", "names", "parameter_count", "require_features", "set_precision",
            "student", "twice_differentiable"]
 
 
@@ -94,19 +95,15 @@ def student(name: str, geometry: Geometry, seed: int, device: torch.device | str
     return network
 
 
-PRECISIONS = {"float32": None, "bf16": torch.bfloat16}
-"""What the convolutions of a student may be rounded to."""
-
-
 def set_precision(network: nn.Module, name: str, precision: str) -> nn.Module:
     """`network`, called `name`, whose convolutions and their derivatives round their operands and results to
-    `precision`, one of PRECISIONS; all else stays float32. Raises ConfigError where there is none that can."""
+    `precision`, a name of speedk.precision; all else stays float32. Raises ConfigError where there is none that can."""
     convolutions = [module for module in network.modules() if isinstance(module, Convolution)]
     if precision != "float32" and not convolutions:
         raise ConfigError(f"precision={precision} is for networks of speedk's convolutions (convnet, resnet18), which "
                           f"{name} is not")
     for module in convolutions:
-        module.precision = PRECISIONS[precision]
+        module.precision = None if precision == "float32" else dtype_of(precision)
     return network
 
 

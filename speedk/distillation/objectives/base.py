@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
-from speedk import networks
 from speedk.errors import ConfigError, TrainingError
+from speedk.precision import PRECISIONS
 
 if TYPE_CHECKING:
     from speedk.data import RealData
@@ -51,7 +51,7 @@ class ObjectiveSpec:
     def check(self) -> None:
         if self.steps < 0:
             raise ConfigError(f"steps={self.steps} must not be negative")
-        for name, allowed in (("optimizer", OPTIMIZERS), ("schedule", SCHEDULES), ("precision", networks.PRECISIONS)):
+        for name, allowed in (("optimizer", OPTIMIZERS), ("schedule", SCHEDULES), ("precision", PRECISIONS)):
             if getattr(self, name) not in allowed:
                 raise ConfigError(f"{name}={getattr(self, name)!r} is not one of {', '.join(allowed)}")
         if not 0 <= self.momentum < 1:
