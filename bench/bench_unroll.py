@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from measuring import CUDA, DEVICE, agree, peak_bytes
+from measuring import CUDA, DEVICE, agree, least_peak
 from torch import nn
 from torch.func import functional_call
 from torch.nn.functional import avg_pool2d, conv2d, cross_entropy, relu
@@ -121,7 +121,7 @@ def bench_unroll(contest, request, shape, steps):
             for name in ("constant", "full")}  # fmt: skip
     eager = lambda schedule: plainly(plain, start, images, labels, schedule, lr)  # noqa: E731
     # A step's graph, from two steps against one: whether all of them fit.
-    sizes = {name: (peak_bytes(both(way, schedule[:2])) or 0) - (peak_bytes(both(way, schedule[:1])) or 0)
+    sizes = {name: (least_peak(both(way, schedule[:2])) or 0) - (least_peak(both(way, schedule[:1])) or 0)
              for name, way in (("full", ways["full"]), ("eager", eager))}  # fmt: skip
     free = 0.8 * free_bytes()
     if steps == 10 and 60 * sizes["eager"] < free:

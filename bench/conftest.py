@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 import reporting
 import torch
-from measuring import CUDA, Call, agree, best, matmul_precision, peak_bytes, roofs
+from measuring import CUDA, Call, agree, best, least_peak, matmul_precision, roofs
 
 CLOSE = {"float32": 1e-4, "tf32": 2e-2, "bf16": 1e-1}  # of the largest value: what rounding may make of a result
 
@@ -85,7 +85,7 @@ def contest(request):
                       apart if precision == "float32" else max(apart, 0.01))
             del first
             times = best({**calls, **(yardsticks or {})}, rounds)
-            peaks = {name: peak_bytes(call) for name, call in calls.items()} if memory else {}
+            peaks = {name: least_peak(call) for name, call in calls.items()} if memory else {}
         roof = max(moved / roofs()["copy"], flops / roofs()[precision])
         rival = min((times[name] for name in peers), default=None)
         for name, taken in times.items():

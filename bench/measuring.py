@@ -10,14 +10,12 @@ turns, until two rounds of each agree.
 from __future__ import annotations
 
 import contextlib
-import ctypes
-import gc
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import torch
+from peak import peak_bytes
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
@@ -25,7 +23,6 @@ SECONDS = 0.5 if CUDA else 1.5  # of a contest, where the least number of rounds
 LONGEST_QUEUE = 0.02  # seconds; a call that takes longer to launch is used as it is, launches included
 AGREE = 0.02  # two rounds of a GPU that differ by less than this part are to be trusted
 PEAKS = 3  # of a call on the CPU, of which the least counts: what one thread frees a moment late another finds taken
-MMAP_THRESHOLD = -3  # the number of that option of glibc's mallopt
 
 Call = Callable[[], object]
 _roofs: dict[str, float] = {}
@@ -98,37 +95,10 @@ def best(calls: dict[str, Call], at_least: int = 3) -> dict[str, float]:
     return {name: min(times) for name, times in rounds.items()}
 
 
-def peak_bytes(call: Call) -> int | None:
+def least_peak(call: Call) -> int | None:
     """Memory that `call` takes beyond what is held already, or None where the system does not say."""
-    if CUDA:
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        call()
-        return torch.cuda.max_memory_allocated() - before
-    peaks = [_process_peak(call) for _ in range(PEAKS)]
+    peaks = [peak_bytes(call, DEVICE) for _ in range(1 if CUDA else PEAKS)]
     return None if None in peaks else min(peaks)
-
-
-def _process_peak(call: Call) -> int | None:
-    try:
-        gc.collect()
-        libc = ctypes.CDLL(None)
-        libc.mallopt(MMAP_THRESHOLD, 1 << 16)  # no tensor is taken from what was freed before, and all go back at once
-        libc.malloc_trim(0)
-        Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again from here
-    except (OSError, AttributeError):
-        return None
-    before = _status()["VmRSS"]
-    result = call()
-    after = _status()["VmHWM"]
-    del result
-    libc.mallopt(MMAP_THRESHOLD, 1 << 25)  # where glibc itself ends up in a process that frees large blocks
-    return max(after - before, 0)
-
-
-def _status() -> dict[str, int]:
-    lines = (line.split() for line in Path("/proc/self/status").read_text().splitlines())
-    return {words[0].rstrip(":"): 1024 * int(words[1]) for words in lines if words[-1:] == ["kB"]}
 
 
 PRODUCTS = ((8192, 8192, 8192), (4096, 4096, 4096), (79360, 96, 96), (38400, 192, 192)) if CUDA else (

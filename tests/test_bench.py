@@ -16,7 +16,7 @@ BENCHES = ["bench_add_layer_norm", "bench_coo", "bench_freenet", "bench_mhsc", "
            "bench_unroll_step"]  # fmt: skip
 BOTH_WAYS = ["add_layer_norm", "coo_decode", "freenet", "freenet_block", "mhsc", "mhsc_coo", "sparsify",
              "tokens_to_images"]  # fmt: skip
-OURS = ["cases", "floors", "measuring", "reporting", *BENCHES]
+OURS = ["cases", "floors", "measuring", "peak", "reporting", *BENCHES]
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from peak import usual_peak
+from peaks import usual_peak
 from toys import DEVICES
 
 import speedk

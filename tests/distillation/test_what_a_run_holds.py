@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from peak import peak_bytes
+from peaks import peak_bytes
 from toys import DEVICES, make_real
 
 from speedk.distillation import checkpoint, loop
