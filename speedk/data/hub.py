@@ -47,8 +47,8 @@ def read_hub(hub: Hub, name: str, download: str, resolution: int, progress: bool
         import datasets  # noqa: F401
         import huggingface_hub  # noqa: F401
     except ImportError:
-        raise DataError(f"{name} comes through the package `datasets`, which is not installed: pip install datasets; "
-                        f"or {download}, and give it: --data DIR (path= in Python)") from None
+        raise DataError(f"{name} comes through the package `datasets`, which is not installed: pip "
+                        f"install 'speedk[hub]'; or {download}, and give it: --data DIR (path= in Python)") from None
     if progress:
         print(f"{name}: from {hub.repository} through Hugging Face datasets{hub.warning}", file=sys.stderr)
     try:

@@ -18,6 +18,7 @@ from speedk.data import RealData
 from speedk.distillation import budget, experts, loop, objectives, parameterizations
 from speedk.distillation import recipe as recipes
 from speedk.distillation.loop import Progress, Run
+from speedk.distillation.objectives import dc
 from speedk.distillation.recipe import Recipe
 from speedk.distillation.rundir import begun_with
 from speedk.errors import ConfigError
@@ -26,19 +27,19 @@ PAPER_OBJECTIVE = "tm"
 INNER_STEP = 5.0
 """Of trajectory matching: its time in training steps on as many images, measured on a CPU."""
 
-DEFAULT_STEPS = 2000
-"""Outer steps where no recipe is shipped for a row: what the shipped ones of distribution matching have."""
+MEANS_STEPS = 2000
+"""Outer steps of distribution matching where no recipe is shipped for a row: what most of the shipped ones have."""
 
-_SPEED = {"optimizer": "adam", "schedule": "cosine", "steps": DEFAULT_STEPS}
-_GRADIENTS = {"optimizer": "sgd", "momentum": 0.5, "rates": {"pixels": 0.1}, "steps": 1000}
-_TRAJECTORIES = {"optimizer": "sgd", "momentum": 0.5, "rates": {"pixels": 1000.0, "synthetic_lr": 1e-5}}
+_SPEED = {"optimizer": "adam", "schedule": "cosine"}
+_PIXELS = {"optimizer": "sgd", "momentum": 0.5}
 OWN_SETTINGS: dict[str, dict[str, Any]] = {
     "speed": {"dm": _SPEED, "dc": _SPEED, "dsa": _SPEED, "tm": {"optimizer": "adam", "rates": {"synthetic_lr": 1e-4}}},
-    "pixels": {"dm": {"optimizer": "sgd", "momentum": 0.5, "rates": {"pixels": 1.0}, "steps": DEFAULT_STEPS},
-               "dc": _GRADIENTS, "dsa": _GRADIENTS, "tm": _TRAJECTORIES},
-}
-"""Outer settings by method and objective where no recipe says them; those of pixels are the originals', of tm the
-defaults of its code (how trajectories are matched is then SPEED's, see `_settled`)."""
+    "pixels": {"dm": _PIXELS | {"rates": {"pixels": 1.0}}, "dc": _PIXELS | {"rates": {"pixels": 0.1}},
+               "dsa": _PIXELS | {"rates": {"pixels": 0.1}},
+               "tm": _PIXELS | {"rates": {"pixels": 1000.0, "synthetic_lr": 1e-5}}},
+}  # fmt: skip
+"""Outer settings by method and objective where no recipe says them, without the steps (`_steps`). Those of pixels are
+the originals', of tm the defaults of its code (how trajectories are matched is then SPEED's, see `_settled`)."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,7 @@ def plan(dataset: str | None = None, *, data: str | Path | None = None, ipc: int
     real = _load(named, data, draft, progress, load)
     if "parameterization" not in tables:
         tables = _own(tables, real, method or "speed", draft.ipc, notes)
-    tables = _settled(tables, chosen)
+    tables = _settled(tables, chosen, draft.ipc)
     resolved = recipes.resolve(tables, chosen, changes)
     resolved = dataclasses.replace(resolved, data=dataclasses.replace(resolved.data, name=named or ""))
     resolved.budget(real.geometry)
@@ -199,17 +200,24 @@ def _own(tables: dict[str, Any], real: RealData, method: str, ipc: int, notes: l
     return {"recipe": about, "parameterization": sizes, **tables}
 
 
-def _settled(tables: dict[str, Any], objective: str) -> dict[str, Any]:
+def _settled(tables: dict[str, Any], objective: str, ipc: int) -> dict[str, Any]:
     """The recipe with outer settings for `objective` where it says none. How trajectories are matched is then as in the
     recipe that is shipped for SPEED in the same row, so that two methods are compared at the same cost."""
     said, about = tables.get("objective", {}), tables.get("data", {})
     method = tables["parameterization"].get("method")
     if objective in said or objective not in OWN_SETTINGS.get(method, {}):
         return tables
-    row = recipes.find_row(about.get("name"), about.get("ipc", 1), "speed") if objective == PAPER_OBJECTIVE else None
+    row = recipes.find_row(about.get("name"), ipc, "speed") if objective == PAPER_OBJECTIVE else None
     shared = recipes.read(row)["objective"].get(objective, {}) if row is not None else {}
     shared = {key: value for key, value in shared.items() if key not in ("optimizer", "momentum", "rates")}
-    return {**tables, "objective": {**said, objective: shared | OWN_SETTINGS[method][objective]}}
+    own = shared | _steps(objective, ipc) | OWN_SETTINGS[method][objective]
+    return {**tables, "objective": {**said, objective: own}}
+
+
+def _steps(objective: str, ipc: int) -> dict[str, int]:
+    if objective == "dm":
+        return {"steps": MEANS_STEPS}
+    return {"steps": dc.original_steps(ipc)} if objective in ("dc", "dsa") else {}
 
 
 def _run_name(recipe: Recipe, real: RealData) -> str:

@@ -6,6 +6,8 @@ import dataclasses
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from speedk import registry
+from speedk.distillation import coresets
 from speedk.distillation import recipe as recipes
 from speedk.distillation.objectives import dc
 
@@ -35,6 +37,8 @@ def differences(target: Target, line: Mapping[str, Any]) -> list[str]:
         published.pop("norm", None)
     found = _steps(line, published.pop("steps", line["steps_of"]))
     found += [_said(name, run[name], value) for name, value in published.items() if run.get(name, value) != value]
+    if target.kind == "coreset" and not registry.find(coresets, target.name).looks_at:
+        known.add("epochs")  # of the network that others look at the images with
     found += [f"{name}={value}" for name, value in changed.items() if name.rpartition(".")[2] not in known]
     split = "ilsvrc" if target.data.startswith("image") else "official"
     found += [_said("split", line["split"], split)] if line["split"] != split else []
@@ -45,7 +49,7 @@ def differences(target: Target, line: Mapping[str, Any]) -> list[str]:
     if (precision := protocol.get("precision", "float32")) != "float32":
         found.append(f"evaluation in {precision}")
     if line["runs"] < RUNS:
-        found.append(f"{line['runs']} networks")
+        found.append("one network" if line["runs"] == 1 else f"{line['runs']} networks")
     return found + _ours(target)
 
 
@@ -58,7 +62,7 @@ def _published(target: Target) -> dict[str, Any]:
     own = {"init": "random", "sparse": "end", "norm": "sum"} if speed else {}
     if target.objective == "tm":
         return own | ({"steps": 20000, "standardise": True} if speed else {"steps": 5000})
-    steps = 20000 if target.objective == "dm" else 1000 * dc.Spec().loops(target.ipc)[0]
+    steps = 20000 if target.objective == "dm" else dc.original_steps(target.ipc)
     return own | {"steps": steps, "batch": 256}
 
 

@@ -32,7 +32,7 @@ def cache(tmp_path_factory):
 
 
 def make_run(real, method, objective="dm", **fields):
-    tables = {"data": {"ipc": 4}, "parameterization": {"method": method, **SMALL[method]},
+    tables = {"data": {"ipc": 4}, "parameterization": {"method": method, **SMALL.get(method, {})},
               "objective": {objective: {"steps": 2, "batch": 4, **QUICK.get(objective, {})}}}
     run = loop.Run(resolve(tables, objective, fields), real, torch.device("cpu"))
     run.initialise(loop.Progress())

@@ -7,6 +7,7 @@ import re
 import pytest
 
 from speedk.distillation import recipe as recipes
+from speedk.distillation.plan import plan
 from speedk.distillation.recipe import from_resolved, parse_overrides, read, resolve, shipped, to_toml
 from speedk.errors import ConfigError
 
@@ -126,3 +127,11 @@ def test_any_text_survives_the_file(tmp_path):
 def test_a_recipe_is_frozen():
     with pytest.raises(dataclasses.FrozenInstanceError):
         resolve(read(ROW), "dm").parameterization.k = 3
+
+
+@pytest.mark.parametrize("method", ["pixels", "speed"])
+def test_gradient_matching_without_a_shipped_recipe_takes_the_originals_steps(method):
+    """1,000 students, each matched once at 1 and 10 times at 10 images a class (Zhao et al. 2021)."""
+    for objective, steps in (("dc", 10_000), ("dsa", 10_000), ("dm", 2000)):
+        made = plan("digits", ipc=10, method=method, objective=objective, device="cpu")
+        assert made.recipe.objective.steps == steps

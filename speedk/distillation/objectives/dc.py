@@ -68,6 +68,11 @@ class Spec(ObjectiveSpec):
         return self.outer or outer, self.inner or inner
 
 
+def original_steps(ipc: int) -> int:
+    """Matchings of the original: 1,000 students, each matched `outer` times."""
+    return 1000 * Spec().loops(ipc)[0]
+
+
 class GradientMatching(Objective):
     """Sum over classes of the distance (`distance`) between the gradients of the cross-entropy of real and of synthetic
     images, in a student that is trained on the synthetic set between matchings and drawn anew after `outer` of them.
