@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import importlib.util
 import pkgutil
+from collections.abc import Iterable
 from types import ModuleType
 
 from speedk.errors import ConfigError
@@ -12,7 +14,16 @@ from speedk.errors import ConfigError
 
 def names(package: ModuleType) -> list[str]:
     """The plug-ins of `package`: its modules, but for `base` and those whose name opens with an underscore."""
-    found = (m.name for m in pkgutil.iter_modules(package.__path__))
+    return _names(package.__path__)
+
+
+def listed(package: str) -> list[str]:
+    """`names` of the package of that name, which is not imported."""
+    return _names(importlib.util.find_spec(package).submodule_search_locations)
+
+
+def _names(folders: Iterable[str]) -> list[str]:
+    found = (m.name for m in pkgutil.iter_modules(folders))
     return sorted(n for n in found if n != "base" and not n.startswith("_"))
 
 

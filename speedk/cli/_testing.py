@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from speedk.errors import ConfigError
-from speedk.precision import PRECISIONS
 
 if TYPE_CHECKING:
     from speedk.data import RealData
@@ -20,19 +19,11 @@ def networks(text: str) -> list[str]:
     return [given(name.strip()) for name in text.split(",") if name.strip()]
 
 
-def add_precision(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--precision", choices=PRECISIONS, default="float32", help="of the networks' "
-                        "convolutions and matrix products; bf16 is faster and not the published protocol (default: "
-                        "float32)")
-
-
 def device(name: str) -> str:
     """The device that --device asks for."""
-    import torch
+    from speedk.distillation import plan
 
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("--device cuda, but torch sees no GPU here: take auto or cpu")
-    return "cuda" if name != "cpu" and torch.cuda.is_available() else "cpu"
+    return plan.chosen_device(name).type
 
 
 def source(file: Path | None, args: argparse.Namespace) -> tuple[Any, RealData]:

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from speedk.cli import _curves, _testing
+from speedk.cli import _curves, _options, _testing
 from speedk.cli._files import distilled_file
 from speedk.cli._text import table
 from speedk.errors import ConfigError, TrainingError
@@ -33,20 +33,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("files", metavar="FILE", nargs="+", type=Path,
                         help="a distilled file or its run directory, or a folder with a file for each step")
     parser.add_argument("--steps", metavar="N", type=int, help="default: 5, or as many as a folder has files")
-    parser.add_argument("--dataset", metavar="NAME", help="the data to test on (default: what the file came from)")
-    parser.add_argument("--data", metavar="DIR", type=Path,
-                        help="the folder with that data, or one with a folder of its name")
-    parser.add_argument("--split", choices=("fastai", "ilsvrc"), help="of imagenette and imagewoof")
-    parser.add_argument("--networks", metavar="A,B", default="convnet", help="default: convnet")
-    parser.add_argument("--runs", metavar="N", type=int, default=5, help="fresh networks a step (default: 5)")
-    parser.add_argument("--protocol", choices=("paper", "quick"), default="paper",
-                        help="of `speedk evaluate` (default: paper)")
-    parser.add_argument("--standardisation", choices=("mtt", "speed"), help="default: the file's own")
-    parser.add_argument("--rate", metavar="R", type=float, help="in place of the one stored in the file")
-    parser.add_argument("--epochs", metavar="N", type=int, help="in place of the protocol's")
-    _testing.add_precision(parser)
-    parser.add_argument("--seed", metavar="S", type=int, default=0, help="run r has the seed S + r (default: 0)")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: auto")
+    _options.add_test_data(parser)
+    _options.add_networks(parser)
+    _options.add_evaluation(parser, "paper")
+    _options.add_schedule(parser)
+    _options.add_device(parser)
     parser.add_argument("--other-data", action="store_true", help="test files on data they were not distilled from")
     parser.add_argument("--out", metavar="FILE", type=Path, help="the report as JSON, and beside it a picture ending "
                         "in .png (default: continual.json beside the first FILE, or in it; earlier ones are kept)")
@@ -58,8 +49,7 @@ def run(args: argparse.Namespace) -> int:
     names = _testing.networks(args.networks)
     if args.runs < 1 or args.seed < 0:
         raise ConfigError(f"--runs {args.runs} must be at least 1 and --seed {args.seed} at least 0")
-    if args.out is not None and not args.out.parent.is_dir():
-        raise ConfigError(f"--out {args.out}: {args.out.parent} is not a folder, create it first")
+    _options.check_report(args.out)
     files = [distilled_file(file) for file in args.files]
     telling = [file for file in files if file.suffix.lower() == ".safetensors"]
     _, real = _testing.source([*telling, *files][0], args)

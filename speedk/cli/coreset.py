@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from speedk.cli import _options, _testing
 from speedk.errors import ConfigError
 from speedk.files import unwritable, write_atomic
 
@@ -33,23 +34,23 @@ LOWER = "lower --ipc, or choose with a smaller --network"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--method", metavar="NAME", required=True, help="random, herding, kcenter, kmeans, forgetting")
+    parser.add_argument("--method", metavar="NAME", required=True,
+                        help=_options.plugins("speedk.distillation.coresets"))
     parser.add_argument("--dataset", metavar="NAME", help="the data to choose from (default: digits, without --data)")
     parser.add_argument("--data", metavar="DIR", type=Path,
                         help="the folder with that data, or one with a folder of its name, or your own images")
-    parser.add_argument("--split", choices=("fastai", "ilsvrc"), help="of imagenette and imagewoof")
+    _options.add_split(parser)
     parser.add_argument("--ipc", metavar="N", type=int, default=1, help="images of each class (default: 1)")
     parser.add_argument("--out", metavar="DIR", type=Path, help="where the file goes (default: a folder under runs/)")
     parser.add_argument("--seed", metavar="S", type=int, default=0, help="of everything random (default: 0)")
     parser.add_argument("--network", metavar="NAME", default="convnet", help="that is trained (default: convnet)")
     parser.add_argument("--epochs", metavar="N", type=int, help="of its training (default: 50)")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: auto")
+    _options.add_device(parser)
     parser.add_argument("--evaluate", action="store_true", help="evaluate the file at the end (protocol quick)")
 
 
 def run(args: argparse.Namespace) -> int:
     from speedk import data
-    from speedk.cli import _testing
     from speedk.cli.evaluate import conclude
     from speedk.distillation import coreset
 

@@ -6,6 +6,8 @@ import argparse
 import time
 from pathlib import Path
 
+from speedk.cli import _options
+
 HELP = "Distil the embedded digits, evaluate the saved file beside its baselines, and draw it: a few minutes on a CPU."
 EPILOG = """\
 example:
@@ -16,7 +18,7 @@ example:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", metavar="DIR", type=Path, help="where the runs go (default: a new folder under runs/)")
     parser.add_argument("--runs", metavar="N", type=int, default=5, help="networks trained for each row (default: 5)")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: auto")
+    _options.add_device(parser)
     parser.add_argument("--steps", metavar="N", type=int, help="outer iterations (default: the recipe's)")
 
 

@@ -7,6 +7,7 @@ import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from speedk.cli import _options
 from speedk.errors import Interrupted
 
 if TYPE_CHECKING:
@@ -37,15 +38,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         help="a folder of images: parquet files, or train/ and test/ with a folder per class; of a "
                         "named data set also one with a folder of its name")
     parser.add_argument("--ipc", metavar="N", type=int, help="images per class whose storage may be used (default: 1)")
-    parser.add_argument("--method", metavar="NAME", help="speed or pixels (default: speed)")
+    _options.add_method(parser)
     parser.add_argument("--objective", metavar="NAME", default="auto",
-                        help="what is matched: tm, dm, dc or dsa; auto is the paper's (tm) on a GPU, else dm")
-    parser.add_argument("--network", metavar="NAME", help="the student: convnet, mlp, resnet18, vit, or a "
-                        "class of your own as my.module:Net (default: the recipe's, or convnet)")
+                        help=f"what is matched: {_options.plugins('speedk.distillation.objectives')}; auto is the "
+                        "paper's (tm) on a GPU, else dm")
+    _options.add_network(parser)
     parser.add_argument("--recipe", metavar="NAME|FILE", help="see `speedk recipes` (default: that of the row)")
     parser.add_argument("--out", metavar="DIR", type=Path, help="the run directory (default: under runs/)")
     parser.add_argument("--seed", metavar="S", type=int, help="of everything random (default: 0)")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: auto")
+    _options.add_device(parser)
     parser.add_argument("--steps", metavar="N", type=int, help="outer iterations (default: the recipe's)")
     parser.add_argument("--resume", action="store_true", help="go on with the run in --out, or begin it")
     parser.add_argument("--evaluate", action="store_true", help="evaluate the file at the end (protocol quick)")

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from speedk.cli import _curves, _testing
+from speedk.cli import _curves, _options, _testing
 from speedk.cli._files import distilled_file
 from speedk.errors import ConfigError, TrainingError
 from speedk.files import write_atomic
@@ -39,21 +39,11 @@ LOWER = "evaluate fewer runs or networks at a time (--runs, --networks)"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", metavar="FILE", nargs="?", type=Path,
                         help="a distilled file or its run directory, or images and labels as .npz or .parquet")
-    parser.add_argument("--dataset", metavar="NAME", help="the data to test on (default: what the file came from)")
-    parser.add_argument("--data", metavar="DIR", type=Path,
-                        help="the folder with that data, or one with a folder of its name")
-    parser.add_argument("--split", choices=("fastai", "ilsvrc"), help="of imagenette and imagewoof")
-    parser.add_argument("--networks", metavar="A,B", default="convnet", help="convnet, mlp, resnet18, vit, or a "
-                        "class of your own as my.module:Net (default: convnet)")
-    parser.add_argument("--runs", metavar="N", type=int, default=5, help="fresh networks of each kind (default: 5)")
-    parser.add_argument("--protocol", choices=("paper", "quick"), default="paper", help="default: paper")
-    parser.add_argument("--standardisation", choices=("mtt", "speed"), help="speed: every batch by its own mean and "
-                        "deviation, in testing too; mtt: not (default: the file's own, else mtt)")
-    parser.add_argument("--rate", metavar="R", type=float, help="in place of the one stored in the file")
-    parser.add_argument("--epochs", metavar="N", type=int, help="in place of the protocol's")
-    _testing.add_precision(parser)
-    parser.add_argument("--seed", metavar="S", type=int, default=0, help="run r has the seed S + r (default: 0)")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: auto")
+    _options.add_test_data(parser)
+    _options.add_networks(parser)
+    _options.add_evaluation(parser, "paper")
+    _options.add_schedule(parser)
+    _options.add_device(parser)
     parser.add_argument("--whole", action="store_true", help="train on the whole data set instead: the upper bound")
     parser.add_argument("--real", metavar="N", nargs="?", const=1, type=int,
                         help="train on N real images per class instead (default: 1), drawn anew for each run")
@@ -139,8 +129,7 @@ def _check(args: argparse.Namespace, names: list[str]) -> None:
         raise ConfigError(f"there is nothing to run: --runs {args.runs}, --networks {args.networks}")
     if args.seed < 0:
         raise ConfigError(f"--seed {args.seed} is negative")
-    if args.out is not None and not args.out.parent.is_dir():
-        raise ConfigError(f"--out {args.out}: {args.out.parent} is not a folder, create it first")
+    _options.check_report(args.out)
     if args.compare and not args.corruptions:
         raise ConfigError("--compare draws curves of --corruptions: say that too")
     if isinstance(args.corruptions, str) and not Path(args.corruptions).is_dir():

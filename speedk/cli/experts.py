@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from speedk.cli import _options
 from speedk.errors import ConfigError
 from speedk.precision import PRECISIONS
 
@@ -37,10 +38,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         help="the recipe that says how to train (default: the row's for SPEED, which reads the most)")
     parser.add_argument("--count", metavar="N", type=int, help="experts (default: the recipe's, or 100)")
     parser.add_argument("--epochs", metavar="E", type=int, help="of each (default: as many as the recipe can read)")
-    parser.add_argument("--network", metavar="NAME", help="the student (default: the recipe's, or convnet)")
+    _options.add_network(parser)
     parser.add_argument("--out", metavar="DIR", type=Path, help="default: the user's cache, where distill looks")
     parser.add_argument("--seed", metavar="S", type=int, help="of everything random (default: the recipe's, or 0)")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: auto")
+    _options.add_device(parser)
     parser.add_argument("--precision", choices=PRECISIONS, default="float32",
                         help="of the stored parameters (default: float32; bf16 needs --out)")
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from speedk.cli import _testing, is_memory
+from speedk.cli import _options, _testing, is_memory
 from speedk.cli._files import flat
 from speedk.errors import ConfigError, Interrupted, SpeedkError, TrainingError, one_line
 
@@ -48,11 +48,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         "(on top come evaluation, and the networks of coresets and of the whole data set)")
     parser.add_argument("--data", metavar="DIR", type=Path,
                         help="the folder of the data set, or one with a folder for each, by its name")
-    parser.add_argument("--protocol", choices=("paper", "quick"), default="paper", help="default: paper")
-    _testing.add_precision(parser)
-    parser.add_argument("--runs", metavar="N", type=int, default=5, help="networks of each kind (default: 5)")
+    _options.add_evaluation(parser, "paper")
     parser.add_argument("--seed", metavar="S", type=int, help="of distilling (default: 0)")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: auto")
+    _options.add_device(parser)
     parser.add_argument("--out", metavar="DIR", type=Path, default=Path("runs/tables"),
                         help="where the runs go (default: runs/tables)")
     parser.add_argument("--results", metavar="FILE", type=Path, default=Path("results.jsonl"),

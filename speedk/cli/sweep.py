@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from speedk.cli import _testing
+from speedk.cli import _options, _testing
 from speedk.cli._files import flat
 from speedk.errors import ConfigError, DataError, Interrupted
 
@@ -42,17 +42,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dataset", metavar="NAME", help="as for distill (default: the recipe's, or digits)")
     parser.add_argument("--data", metavar="DIR", type=Path, help="a folder, as for distill")
     parser.add_argument("--ipc", metavar="N", type=int, help="images per class whose storage may be used (default: 1)")
-    parser.add_argument("--method", metavar="NAME", help="speed or pixels (default: speed)")
+    _options.add_method(parser)
     parser.add_argument("--objective", metavar="NAME", default="auto", help="as for distill (default: auto)")
-    parser.add_argument("--network", metavar="NAME", help="the student (default: the recipe's, or convnet)")
-    parser.add_argument("--networks", metavar="A,B", default="convnet", help="that test each cell (default: convnet)")
-    parser.add_argument("--runs", metavar="N", type=int, default=5, help="fresh networks of each kind (default: 5)")
-    parser.add_argument("--protocol", choices=("paper", "quick"), default="quick", help="default: quick")
+    _options.add_network(parser)
+    _options.add_networks(parser)
+    _options.add_evaluation(parser, "quick")
     parser.add_argument("--epochs", metavar="N", type=int, help="of evaluation, in place of the protocol's")
-    _testing.add_precision(parser)
     parser.add_argument("--steps", metavar="N", type=int, help="outer iterations (default: the recipe's)")
     parser.add_argument("--seed", metavar="S", type=int, help="of everything random in distilling (default: 0)")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: auto")
+    _options.add_device(parser)
     parser.add_argument("--out", metavar="DIR", type=Path, help="default: under runs/")
     parser.add_argument("--compare", metavar="SWEEP", type=Path, nargs="+", default=[],
                         help="sweep.jsonl of earlier sweeps, whose cells are drawn in time.png as well")
@@ -116,10 +114,9 @@ def _grid(pairs: list[str]) -> list[dict[str, Any]]:
 
 
 def _evaluation(args: argparse.Namespace) -> Evaluation:
-    from speedk import networks
     from speedk.evaluation.cell import Evaluation
 
-    names = tuple(networks.given(name.strip()) for name in args.networks.split(",") if name.strip())
+    names = tuple(_testing.networks(args.networks))
     if not names or args.runs < 1:
         raise ConfigError(f"there is nothing to run: --networks {args.networks}, --runs {args.runs}")
     return Evaluation(names, args.runs, args.protocol, args.epochs, precision=args.precision)

@@ -84,7 +84,7 @@ def plan(dataset: str | None = None, *, data: str | Path | None = None, ipc: int
          progress: bool = False, load: Callable[..., RealData] | None = None) -> Plan:
     """What `distill` will do, without doing it. Arguments as for `distill`; network: the student; progress: bars while
     data are read; load: what reads them, in place of `speedk.data.load` (to keep them from one plan to the next)."""
-    where = _device(device)
+    where = chosen_device(device)
     changes = _changes(overrides or {}, {"data.ipc": ipc, "run.seed": seed, "objective.steps": steps,
                                          "objective.network": network})
     stored = Path(out) / "recipe.toml" if out is not None else None
@@ -124,7 +124,8 @@ def choose(objective: str, device: torch.device) -> tuple[str, str]:
     return PAPER_OBJECTIVE, "tm: the paper's objective, and there is a GPU"
 
 
-def _device(name: str) -> torch.device:
+def chosen_device(name: str) -> torch.device:
+    """The device that "auto", "cpu" or "cuda" asks for. Raises ConfigError for one that is not there."""
     if name not in ("auto", "cpu", "cuda"):
         raise ConfigError(f"device={name!r} is not one of auto, cpu, cuda")
     if name == "cuda" and not torch.cuda.is_available():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import resource
 import subprocess
 import sys
@@ -181,3 +182,15 @@ def test_one_line():
     assert one_line("a\n b\tc") == "a b c"
     assert one_line("x" * 300) == "x" * 197 + "..."
     assert one_line("\u202e\x07é猫") == "\\u202e\\x07é猫"
+
+
+def test_help_names_every_plugin_and_data_set(capsys):
+    from speedk import data, networks
+    from speedk.distillation import coresets, objectives, parameterizations
+    from speedk.registry import names
+
+    for command, known in (("distill", data.names() + names(objectives) + names(parameterizations) + names(networks)),
+                           ("evaluate", names(networks)), ("coreset", names(coresets))):
+        assert cli.main([command, "--help"]) == 0
+        words = set(re.findall(r"\w+", capsys.readouterr().out))
+        assert not set(known) - words

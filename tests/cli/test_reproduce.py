@@ -244,4 +244,4 @@ def test_a_value_with_a_slash_makes_no_folders(run, tmp_path, monkeypatch):
 def test_a_coreset_by_other_epochs(run, tmp_path):
     assert run("T", "--row", "Random", "epochs=3", "--protocol", "quick", "--runs", "1") == 0
     assert lines(tmp_path)[0]["changed"] == {"epochs": 3}
-    assert "epochs=3" in (tmp_path / "results.md").read_text()
+    assert "epochs=3" not in (tmp_path / "results.md").read_text()  # of a network that random images do not need

@@ -169,6 +169,8 @@ MTT = "protocol=mtt (speed)"
     ("1", "Random", "CIFAR10, 1", {"steps": 0, "steps_of": 0, "split": "folder"}, ["split=folder (official)"]),
     ("1", "K-Center", "CIFAR10, 1", {"steps": 0, "steps_of": 0}, ["greedy, as the paper's can hardly be"]),
     ("1", "K-means", "CIFAR10, 1", {"steps": 0, "steps_of": 0}, []),
+    ("1", "Herding", "CIFAR10, 1", {"steps": 0, "steps_of": 0, "changed": {"epochs": 8}}, ["epochs=8"]),
+    ("1", "Random", "CIFAR10, 1", {"steps": 0, "steps_of": 0, "changed": {"epochs": 8}}, []),
     ("1", "Whole data set", "CIFAR10, 1", {"steps": 0, "steps_of": 0},
      ["training as chosen here: the paper's is not said"])])
 def test_what_is_known_to_differ_is_said(table, row, column, changes, said):
