@@ -11,7 +11,6 @@ Where the peer cannot hold 60 steps it is compared at 10, and the report says so
 import copy
 import itertools
 from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
 import torch
@@ -21,7 +20,7 @@ from torch.func import functional_call
 from torch.nn.functional import avg_pool2d, conv2d, cross_entropy, relu
 
 import speedk
-from speedk import networks
+from speedk import memory, networks
 from speedk.geometry import Geometry
 
 WIDTH = 128
@@ -92,13 +91,6 @@ def convolutions(shape, steps):
     return run
 
 
-def free_bytes() -> int:
-    if DEVICE == "cuda":
-        return torch.cuda.mem_get_info()[0]
-    lines = Path("/proc/meminfo").read_text().splitlines()
-    return 1024 * int(next(line.split()[1] for line in lines if line.startswith("MemAvailable")))
-
-
 @pytest.mark.parametrize("steps", [5, 10, 20, 60])
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda s: s.name)
 def bench_unroll(contest, request, shape, steps):
@@ -123,7 +115,7 @@ def bench_unroll(contest, request, shape, steps):
     # A step's graph, from two steps against one: whether all of them fit.
     sizes = {name: (least_peak(both(way, schedule[:2])) or 0) - (least_peak(both(way, schedule[:1])) or 0)
              for name, way in (("full", ways["full"]), ("eager", eager))}  # fmt: skip
-    free = 0.8 * free_bytes()
+    free = 0.8 * memory.spare(torch.device(DEVICE))
     if steps == 10 and 60 * sizes["eager"] < free:
         pytest.skip("eager is compared at 60 steps, which fit")
     fits = {name: steps * size < free for name, size in sizes.items()}

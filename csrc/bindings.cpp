@@ -76,6 +76,7 @@ PYBIND11_MODULE(_native, m) {
 #endif
   py::class_<Topk>(m, "Topk").def(py::init(&topk));
   m.attr("topk_entries") = kMaxEntries;
+  m.attr("decoder_blocks") = kMaxBlocks;
   m.def("topk", [](const Topk& job) { return SPEEDK_CALL(topk, job); }, released);
 #ifdef SPEEDK_CUDA
   m.def("topk_cuda", [](const Topk& job, uintptr_t nan, uintptr_t stream) {

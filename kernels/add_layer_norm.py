@@ -14,7 +14,6 @@ from torch import Tensor
 
 from speedk.kernels._launch import block, on_device_of
 
-MAX_WIDTH = 16384
 """The widest row that one program holds."""
 
 BACKWARD_PROGRAMS = 1024
@@ -113,7 +112,7 @@ def add_layer_norm_meta(D: int) -> dict[str, int]:
 
 def add_layer_norm_fwd(x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     """x [..., D], residual of its shape or None, weight and bias [D], any strides -> [..., D] of x's dtype, contiguous;
-    D at most MAX_WIDTH."""
+    D at most 16,384."""
     D = x.shape[-1]
     out = torch.empty(x.shape, device=x.device, dtype=x.dtype)
     if out.numel() == 0:

@@ -178,7 +178,6 @@ def _freenet_block_bwd_kernel(
     tl.store(d_features_ptr + at, x.to(dtype), keep)
 
 
-MAX_WIDTH = 512
 """The widest D whose rows a program holds."""
 
 CHUNK = 16384
@@ -223,7 +222,7 @@ def _padded_weights(weights: tuple[Tensor, ...], ld: int) -> list[Tensor]:
 def freenet_block_fwd(features: Tensor, state: Tensor | None, weights: tuple[Tensor, ...], norm: str,
                       eps: float) -> Tensor:  # fmt: skip
     """features [N, J, D] and state (the same, or None), any strides; weights: the ten of `BlockWeights`, in its order
-    and of the features' dtype; norm "branch" or "sum" -> [N, J, D]. D at most MAX_WIDTH."""
+    and of the features' dtype; norm "branch" or "sum" -> [N, J, D]. D at most 512."""
     D = features.shape[-1]
     ld = up_to(D, 16)
     out = torch.empty(*features.shape[:-1], ld, device=features.device, dtype=features.dtype)

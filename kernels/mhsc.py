@@ -9,7 +9,6 @@ from torch import Tensor
 
 from speedk.kernels._launch import block, dot_precision, on_device_of
 
-MAX_HEAD = 256
 """The widest head D / H that one block holds."""
 
 SPLIT_PROGRAMS = 1024
@@ -96,7 +95,7 @@ def mhsc_bwd_meta(K: int, d: int, precision: str, itemsize: int) -> dict[str, in
 
 
 def mhsc_fwd(scm: Tensor, saet: Tensor) -> Tensor:
-    """scm [N, H, J, K] and saet [K, D], any strides, of one dtype -> [N, J, D]; D / H at most MAX_HEAD."""
+    """scm [N, H, J, K] and saet [K, D], any strides, of one dtype -> [N, J, D]; D / H at most 256."""
     N, H, J, K = scm.shape
     D = saet.shape[1]
     out = torch.empty(N, J, D, device=scm.device, dtype=scm.dtype)

@@ -105,7 +105,7 @@ def line_outputs(lines, C, P: tl.constexpr, LT: tl.constexpr, BP: tl.constexpr):
 
 
 @triton.jit
-def line_offsets(lines, C, image_c, image_h, image_w, P: tl.constexpr, LT: tl.constexpr, BP: tl.constexpr):
+def line_offsets(lines, image_c, image_h, image_w, P: tl.constexpr, LT: tl.constexpr, BP: tl.constexpr):
     """Where those outputs lie within a patch of the image, flat [LT BP]."""
     flat = tl.arange(0, LT * BP)
     line, c = lines + flat // BP, flat % BP
@@ -155,7 +155,7 @@ def _tokens_to_images_state_bwd_kernel(
     acc = tl.zeros((BM, BD), tl.float32)
     for first in range(0, C * P, LT):
         output, exists = line_outputs(first, C, P, LT, BP)
-        offsets = line_offsets(first, C, image_c, image_h, image_w, P, LT, BP)
+        offsets = line_offsets(first, image_c, image_h, image_w, P, LT, BP)
         d_patch = tl.load(patch_ptrs[:, None] + offsets[None, :], (token < count)[:, None] & exists[None, :], 0.0)
         weight_ptrs = weight_ptr + output[:, None] * weight_l + d[None, :] * weight_d
         weight = tl.load(weight_ptrs, exists[:, None] & (d < D)[None, :], 0.0)  # [LT BP, BD]
@@ -175,7 +175,7 @@ def _tokens_to_images_weight_bwd_kernel(
     first = tl.program_id(1) * LT
     d = (tl.program_id(2) * BD + tl.arange(0, BD)).to(tl.int64)
     output, exists = line_outputs(first, C, P, LT, BP)
-    offsets = line_offsets(first, C, image_c, image_h, image_w, P, LT, BP)
+    offsets = line_offsets(first, image_c, image_h, image_w, P, LT, BP)
     d_weight = tl.zeros((LT * BP, BD), tl.float32)
     d_bias = tl.zeros((LT * BP,), tl.float32)
     for tile in range(tiles):
@@ -192,7 +192,6 @@ def _tokens_to_images_weight_bwd_kernel(
         tl.store(d_bias_ptr + at, d_bias, exists)
 
 
-MAX_PATCH = 128
 """The widest patch whose lines `tokens_to_images` holds."""
 
 SPLIT_PROGRAMS = 1024
@@ -223,7 +222,7 @@ def tokens_to_images_bwd_meta(C: int, patch: int, D: int, precision: str, itemsi
 
 def tokens_to_images_fwd(state: Tensor, weight: Tensor, bias: Tensor, channels: int, patch: int) -> Tensor:
     """state [N, J, D], weight [L, D], any strides, bias [L], of one dtype -> images [N, C, H, W]; J a square number,
-    patch at most MAX_PATCH."""
+    patch at most 128."""
     N, J, D = state.shape
     side = math.isqrt(J)
     images = torch.empty(N, channels, side * patch, side * patch, device=state.device, dtype=state.dtype)

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+MAX_RESOLUTION = 4096
+"""The largest side of an image, in pixels."""
+
 
 @dataclass(frozen=True)
 class Geometry:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 import torch
 
 from speedk.kernels import add_layer_norm, coo, freenet, mhsc, patches
+from speedk.ops.add_layer_norm import WIDEST
 
 RECIPES = [  # N, H, J, K, k, D, C, patch: the widths and codes at which the launchers choose differently
     (64, 2, 64, 16, 48, 32, 3, 4),  # CIFAR-10, 1 image per class
@@ -22,7 +23,6 @@ ODD = [  # nobody's, nothing a multiple of 16: a wide head, a narrow one, wide r
     (9, 3, 49, 37, 20, 300, 3, 100),
 ]
 BETWEEN = (9, 1, 64, 64, 48, 64, 3, 4)  # a block of 64 columns, which no recipe has
-WIDEST = 16384  # of add_layer_norm
 ONES = (1, 1, 1, 1, 1, 1, 1, 1)  # Triton makes a constant of an argument that is 1, a Python number to the kernel
 LONG = (2, 3, 1, 400, 24, 48, 3, 4)  # indices of 16 bits, one patch
 PRECISIONS = [(torch.float32, "highest"), (torch.float32, "high"), (torch.bfloat16, "highest")]

@@ -12,7 +12,7 @@ import numpy as np
 from speedk.data.catalogue import Hub
 from speedk.data.parquet import encoded, read_parquet
 from speedk.data.part import Encoded, Part, Rows, number_labels
-from speedk.errors import DataError
+from speedk.errors import DataError, one_line
 
 if TYPE_CHECKING:
     import datasets
@@ -56,7 +56,7 @@ def read_hub(hub: Hub, name: str, download: str, resolution: int, progress: bool
     # Several libraries lie below, and what they raise for the same trouble changes from version to version.
     except Exception as error:
         raise DataError(f"{name} is not in the cache of `datasets` and could not be fetched "
-                        f"({' '.join(str(error).split())[:200]}): {download}, and give it: --data DIR (path= in Python)"
+                        f"({one_line(error)}): {download}, and give it: --data DIR (path= in Python)"
                         ) from error
     if hub.files:
         return read_parquet(*fetched)

@@ -16,7 +16,7 @@ from speedk.data.normaliser import ChannelNormaliser, Normaliser, channel_statis
 from speedk.data.part import Part, storable
 from speedk.data.real import RealData, Subset, fingerprint
 from speedk.errors import ConfigError, DataError, one_line
-from speedk.geometry import Geometry
+from speedk.geometry import MAX_RESOLUTION, Geometry
 
 NORMALISERS = ("channel", "zca")
 
@@ -41,8 +41,8 @@ def load(name: str | None = None, path: str | Path | None = None, *, resolution:
     entry = catalogue.entry(name) if name is not None else None
     if normaliser not in (None, *NORMALISERS):
         raise ConfigError(f"normaliser {normaliser!r} is not one of {', '.join(NORMALISERS)}")
-    if resolution is not None and (type(resolution) is not int or not 1 <= resolution <= 4096):
-        raise ConfigError(f"resolution {resolution!r} is not a number of pixels from 1 to 4096")
+    if resolution is not None and (type(resolution) is not int or not 1 <= resolution <= MAX_RESOLUTION):
+        raise ConfigError(f"resolution {resolution!r} is not a number of pixels from 1 to {MAX_RESOLUTION}")
     _check_split(entry, split)
     if entry is not None and entry.hub is None:
         if path is not None:

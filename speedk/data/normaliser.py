@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from speedk.errors import DataError
+from speedk.geometry import MAX_RESOLUTION
 
 
 class Normaliser:
@@ -104,7 +105,7 @@ def from_description(description: Mapping[str, Any]) -> Normaliser:
         if not finite(eps) or not 0 < eps < 1e6:
             raise DataError("the ZCA description's eps is not a positive number")
         if (not isinstance(shape, (list, tuple)) or len(shape) != 3
-                or not all(type(side) is int and 0 < side <= 4096 for side in shape)):
+                or not all(type(side) is int and 0 < side <= MAX_RESOLUTION for side in shape)):
             raise DataError("the ZCA description's shape is not three sides")
         for name in ("data", "matrix"):
             if not isinstance(description[name], str) or not re.fullmatch("[0-9a-f]{64}", description[name]):

@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from speedk.data.part import Encoded, Part, Rows, number_labels
-from speedk.errors import DataError
+from speedk.errors import DataError, one_line
 
 IMAGE_COLUMNS = ("image", "img", "images", "jpg", "png")
 LABEL_COLUMNS = ("label", "fine_label", "labels", "class", "cls")
@@ -41,7 +41,7 @@ class ParquetRows(Rows):
                             yield from self._group(file, path, group, first)
                         first += count
             except _ARROW_ERRORS as error:
-                raise DataError(f"cannot read {path}: {_one_line(error)}") from None
+                raise DataError(f"cannot read {path}: {one_line(error)}") from None
 
     def _taken(self, first: int, count: int) -> np.ndarray:
         low, high = np.searchsorted(self.rows, (first, first + count))
@@ -106,7 +106,7 @@ def _columns(files: Sequence[Path]) -> tuple[str, str, tuple[str, ...] | None]:
         try:
             schema = pq.read_schema(path)
         except _ARROW_ERRORS as error:
-            raise DataError(f"cannot read {path}: {_one_line(error)}") from None
+            raise DataError(f"cannot read {path}: {one_line(error)}") from None
         image = _pick(schema, IMAGE_COLUMNS, path, "image")
         kind = schema.field(image).type
         data = kind.field("bytes").type if pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0 else kind
@@ -147,10 +147,8 @@ def _labels(files: Sequence[Path], label: str) -> np.ndarray:
         try:
             column = pq.read_table(path, columns=[label], partitioning=None).column(0)
         except _ARROW_ERRORS as error:
-            raise DataError(f"cannot read {path}: {_one_line(error)}") from None
+            raise DataError(f"cannot read {path}: {one_line(error)}") from None
         found.append(label_values(column, path.name))
     return np.concatenate(found)
 
 
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]

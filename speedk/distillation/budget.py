@@ -86,9 +86,10 @@ def solve(geometry: Geometry, ipc: int) -> dict[str, int]:
                 if D % H or D // H > K or top < K:
                     continue
                 for R in (1, 2, 3):
-                    fixed = D * K + R * (3 * D * D + 7 * D) + L * (D + 1)
                     for k in (12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384):
-                        each = (1 + index_floats(max(J, K))) * H * k * geometry.classes
+                        parts = speed_storage(1, D, K, H, R, k, J, L)
+                        one = parts["scm values"] + parts["scm coordinates"]
+                        fixed, each = sum(parts.values()) - one, one * geometry.classes
                         images = int((allowed - fixed) // each)
                         density = k / (J * K)
                         if images < 1 or density >= 0.05:

@@ -224,7 +224,7 @@ class ExpertFolder:
             digests.append(_digest(last))
         header = {"format": FORMAT, "number": number, "identity": dataclasses.asdict(self.identity),
                   "losses": losses, "accuracies": accuracies, "digests": digests}
-        write_atomic(self.file(number), save(tensors, {"speedk": tensorfile.canonical(header)}))
+        write_atomic(self.file(number), save(tensors, {tensorfile.KEY: tensorfile.canonical(header)}))
 
     @contextlib.contextmanager
     def claim(self, number: int) -> Iterator[bool]:
@@ -248,7 +248,7 @@ class ExpertFolder:
             raise self._damaged(number, str(error)) from None
 
     def _record(self, number: int, file: Any) -> Record:
-        header = tensorfile.parse((file.metadata() or {}).get("speedk", "").encode())
+        header = tensorfile.parse((file.metadata() or {}).get(tensorfile.KEY, "").encode())
         if not isinstance(header, dict) or header.get("format") != FORMAT:
             raise ValueError(f"it is not of format {FORMAT}")
         if header.get("number") != number or Identity.read(header["identity"]) != self.identity:

@@ -14,11 +14,10 @@ from speedk import data, registry
 from speedk.distillation import parameterizations, recipe, tensorfile
 from speedk.distillation.parameterizations.base import Parameterization, class_labels
 from speedk.errors import ArtifactError, ConfigError, DataError, SpeedkError
-from speedk.geometry import Geometry
+from speedk.geometry import MAX_RESOLUTION, Geometry
 
 FORMAT = 1
 LABELS = "labels"
-MAX_RESOLUTION = 4096
 _GIVEN: dict[str, type | tuple[type, ...]] = {
     "recipe": dict, "class_names": list, "normaliser": dict, "data": dict, "seed": int, "protocol": str,
     "objective": dict, "chosen": str, "budget_off": bool,

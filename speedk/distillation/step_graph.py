@@ -17,10 +17,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.func import functional_call
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from speedk import networks
 from speedk.distillation import seeds
 from speedk.errors import ConfigError
+from speedk.training import separable
 from speedk.workers import Pool
 
 PIECE = 16 * 32 * 32
@@ -79,7 +80,7 @@ class Training:
         self.trained = [p.requires_grad for p in named.values()]
         self.buffers = {name: b.detach().clone() for name, b in student.named_buffers()}
         self.in_pieces = (device.type == "cpu" and loss is None and getattr(student, "per_sample", False)
-                          and not any(_drops(module) for module in student.modules()))
+                          and separable(student))
         self._pool = Pool(device) if self.in_pieces else Alone()
         self._replaced: set[str] = set()
         self._students = [student]
@@ -93,8 +94,7 @@ class Training:
     @contextlib.contextmanager
     def running(self) -> Iterator[Pool | Alone]:
         """Where steps are built and differentiated, forward and backward alike; gives what runs the pieces."""
-        # Of the attention kernels only the plain one can be differentiated twice.
-        with sdpa_kernel(SDPBackend.MATH), repeatable(self.device), _in_modes(self._modes), self._pool as pool:
+        with networks.twice_differentiable(), repeatable(self.device), _in_modes(self._modes), self._pool as pool:
             yield pool
 
     def build(self, step: int, theta: Tensor, images: Tensor, labels: Tensor, needs: tuple[bool, bool],
@@ -256,10 +256,6 @@ def _check_loss(loss: Any) -> None:
 def alike(a: Tensor, b: Tensor) -> bool:
     """Whether two tensors hold the same values, nan like nan."""
     return a.shape == b.shape and bool(((a == b) | ((a != a) & (b != b))).all())
-
-
-def _drops(module: nn.Module) -> bool:
-    return isinstance(module, nn.modules.dropout._DropoutNd) and module.training and module.p > 0
 
 
 def _differentiate(piece: _Piece, direction: Tensor, need_theta: bool) -> tuple[Tensor | None, ...]:

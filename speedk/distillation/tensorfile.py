@@ -45,12 +45,12 @@ def pack(document: Any, tensors: Mapping[str, Tensor]) -> bytes:
 def head(text: str, tensors: Mapping[str, Tensor]) -> tuple[bytes, list[str]]:
     """The bytes of a file before its first tensor's, with `text` as its document, and the order of the tensors."""
     order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))  # wide first: all stay aligned
+    names, end = _NAMES | _OTHER_NAMES, 0
     outer: dict[str, Any] = {"__metadata__": {KEY: text}}
-    end = 0
     for name in order:
         tensor = tensors[name]
         begin, end = end, end + tensor.numel() * tensor.element_size()
-        outer[name] = {"dtype": {**_NAMES, **_OTHER_NAMES}[tensor.dtype], "shape": list(tensor.shape),
+        outer[name] = {"dtype": names[tensor.dtype], "shape": list(tensor.shape),
                        "data_offsets": [begin, end]}  # fmt: skip
     header = json.dumps(outer, separators=(",", ":")).encode()
     header += b" " * (-len(header) % _ALIGN)

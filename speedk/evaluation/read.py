@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from speedk.errors import ArtifactError, DataError
+from speedk.errors import ArtifactError, DataError, one_line
 from speedk.evaluation import sources
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ def npz(path: Path, real: RealData) -> sources.Source:
     except _BROKEN as error:
         if isinstance(error, FileNotFoundError):
             raise DataError(f"{path} does not exist") from None
-        raise ArtifactError(f"{path} is damaged, or not a NumPy archive of plain arrays: {_line(error)}") from None
+        raise ArtifactError(f"{path} is damaged, or not a NumPy archive of plain arrays: {_said(error)}") from None
     _check_names(path, found.pop("class_names", None), real)
     space = str(found.pop("space", "unit"))
     if space not in ("normalised", "unit"):
@@ -78,7 +78,7 @@ def parquet(path: Path, real: RealData) -> sources.Source:
         rows = table.column("image").to_pylist()
         labels = table.column(label).to_pylist()
     except (pa.ArrowException, OSError, ValueError, MemoryError) as error:
-        raise ArtifactError(f"{path} is damaged, or not a parquet file: {_line(error)}") from None
+        raise ArtifactError(f"{path} is damaged, or not a parquet file: {_said(error)}") from None
     side, channels = real.geometry.resolution, real.geometry.channels
     images = np.empty((len(rows), channels, side, side), np.uint8)
     for row, value in enumerate(rows):
@@ -133,5 +133,5 @@ def _tensor(path: Path, name: str, array: np.ndarray) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(array))
 
 
-def _line(error: Exception) -> str:
-    return (" ".join(str(error).split()) or type(error).__name__)[:200]
+def _said(error: Exception) -> str:
+    return one_line(error) or type(error).__name__

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from speedk import corruptions, training
 from speedk.corruptions import NAMES, SEVERITIES
-from speedk.errors import DataError
+from speedk.errors import DataError, one_line
 from speedk.training import ImageSet
 from speedk.workers import Pool
 
@@ -144,4 +144,4 @@ def _array(path: Path) -> np.ndarray:
     except FileNotFoundError:
         raise DataError(f"{path} is missing: all of {', '.join(NAMES)} and labels are needed") from None
     except (OSError, ValueError, EOFError) as error:
-        raise DataError(f"{path} is damaged, or not a NumPy array: {' '.join(str(error).split())[:200]}") from None
+        raise DataError(f"{path} is damaged, or not a NumPy array: {one_line(error)}") from None

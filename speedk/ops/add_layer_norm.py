@@ -43,10 +43,14 @@ def _fits(x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor) -> N
     arguments.alike(x=x, residual=residual, weight=weight, bias=bias)
 
 
+WIDEST = 16384
+"""Values of a row that one program of the Triton kernel holds."""
+
+
 def why_not_triton(x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor) -> str | None:
     tensors = [t for t in (x, residual, weight, bias) if t is not None]
-    if x.shape[-1] > 16384:
-        return f"rows of {x.shape[-1]} values are wider than the 16384 that one program holds"
+    if x.shape[-1] > WIDEST:
+        return f"rows of {x.shape[-1]} values are wider than the {WIDEST} that one program holds"
     return dispatch.why_not_triton(*tensors)
 
 

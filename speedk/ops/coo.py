@@ -133,7 +133,7 @@ def _out_of_range(J: int, K: int) -> ValueError:
 
 
 def why_not_native(values: Tensor, rows: Tensor, cols: Tensor, *saet: Tensor) -> str | None:
-    if values.dtype not in (torch.float32, torch.float64):
+    if values.dtype not in native.WIDE:
         return f"{values.dtype} is computed in PyTorch"
     if rows.dtype != cols.dtype or rows.dtype not in (torch.uint8, torch.uint16):
         return f"indices are {rows.dtype} and {cols.dtype}, the kernel takes uint8 or uint16"

@@ -103,11 +103,15 @@ def _fits_last(J: int, weight: Tensor, bias: Tensor, channels: int, patch: int, 
     arguments.alike(**{name: first}, weight=weight, bias=bias)
 
 
+NATIVE_BLOCKS = 64
+"""Blocks of a decoder that the native kernel takes."""
+
+
 def why_not_native(saet: Tensor, weights: FReeNetWeights, *codes: Tensor) -> str | None:
     if saet.dtype != torch.float32:
         return f"{saet.dtype} is computed in PyTorch"
-    if len(weights.blocks) > 64:
-        return "more than 64 blocks are computed in PyTorch"
+    if len(weights.blocks) > NATIVE_BLOCKS:
+        return f"more than {NATIVE_BLOCKS} blocks are computed in PyTorch"
     return dispatch.why_not_native_cpu(saet)
 
 
@@ -140,7 +144,7 @@ def _(features: Tensor, weights: list[Tensor], channels: int, patch: int, sum_no
 def _kept(features: Tensor, weights: list[Tensor]) -> int:
     """How many values the way back needs; the kernel says the same."""
     n, j, d = features.shape
-    return len(weights) // 10 * n * j * (2 * d + 2)
+    return len(weights) // len(BlockWeights._fields) * n * j * (2 * d + 2)
 
 
 @registered.custom_op("speedk::freenet_bwd")

@@ -92,10 +92,14 @@ def fits_block(weights: Sequence[Tensor], **tokens: Tensor) -> None:
     arguments.alike(**tokens, **named)
 
 
+WIDEST = 512
+"""Values of a token that one program of the Triton kernel holds."""
+
+
 def why_not_triton(features: Tensor, state: Tensor | None, weights: Sequence[Tensor]) -> str | None:
     tensors = [features, *weights] if state is None else [features, state, *weights]
-    if features.shape[-1] > 512:
-        return f"D={features.shape[-1]} is wider than the 512 that one program holds"
+    if features.shape[-1] > WIDEST:
+        return f"D={features.shape[-1]} is wider than the {WIDEST} that one program holds"
     return dispatch.why_not_triton(*tensors)
 
 

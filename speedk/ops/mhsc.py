@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from speedk.ops import arguments, dispatch, registered
+from speedk.ops import arguments, dispatch, native, registered
 
 
 @dispatch.public
@@ -46,16 +45,20 @@ def fits_heads(saet: Tensor, heads: int) -> None:
         raise ValueError(f"D={saet.shape[1]} is not a multiple of H={heads} heads")
 
 
+WIDEST = 256
+"""Values of a head that one program of the Triton kernel holds."""
+
+
 def why_not_native(scm: Tensor, saet: Tensor) -> str | None:
-    if scm.dtype not in (torch.float32, torch.float64):
+    if scm.dtype not in native.WIDE:
         return f"{scm.dtype} is computed in PyTorch"
     return dispatch.why_not_native_cpu(scm, saet)
 
 
 def why_not_triton(scm: Tensor, saet: Tensor) -> str | None:
     width = saet.shape[1] // scm.shape[1]
-    if width > 256:
-        return f"heads of width {width} are wider than the 256 that one program holds"
+    if width > WIDEST:
+        return f"heads of width {width} are wider than the {WIDEST} that one program holds"
     return dispatch.why_not_triton(scm, saet)
 
 

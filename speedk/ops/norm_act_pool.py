@@ -55,7 +55,7 @@ def _fits_backward(d_out: Tensor, x: Tensor, weight: Tensor, bias: Tensor, mean:
 
 
 def _why_not_native(x: Tensor, weight: Tensor, bias: Tensor) -> str | None:
-    if x.dtype not in (native.DTYPES if x.is_cuda else (torch.float32, torch.float64)):
+    if x.dtype not in (native.DTYPES if x.is_cuda else native.WIDE):
         return f"{x.dtype} is computed in PyTorch"
     if x.is_cuda:
         return dispatch.why_not_native_cuda(x, weight, bias)

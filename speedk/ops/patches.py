@@ -131,9 +131,13 @@ def why_not_native_product(state: Tensor, weight: Tensor, bias: Tensor, channels
     return dispatch.why_not_native_cpu(state, weight, bias)
 
 
+WIDEST = 128
+"""Values of a side of a patch that one program of the Triton kernel holds."""
+
+
 def why_not_triton_product(state: Tensor, weight: Tensor, bias: Tensor, channels: int, patch: int) -> str | None:
-    if patch > 128:
-        return f"patch={patch} is wider than the 128 that one program holds"
+    if patch > WIDEST:
+        return f"patch={patch} is wider than the {WIDEST} that one program holds"
     return dispatch.why_not_triton(state, weight, bias)
 
 

@@ -70,7 +70,7 @@ def _fits(lr: Tensor, **vectors: Tensor | None) -> None:
 
 def _why_not_native(*tensors: Tensor | None) -> str | None:
     given = [tensor for tensor in tensors if tensor is not None]
-    if given[0].dtype not in (torch.float32, torch.float64):
+    if given[0].dtype not in native.WIDE:
         return f"{given[0].dtype} is computed in PyTorch"
     return (dispatch.why_not_native_cuda if given[0].is_cuda else dispatch.why_not_native_cpu)(*given)
 

@@ -13,14 +13,16 @@ from speedk.ops import (
     BlockWeights,
     FReeNetWeights,
     coo_encode,
+    dispatch,
     freenet,
     freenet_block,
     freenet_coo,
     mhsc,
+    native,
     sparsify,
     use_backend,
 )
-from speedk.ops.freenet import _freenet, _freenet_bwd
+from speedk.ops.freenet import NATIVE_BLOCKS, _freenet, _freenet_bwd, _kept
 
 SHAPES = [  # N, H, J, K, D, R, patch, channels
     (3, 2, 64, 16, 32, 1, 4, 3),  # CIFAR-10, 1 image per class
@@ -228,3 +230,11 @@ def test_refusals():
     }.items():
         with pytest.raises(ValueError, match=message):
             call()
+
+
+@built
+def test_what_the_native_decoder_takes_and_keeps_is_said_alike_on_both_sides():
+    assert dispatch.native().decoder_blocks == NATIVE_BLOCKS
+    for blocks in (0, 1, 3):
+        features, weights = torch.zeros(2, 9, 8), [torch.zeros(8)] * (len(BlockWeights._fields) * blocks + 2)
+        assert native._net(features, weights, 3, 4, False).kept == _kept(features, weights)

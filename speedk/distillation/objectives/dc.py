@@ -14,7 +14,7 @@ from speedk import networks, training
 from speedk.augment import dsa
 from speedk.distillation import seeds
 from speedk.distillation.objectives.base import Objective, ObjectiveSpec
-from speedk.distillation.parameterizations.base import Parameterization
+from speedk.distillation.parameterizations.base import Parameterization, detached
 from speedk.errors import ConfigError
 from speedk.workers import Pool
 
@@ -93,7 +93,7 @@ class GradientMatching(Objective):
         loss, gradients = 0.0, []
         with self._pool as pool, networks.twice_differentiable():
             members = [(synthetic.classes == label).nonzero()[:, 0] for label in range(geometry.classes)]
-            decoded = pool.map(_decode, [(synthetic, index) for index in members])
+            decoded = [images for images, _ in pool.map(detached, [(synthetic, index) for index in members])]
             if step % outer == 0 or self._student is None:
                 self._student = self._fresh(step // outer)
             else:
@@ -194,11 +194,6 @@ def match(student: nn.Module, images: Tensor, label: int, target: list[Tensor], 
             found = _gradient(student, weights, part, label, draw, True)
         gradients += torch.autograd.grad(found, part, slopes)
     return loss.detach(), torch.cat(gradients)
-
-
-@torch.no_grad()
-def _decode(synthetic: Parameterization, index: Tensor) -> Tensor:
-    return synthetic.decode(index)[0]
 
 
 def _summed(student: nn.Module, weights: list[Tensor], images: Tensor, label: int, draw: dsa.Draw | None,

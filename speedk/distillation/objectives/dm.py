@@ -11,7 +11,7 @@ from speedk import networks
 from speedk.augment import dsa
 from speedk.distillation import seeds
 from speedk.distillation.objectives.base import Objective, ObjectiveSpec
-from speedk.distillation.parameterizations.base import Parameterization
+from speedk.distillation.parameterizations.base import Parameterization, detached
 from speedk.errors import ConfigError
 from speedk.workers import Pool
 
@@ -60,7 +60,7 @@ class DistributionMatching(Objective):
         loss, gradients = 0.0, []
         with self._pool as pool, torch.no_grad():
             members = [(synthetic.classes == label).nonzero()[:, 0] for label in range(geometry.classes)]
-            decoded = pool.map(_decode, [(synthetic, index) for index in members])
+            decoded = [images for images, _ in pool.map(detached, [(synthetic, index) for index in members])]
             # A few classes at a time bound the real images that are held.
             for labels in torch.arange(geometry.classes).split(max(1, HELD_REAL // spec.batch)):
                 for found, gradient in self._match(student, decoded, labels.tolist(), generator):
@@ -86,11 +86,6 @@ class DistributionMatching(Objective):
 
     def artifact_fields(self) -> dict[str, float]:
         return {"lr": self.spec.lr}
-
-
-@torch.no_grad()
-def _decode(synthetic: Parameterization, index: Tensor) -> Tensor:
-    return synthetic.decode(index)[0]
 
 
 def _features(student: nn.Module, images: Tensor, draw: dsa.Draw | None) -> Tensor:

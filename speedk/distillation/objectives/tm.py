@@ -13,7 +13,7 @@ from speedk import memory, networks
 from speedk.distillation import experts, seeds
 from speedk.distillation.expertfolder import ExpertFolder, Identity
 from speedk.distillation.objectives.base import ABSURD, Diverged, Objective, ObjectiveSpec, Skip, too_high
-from speedk.distillation.parameterizations.base import Parameterization
+from speedk.distillation.parameterizations.base import Parameterization, detached
 from speedk.distillation.unroll import dsa_steps, unroll
 from speedk.errors import ConfigError
 from speedk.workers import Pool
@@ -214,7 +214,7 @@ class TrajectoryMatching(Objective):
         """The images and labels of `index` as leaves, decoded in pieces, without a graph."""
         with self._pool as pool:
             parts = index.split(pool.images(self.real.geometry.resolution))
-            pieces = pool.map(_decoded, [(synthetic, part) for part in parts])
+            pieces = pool.map(detached, [(synthetic, part) for part in parts])
         images, labels = (torch.cat(parts) for parts in zip(*pieces, strict=True))
         return images.requires_grad_(), labels.requires_grad_(labels.is_floating_point())
 
@@ -267,11 +267,6 @@ def batches(count: int, batch: int, steps: int, generator: torch.Generator) -> l
     while len(schedule) < steps:
         schedule += torch.randperm(count, generator=generator).split(batch)
     return schedule[:steps]
-
-
-def _decoded(synthetic: Parameterization, index: Tensor) -> tuple[Tensor, Tensor]:
-    with torch.no_grad():
-        return synthetic.decode(index)
 
 
 def _spare(device: torch.device) -> int:

@@ -124,3 +124,9 @@ def expect_tensors(tensors: Mapping[str, Tensor], expected: Mapping[str, tuple[t
                                 f"expected {dtype} {list(shape)}")
         if dtype.is_floating_point and not bool(torch.isfinite(tensor).all()):
             raise ArtifactError(f"tensor {name!r} holds a value that is not finite")
+
+
+@torch.no_grad()
+def detached(synthetic: Parameterization, index: Tensor) -> tuple[Tensor, Tensor]:
+    """`synthetic.decode(index)` without a graph, in whatever thread."""
+    return synthetic.decode(index)
