@@ -4,6 +4,7 @@ import functools
 import json
 import math
 
+import published
 import pytest
 import torch
 from toys import make_real
@@ -14,30 +15,6 @@ from speedk.distillation.recipe import find_row, read, resolve, shipped
 
 FEW = {"images_per_class": 1, "fit_steps": 1}
 TOY_EXPERTS = {"expert_count": 1, "max_start": 1, "expert_epochs": 1, "inner_steps": 2}
-PUBLISHED = """
-cifar10       1   17  32  16 2 1  48 4  64  48 3e-6  64 60 10     29,872     30,720
-cifar10      10  124  96  64 3 1  48 4  64  48 3e-7 128 60 20    306,960    307,200
-cifar10      50  272 192  64 6 3  48 4  64  48 7e-8 256 60 40  1,532,400  1,536,000
-cifar100      1   11  96  64 3 2  48 4  64  48 3e-7 128 60 40    305,040    307,200
-cifar100     10   62 192  64 6 3  48 4  64  48 7e-8 256 60 40  3,035,760  3,072,000
-cifar100     50  100 192  64 6 3 166 4  64  48 3e-8 256 60 40 15,297,360 15,360,000
-tinyimagenet  1   17 256 128 8 2  48 8  64 192 7e-8 340 20 40  2,437,312  2,457,600
-tinyimagenet 10   78 256 128 8 2 128 8  64 192 7e-9 780 20 40 24,440,512 24,576,000
-imagenette    1   15 192 256 4 2 192 8 256 192 7e-7  32 60 10    482,880    491,520
-imagenette   10  111 384 256 6 2 384 8 256 192 7e-8  32 40 20  4,898,496  4,915,200
-imagewoof     1   15 192 256 4 2 192 8 256 192 3e-7  32 60 10    482,880    491,520
-imagewoof    10  111 384 256 6 2 384 8 256 192 3e-8  32 40 20  4,898,496  4,915,200
-imagefruit    1   15 192 256 4 2 192 8 256 192 7e-7  32 60 10    482,880    491,520
-imagefruit   10  111 384 256 6 2 384 8 256 192 7e-8  32 40 20  4,898,496  4,915,200
-imagemeow     1   15 192 256 4 2 192 8 256 192 7e-7  32 60 10    482,880    491,520
-imagemeow    10  111 384 256 6 2 384 8 256 192 7e-8  32 40 20  4,898,496  4,915,200
-imagesquawk   1   15 192 256 4 2 192 8 256 192 3e-7  32 60 10    482,880    491,520
-imagesquawk  10  111 384 256 6 2 384 8 256 192 3e-8  32 40 20  4,898,496  4,915,200
-imageyellow   1   15 192 256 4 2 192 8 256 192 3e-7  32 60 10    482,880    491,520
-imageyellow  10  111 384 256 6 2 384 8 256 192 3e-8  32 40 20  4,898,496  4,915,200
-"""
-"""The published recipes, typed in from the table of them: data, images a class, N/c, D, K, H, R, k, patch, J, L,
-penalty, batch, steps of the student, max start, parameters, budget."""
 CASES = [(name, objective) for name in shipped() for objective in read(name)["objective"]]
 
 
@@ -67,18 +44,18 @@ def test_it_fits_its_budget_and_says_where_it_comes_from(name):
         assert spec.D // spec.H <= spec.K and spec.k < 0.05 * spec.K * spec.patches(recipes.geometry(recipe))
 
 
-@pytest.mark.parametrize("row", PUBLISHED.split("\n")[1:-1], ids=lambda row: "-ipc".join(row.split()[:2]))
+@pytest.mark.parametrize("row", published.ROWS, ids=lambda row: row.recipe)
 def test_a_published_recipe_is_the_published_one(row):
-    name, *numbers = row.replace(",", "").split()
-    ipc, N, D, K, H, R, k, patch, J, L, penalty, batch, inner_steps, max_start, counted, allowed = map(float, numbers)
-    recipe = resolve(read(f"{name}-ipc{ipc:.0f}-speed"), "tm")
+    recipe = resolve(read(row.recipe), "tm")
     spec, tm, geometry = recipe.parameterization, recipe.objective, recipes.geometry(recipe)
-    assert (recipe.data.name, recipe.data.ipc, recipe.data.budget, recipe.data.resolution) == (name, ipc, "on", 0)
-    assert (spec.images_per_class, spec.D, spec.K, spec.H, spec.R, spec.k) == (N, D, K, H, R, k)
-    assert (spec.patch, spec.patches(geometry), spec.patch**2 * geometry.channels) == (patch, J, L)
-    assert (spec.penalty, tm.batch, tm.inner_steps, tm.max_start) == (penalty, batch, inner_steps, max_start)
+    data = recipe.data
+    assert (data.name, data.ipc, data.budget, data.resolution) == (row.data, row.ipc, "on", 0)
+    assert geometry == row.geometry
+    assert (spec.images_per_class, spec.D, spec.K, spec.H, spec.R, spec.k) == row[2:8]
+    assert (spec.patch, spec.patches(geometry), spec.patch**2 * geometry.channels) == (row.patch, row.J, row.L)
+    assert (spec.penalty, tm.batch, tm.inner_steps, tm.max_start) == row[11:15]
     spent = recipe.budget(geometry)
-    assert (spent.counted, spent.allowed) == (counted, allowed)
+    assert (spent.counted, spent.allowed) == (row.counted, row.budget)
     # The one set of the rest, for all rows.
     assert (tm.optimizer, tm.momentum, tm.schedule, tm.steps) == ("sgd", 0.95, "constant", 20000)
     assert tm.rates == {"saet": 10.0, "scm": 100.0, "freenet": 0.01, "synthetic_lr": 1e-5}
@@ -89,8 +66,22 @@ def test_a_published_recipe_is_the_published_one(row):
 
 
 def test_every_published_recipe_is_in_the_table():
-    rows = {"-ipc".join(row.split()[:2]) + "-speed" for row in PUBLISHED.split("\n")[1:-1]}
+    rows = {row.recipe for row in published.ROWS}
     assert rows == {name for name, text in shipped().items() if "published code's" in text.partition("[recipe]")[0]}
+
+
+@pytest.mark.parametrize("name", [name for name in shipped() if name.endswith("-pixels")])
+def test_pixels_are_learned_as_the_originals_do(name):
+    """SGD with momentum 0.5 at the rate 1 for distribution matching and 0.1 for gradient matching, from real images."""
+    for objective in {"dm", "dc", "dsa"} & set(read(name)["objective"]):
+        recipe = resolve(read(name), objective)
+        found = recipe.objective
+        assert (found.optimizer, found.momentum, found.schedule) == ("sgd", 0.5, "constant")
+        assert found.rates == {"pixels": 1.0 if objective == "dm" else 0.1}
+        assert (found.lr, found.augment) == (0.01, objective != "dc") and recipe.parameterization.init == "real"
+        if recipe.data.name != "digits":  # which is to be done in a minute
+            assert found.batch == 256 or recipe.data.name.startswith("image")
+            assert found.steps == (2000 if objective == "dm" else 1000 * recipe.data.ipc)  # outer is 1, 10, 20, 50
 
 
 @pytest.mark.parametrize(("name", "objective"), CASES)

@@ -158,3 +158,18 @@ def test_a_local_file_with_other_rows_is_refused(real):
     tensors["scm.cols"][0, 0, :2] = torch.tensor([2, 5], dtype=torch.uint8)
     with pytest.raises(ArtifactError, match="a patch does not have the k / J = 1 entries"):
         Speed.from_storage(synthetic.spec, real.geometry, 4, [3, 3, 3], tensors | {"scm.rows": rows})
+
+
+def test_the_papers_starting_values(real):
+    """Tokens and codes from N(0, 0.2^2), Xavier-uniform matrices, no biases, norms that do nothing."""
+    speed = make_run(real, D=64, K=64, H=4, budget="off", init="random").synthetic
+    for drawn in (speed.saet.detach(), speed.scm.detach()):
+        assert drawn.numel() > 4000 and abs(drawn.mean()) < 0.01 and abs(drawn.std() - 0.2) < 0.01
+        assert 0.65 < (drawn.abs() < 0.2).double().mean() < 0.71  # as many as within one deviation of a normal
+    for module in speed.freenet.modules():
+        if isinstance(module, torch.nn.Linear):
+            bound = math.sqrt(6 / (module.in_features + module.out_features))
+            assert 0.98 * bound < module.weight.abs().max() <= bound and not module.bias.any()
+            assert abs(module.weight.std() - bound / math.sqrt(3)) < 0.02 * bound
+        elif isinstance(module, torch.nn.LayerNorm):
+            assert (module.weight == 1).all() and not module.bias.any() and module.eps == 1e-6

@@ -35,6 +35,12 @@ def test_published_parameter_counts(name, geometry, count):
     assert networks.parameter_count(networks.build(name, geometry)) == count
 
 
+def test_what_the_parameters_of_a_vit_do_not_tell():
+    vit = networks.build("vit", CIFAR10)
+    assert [block.heads for block in vit.blocks] == [8] * 6 and vit.patch.kernel_size == (4, 4)
+    assert {module.p for module in vit.modules() if isinstance(module, torch.nn.Dropout)} == {0.1}
+
+
 @pytest.mark.parametrize(("resolution", "depth"), [(8, 1), (16, 2), (28, 3), (32, 3), (64, 4), (128, 5), (256, 6)])
 def test_depth_follows_the_resolution(resolution, depth):
     assert len(networks.build("convnet", Geometry(2, 1, resolution), width=4).convolutions) == depth
