@@ -37,8 +37,9 @@ def bench_encode(contest, case):
             {"topk + sort + gather": library}, moved=scm.numel() * 4)
 
 
+@pytest.mark.parametrize("direction", ["fwd", "fwd+bwd"])
 @CASES
-def bench_decode(contest, case):
+def bench_decode(contest, case, direction):
     stored = case.entries()
 
     def sparse():
@@ -49,10 +50,12 @@ def bench_decode(contest, case):
         return full.to_dense().view(n, h, case.J, case.K)
 
     shape = (case.N, case.H, case.J, case.K)
-    contest("coo_decode", case.name, {"speedk": lambda: coo_decode(*stored, case.J, case.K, check=False)},
-            {"zeros + scatter_add": lambda: scattered(case, *stored), "torch.sparse": sparse},
-            moved=4 * case.N * case.H * case.J * case.K,
-            yardsticks={"fill": lambda: torch.zeros(shape, device=DEVICE)})
+    if direction == "fwd":
+        contest("coo_decode", case.name, {"speedk": lambda: coo_decode(*stored, case.J, case.K, check=False)},
+                {"zeros + scatter_add": lambda: scattered(case, *stored), "torch.sparse": sparse},
+                moved=4 * case.N * case.H * case.J * case.K,
+                yardsticks={"fill": lambda: torch.zeros(shape, device=DEVICE)})
+        return
     values, d_dense = stored[0].requires_grad_(), torch.randn(shape, device=DEVICE)
 
     def gradient(function):
@@ -64,13 +67,16 @@ def bench_decode(contest, case):
             moved=4 * case.N * case.H * case.J * case.K)
 
 
+@pytest.mark.parametrize("direction", ["fwd", "fwd+bwd"])
 @CASES
-def bench_mhsc_coo(contest, case):
+def bench_mhsc_coo(contest, case, direction):
     stored, saet = case.entries(), case.saet()
     least = 4 * case.N * case.J * case.D + 6 * stored[0].numel()
-    contest("mhsc_coo", case.name, {"speedk": lambda: mhsc_coo(*stored, saet, case.J, check=False)},
-            {"scatter_add + matmul": lambda: heads(case, scattered(case, *stored), saet)}, moved=least,
-            flops=2 * stored[0].numel() * case.D // case.H)
+    if direction == "fwd":
+        contest("mhsc_coo", case.name, {"speedk": lambda: mhsc_coo(*stored, saet, case.J, check=False)},
+                {"scatter_add + matmul": lambda: heads(case, scattered(case, *stored), saet)}, moved=least,
+                flops=2 * stored[0].numel() * case.D // case.H)
+        return
     leaves = stored[0].requires_grad_(), saet.requires_grad_()
     d_out = torch.randn(case.N, case.J, case.D, device=DEVICE)
 

@@ -13,14 +13,17 @@ def einsum(scm, saet):
     return torch.einsum("nhjk,khd->njhd", scm, saet.view(k, h, -1)).reshape(n, j, saet.shape[1])
 
 
+@pytest.mark.parametrize("direction", ["fwd", "fwd+bwd"])
 @pytest.mark.parametrize("case", [SMALL, MIDDLE, DEEP, LARGE], ids=lambda c: c.name)
-def bench_mhsc(contest, case):
+def bench_mhsc(contest, case, direction):
     scm, saet = case.scm(), case.saet()
     d_out = torch.randn(case.N, case.J, case.D, device=scm.device)
     moved, flops = 4 * (scm.numel() + d_out.numel()), 2 * case.N * case.J * case.K * case.D
-    contest("mhsc", case.name, {"speedk": lambda: mhsc(scm, saet)},
-            {"matmul": lambda: mhsc_reference(scm, saet), "einsum": lambda: einsum(scm, saet)},
-            moved=moved, flops=flops)
+    if direction == "fwd":
+        contest("mhsc", case.name, {"speedk": lambda: mhsc(scm, saet)},
+                {"matmul": lambda: mhsc_reference(scm, saet), "einsum": lambda: einsum(scm, saet)},
+                moved=moved, flops=flops)
+        return
     leaves = scm.requires_grad_(), saet.requires_grad_()
 
     def both(function):

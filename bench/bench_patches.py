@@ -13,28 +13,34 @@ CASES = pytest.mark.parametrize("case", [MIDDLE, LARGE], ids=lambda c: c.name)
 
 
 @CASES
-def bench_moves(contest, case):
+def bench_patchify(contest, case):
     images = case.images()
-    tokens = patchify_reference(images, case.patch)
-    moved = 2 * 4 * images.numel()
 
     def unfolded():
         columns = unfold(images, case.patch, stride=case.patch)  # channel slowest
         return columns.view(case.N, case.channels, -1, case.J).permute(0, 3, 2, 1).reshape(case.N, case.J, case.L)
 
+    contest("patchify", case.name, {"speedk": lambda: patchify(images, case.patch)},
+            {"permute": lambda: patchify_reference(images, case.patch), "unfold": unfolded},
+            moved=2 * 4 * images.numel(), yardsticks={"copy": images.clone})
+
+
+@CASES
+def bench_unpatchify(contest, case):
+    tokens = patchify_reference(case.images(), case.patch)
+
     def folded():
         columns = tokens.view(case.N, case.J, -1, case.channels).permute(0, 3, 2, 1).reshape(case.N, case.L, case.J)
         return fold(columns, (case.side, case.side), case.patch, stride=case.patch)
 
-    contest("patchify", case.name, {"speedk": lambda: patchify(images, case.patch)},
-            {"permute": lambda: patchify_reference(images, case.patch), "unfold": unfolded}, moved=moved,
-            yardsticks={"copy": images.clone})
     contest("unpatchify", case.name, {"speedk": lambda: unpatchify(tokens, case.channels, case.patch)},
-            {"permute": lambda: unpatchify_reference(tokens, case.channels, case.patch), "fold": folded}, moved=moved)
+            {"permute": lambda: unpatchify_reference(tokens, case.channels, case.patch), "fold": folded},
+            moved=2 * 4 * tokens.numel())
 
 
+@pytest.mark.parametrize("direction", ["fwd", "fwd+bwd"])
 @CASES
-def bench_tokens_to_images(contest, case):
+def bench_tokens_to_images(contest, case, direction):
     state = torch.randn(case.N, case.J, case.D, device=DEVICE)
     weight, bias = torch.randn(case.L, case.D, device=DEVICE), torch.randn(case.L, device=DEVICE)
 
@@ -56,9 +62,11 @@ def bench_tokens_to_images(contest, case):
     def both(function):
         return lambda: torch.autograd.grad(function(*leaves), leaves, d_images)
 
-    contest("tokens_to_images", case.name, {"speedk": lambda: fused(*leaves)},
-            {"linear + permute": lambda: permuted(*leaves), "linear + pixel_shuffle": lambda: shuffled(*leaves)},
-            moved=moved, flops=flops)
+    if direction == "fwd":
+        contest("tokens_to_images", case.name, {"speedk": lambda: fused(*leaves)},
+                {"linear + permute": lambda: permuted(*leaves), "linear + pixel_shuffle": lambda: shuffled(*leaves)},
+                moved=moved, flops=flops)
+        return
     for leaf in leaves:
         leaf.requires_grad_()
     contest("tokens_to_images fwd+bwd", case.name, {"speedk": both(fused)},

@@ -1,5 +1,6 @@
 """The update of an unrolled training step and its adjoint, at the size of the students' ConvNet."""
 
+import pytest
 import torch
 from measuring import DEVICE
 
@@ -9,11 +10,10 @@ from speedk.ops.unroll_step import unroll_step_adjoint_reference, unroll_step_re
 P = 320_010
 
 
-def bench_unroll_step(contest):
+@pytest.mark.parametrize(("name", "ours", "reference"), [
+    ("unroll_step", unroll_step, unroll_step_reference),
+    ("unroll_step_adjoint", unroll_step_adjoint, unroll_step_adjoint_reference)], ids=["forward", "adjoint"])
+def bench_unroll_step(contest, name, ours, reference):
     theta, m, gradient = torch.randn(3, P, device=DEVICE).unbind()
-    lr = torch.tensor(0.01, device=DEVICE)
-    for name, ours, reference, passes in (
-            ("unroll_step", unroll_step, unroll_step_reference, 5),
-            ("unroll_step_adjoint", unroll_step_adjoint, unroll_step_adjoint_reference, 5)):
-        contest(name, f"P={P}", {"speedk": lambda f=ours: f(theta, m, gradient, lr, 0.9)},
-                {"eager": lambda f=reference: f(theta, m, gradient, lr, 0.9)}, moved=4 * passes * P)
+    given = theta, m, gradient, torch.tensor(0.01, device=DEVICE), 0.9
+    contest(name, f"P={P}", {"speedk": lambda: ours(*given)}, {"eager": lambda: reference(*given)}, moved=4 * 5 * P)

@@ -3,11 +3,16 @@
 A contest checks first that all contestants agree, then times them in turns (measuring.py has how), round after round.
 Roofs are measured in the same session. With --save the results go to bench/results/, as JSON and as a page, which also
 say for each floor (floors.py) what was asked and what was measured.
+
+pytest-benchmark is told the rounds of ours, with peers and roof as extra information, so that its --benchmark-json,
+--benchmark-autosave and --benchmark-compare do for these benches what they do for others. It does not time them: it
+would time one contestant after another, which on a shared machine compares two moments and not two contestants.
 """
 
 from __future__ import annotations
 
 import gc
+import importlib.util
 import os
 import signal
 import tempfile
@@ -17,8 +22,9 @@ from pathlib import Path
 import pytest
 import reporting
 import torch
-from measuring import CUDA, Call, agree, best, least_peak, matmul_precision, roofs
+from measuring import CUDA, Call, agree, in_turns, least_peak, matmul_precision, roofs
 
+BENCHMARK = importlib.util.find_spec("pytest_benchmark") is not None
 CLOSE = {"float32": 1e-4, "tf32": 2e-2, "bf16": 1e-1}  # of the largest value: what rounding may make of a result
 
 _rows: list[dict] = []
@@ -33,17 +39,50 @@ def pytest_addoption(parser):
     parser.addoption("--seconds", type=float, help="start no bench after this time")
 
 
+class Replay:
+    """A clock that shows how long each round took when it was measured."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def read(self) -> float:
+        return self.now
+
+    def tell(self, benchmark, group: str, rounds: list[float], extra: dict) -> None:
+        """Have pytest-benchmark, whose timer is `read`, take `rounds` for its own."""
+        left = iter(rounds)
+
+        def target() -> None:
+            self.now += next(left)
+
+        benchmark.group = group
+        benchmark.extra_info.update(extra)
+        benchmark.pedantic(target, rounds=len(rounds))
+
+
+_replay = Replay()
+if not BENCHMARK:
+
+    @pytest.fixture
+    def benchmark():
+        return None
+
+
 def pytest_configure(config):
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # who is stopped says what was measured so far
     torch.manual_seed(0)
     # A compilation that was once killed leaves a broken file in the shared cache, which fails every later one.
     cache = tempfile.TemporaryDirectory(prefix="speedk-bench-", ignore_cleanup_errors=True)
     config.add_cleanup(cache.cleanup)
+    if BENCHMARK and not config.getoption("benchmark_compare"):
+        config.option.benchmark_quiet = True  # the table at the end has peers and roofs, too
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache.name
 
 
 def pytest_collection_modifyitems(config, items):
     """What has floors comes first, for a session that may not last to the end."""
+    for item in items if BENCHMARK else ():
+        item.add_marker(pytest.mark.benchmark(timer=_replay.read))
     if config.getoption("--seconds"):
         order = ["bench_coo", "bench_topk", "bench_patches", "bench_unroll", "bench_freenet"]
         items.sort(key=lambda item: order.index(item.path.stem) if item.path.stem in order else len(order))
@@ -67,15 +106,15 @@ def pytest_runtest_logreport(report):
 
 
 @pytest.fixture
-def contest(request):
+def contest(request, benchmark):
     def run(op: str, case: str, ours: dict[str, Call], peers: dict[str, Call | str], moved: int = 0, flops: int = 0,
             memory: bool = False, yardsticks: dict[str, Call] | None = None, close: float | None = None,
             apart: float = 0.0, rounds: int = 3, precision: str = "float32", items: int = 0) -> None:
         """Time `ours` (by backend) against `peers`; `moved` bytes and `flops` are the least the op has to do, `items`
         how many images come out. Yardsticks are timed along and not compared for their results (a copy of the input,
         say). Results may differ by `close`, a part of the largest value, and the part `apart` of the values by more; at
-        least `rounds` rounds. `precision` is that of both sides. In place of a peer's call may stand why it cannot take
-        part, which the table says; so it does of one for which the memory of a GPU does not suffice."""
+        least `rounds` rounds. One contest a bench. `precision` is that of both sides. In place of a peer's call may
+        stand why it cannot take part, which the table says; so it does of one that a GPU's memory does not hold."""
         with matmul_precision(precision):
             peers, absent = _present(peers)
             calls = {**ours, **peers}
@@ -84,7 +123,8 @@ def contest(request):
                 agree(f"{op}: {name}", call(), first, close or CLOSE[precision],
                       apart if precision == "float32" else max(apart, 0.01))
             del first
-            times = best({**calls, **(yardsticks or {})}, rounds)
+            found = in_turns({**calls, **(yardsticks or {})}, rounds)
+            times = {name: min(taken) for name, taken in found.items()}
             peaks = {name: least_peak(call) for name, call in calls.items()} if memory else {}
         roof = max(moved / roofs()["copy"], flops / roofs()[precision])
         rival = min((times[name] for name in peers), default=None)
@@ -95,6 +135,11 @@ def contest(request):
                 "gigaflops": flops / taken / 1e9, "items_per_second": items / taken,
                 "of_roof": roof / taken, "times_best_peer": rival and rival / taken, "peak_bytes": peaks.get(name),
             })  # fmt: skip
+        if benchmark is not None:
+            peer = {f"{name}, ms": 1e3 * taken for name, taken in times.items() if name not in ours}
+            first = next(iter(ours))
+            _replay.tell(benchmark, f"{op}, {case}, {precision}", found[first],
+                         {"bytes": moved, "flop": flops, "of_roof": roof / times[first], **peer})
         for name, why in absent.items():
             _rows.append({"op": op, "case": case, "precision": precision, "who": name, "ours": False, "absent": why})
             _missing.append(f"{op}, {case}, {precision}: {name}: {why}")
@@ -123,7 +168,10 @@ def pytest_terminal_summary(terminalreporter, exitstatus, config):
     if not _rows:
         return
     terminalreporter.write_line(f"\n{reporting.DEVICE_NAME}: {reporting.roofs_in_words()}")
-    results, floors = reporting.aligned(reporting.table(_rows), 3), reporting.aligned(reporting.floors_table(_rows), 6)
+    ran = {row["op"] for row in _rows}
+    head, *floors = reporting.floors_table(_rows)
+    floors = reporting.aligned([head, *(line for line in floors if line[0] in ran)], 6)
+    results = reporting.aligned(reporting.table(_rows), 3)
     for line in [*results, "", *floors, *(f"left out: {text}" for text in _missing)]:
         terminalreporter.write_line(line.rstrip())
     if config.getoption("--save"):

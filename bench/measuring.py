@@ -74,8 +74,8 @@ def _round(call: Call, wall: float) -> float:
     return statistics.median(samples)
 
 
-def best(calls: dict[str, Call], at_least: int = 3) -> dict[str, float]:
-    """The best round of each, in seconds, of rounds in turns."""
+def in_turns(calls: dict[str, Call], at_least: int = 3) -> dict[str, list[float]]:
+    """The rounds of each, in seconds, taken in turns."""
     wall = {name: _wall(call) for name, call in calls.items()}  # the first round warms up
     if CUDA:
         wall = {name: _wall(call) for name, call in calls.items()}
@@ -92,7 +92,12 @@ def best(calls: dict[str, Call], at_least: int = 3) -> dict[str, float]:
     while len(next(iter(rounds.values()))) < at_least or (not settled() and len(next(iter(rounds.values()))) < 200):
         for name, call in calls.items():
             rounds[name].append(_round(call, wall[name]))
-    return {name: min(times) for name, times in rounds.items()}
+    return rounds
+
+
+def best(calls: dict[str, Call], at_least: int = 3) -> dict[str, float]:
+    """The best round of each, in seconds."""
+    return {name: min(times) for name, times in in_turns(calls, at_least).items()}
 
 
 def least_peak(call: Call) -> int | None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import importlib
 import itertools
+import json
+import subprocess
 import sys
 from dataclasses import is_dataclass, replace
 from pathlib import Path
@@ -12,8 +14,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-BENCHES = ["bench_add_layer_norm", "bench_coo", "bench_freenet", "bench_mhsc", "bench_patches", "bench_topk",
-           "bench_unroll_step"]  # fmt: skip
+BENCHES = sorted(path.stem for path in (ROOT / "bench").glob("bench_*.py"))
 BOTH_WAYS = ["add_layer_norm", "coo_decode", "freenet", "freenet_block", "mhsc", "mhsc_coo", "sparsify",
              "tokens_to_images"]  # fmt: skip
 OURS = ["cases", "floors", "measuring", "peak", "reporting", *BENCHES]
@@ -45,11 +46,16 @@ def contests(bench) -> list[dict]:
 
     for name in BENCHES:
         module = bench(name)
+        if name == "bench_unroll":  # which walks through steps to see what fits: `test_the_floors_of_unroll`
+            continue
         for function in [f for key, f in vars(module).items() if key.startswith("bench_")]:
             axes = [mark.args for mark in getattr(function, "pytestmark", ()) if mark.name == "parametrize"]
-            for values in itertools.product(*(axis[1] for axis in axes)):
-                values = [replace(v, N=2) if is_dataclass(v) else v for v in values]
-                function(contest, **dict(zip((axis[0] for axis in axes), values, strict=True)))
+            for chosen in itertools.product(*(axis[1] for axis in axes)):
+                given = {}
+                for (names, _), values in zip(axes, chosen, strict=True):
+                    several = not isinstance(names, str)
+                    given |= dict(zip(names, values, strict=True)) if several else {names: values}
+                function(contest, **{k: replace(v, N=2) if is_dataclass(v) else v for k, v in given.items()})
     return rows
 
 
@@ -66,6 +72,31 @@ def test_every_floor_is_measured(bench, device, monkeypatch):
                     if row["who"] == "torch.compile" and row["op"] == "freenet fwd+bwd"}
         cases = {row["case"] for row in rows if row["op"] == "freenet fwd+bwd"}
         assert len(cases) == 4 and compiled == set(itertools.product(cases, floors.FAST))
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_the_floors_of_unroll_are_cases_of_its_bench(bench, device):
+    module, floors = bench("bench_unroll"), bench("floors")
+    shapes, steps = (mark.args[1] for mark in module.bench_unroll.pytestmark)
+    cases = {f"{shape.name} T={count}" for shape in shapes for count in steps}
+    asked = [floor for floor in floors.FLOORS if floor.device == device and floor.op == "unroll"]
+    assert asked and {floor.case for floor in asked} <= cases
+    assert {(floor.ours, floor.other) for floor in asked} <= {("constant", "eager"), ("full", "eager")}
+    assert {floor.precision for floor in asked} == {"tf32" if device == "cuda" else "float32"}
+
+
+def test_pytest_benchmark_is_told_what_was_measured(tmp_path):
+    """A bench as its users run it: the rounds of ours, and the peers beside them, in pytest-benchmark's own file."""
+    told = tmp_path / "told.json"
+    done = subprocess.run([sys.executable, "-P", "-m", "pytest", "bench/bench_unroll_step.py", "-k", "forward",
+                           "--benchmark-only", f"--benchmark-json={told}"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found, = json.loads(told.read_text())["benchmarks"]
+    assert found["group"] == "unroll_step, P=320010, float32" and found["extra_info"]["bytes"] == 4 * 5 * 320_010
+    assert 0 < found["stats"]["min"] < 1 and found["stats"]["rounds"] >= 3
+    printed = [line.split() for line in done.stdout.splitlines()]
+    for who, taken in (("*speedk", 1e3 * found["stats"]["min"]), ("eager", found["extra_info"]["eager, ms"])):
+        assert any(who in words and f"{taken:.2f}" in words for words in printed)
 
 
 def test_a_peer_that_is_not_there(bench):
