@@ -83,25 +83,25 @@ def epoch(network: nn.Module, data: ImageSet, generator: torch.Generator, pool: 
 
     generator: on the CPU; gives the order and the augmentation. precision: see `products`. on_answers: called, before
     each update, with the batch's index and whether the network was right about each image (bool [B]). Returns the mean
-    loss.
+    loss. The same bits each time, where no operation of the network adds in an order of its own.
     """
     network.train()
     parameters = [p for p in network.parameters() if p.requires_grad]
     total = torch.zeros((), device=data.labels.device)
-    for index in torch.randperm(len(data), generator=generator).split(batch):
-        index = index.to(data.labels.device)
-        images = data.batch(index, standardise)
-        if augment:
-            images = dsa.apply(images, dsa.draw(len(images), images.shape[-1], generator))
-        right = [] if on_answers is None else [torch.empty(len(index), dtype=torch.bool, device=index.device)]
-        work = functools.partial(gradients, precision=precision)
-        pieces = in_pieces(pool, work, network, images, data.labels[index], *right)
-        if on_answers is not None:
-            on_answers(index, *right)
-        for p, *parts in zip(parameters, *(found for _, found in pieces), strict=True):
-            p.grad = sum(parts[1:], parts[0]) / len(images)
-        update()
-        total += sum(part for part, _ in pieces)
+    with repeatable(data.labels.device):
+        for index in torch.randperm(len(data), generator=generator).to(data.labels.device).split(batch):
+            images = data.batch(index, standardise)
+            if augment:
+                images = dsa.apply(images, dsa.draw(len(images), images.shape[-1], generator))
+            right = [] if on_answers is None else [torch.empty(len(index), dtype=torch.bool, device=index.device)]
+            work = functools.partial(gradients, precision=precision)
+            pieces = in_pieces(pool, work, network, images, data.labels[index], *right)
+            if on_answers is not None:
+                on_answers(index, *right)
+            for p, *parts in zip(parameters, *(found for _, found in pieces), strict=True):
+                p.grad = sum(parts[1:], parts[0]) / len(images)
+            update()
+            total += sum(part for part, _ in pieces)
     return float(total) / len(data)
 
 
@@ -112,8 +112,7 @@ def accuracies(nets: Sequence[nn.Module], data: ImageSet, pool: Pool, *, batch: 
     correct, work = [0] * len(nets), functools.partial(_correct, precision=precision)
     for net in nets:
         net.eval()
-    for index in torch.arange(len(data)).split(batch):
-        index = index.to(data.labels.device)
+    for index in torch.arange(len(data), device=data.labels.device).split(batch):
         images, labels = data.batch(index, standardise), data.labels[index]
         for i, net in enumerate(nets):
             correct[i] += sum(int(n) for n in in_pieces(pool, work, net, images, labels))
@@ -132,9 +131,23 @@ def in_pieces(pool: Pool, work: Callable[..., object], network: nn.Module, *batc
     return pool.map(work, [(network, *piece) for piece in pieces])
 
 
+@contextlib.contextmanager
+def repeatable(device: torch.device) -> Iterator[None]:
+    """Inside, cuDNN computes a convolution's gradients to the same bits each time. `benchmark` stays as the user has
+    it: what it picks for a shape it keeps as long as the process lives."""
+    before = torch.backends.cudnn.deterministic
+    if device.type == "cuda":
+        torch.backends.cudnn.deterministic = True
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.deterministic = before
+
+
 def products(device: torch.device, precision: str) -> contextlib.AbstractContextManager:
-    """Inside, a network's convolutions and matrix products round their operands and results to `precision`, "float32"
-    (they do not) or "bf16"; parameters, their gradients and their updates stay float32."""
+    """Inside, a network's convolutions and matrix products round their operands and results to `precision`: "bf16", or
+    "float32", which they do not, but for what PyTorch is set to on a GPU: unless told otherwise, convolutions there
+    round their operands to tf32. Parameters, their gradients and their updates stay float32."""
     return torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else contextlib.nullcontext()
 
 

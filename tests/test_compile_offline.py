@@ -13,10 +13,10 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = {80: 163 * 1024, 90: 227 * 1024}  # bytes a block may ask for
-SPILLED = {"_freenet_block_fwd_kernel": 128, "_freenet_block_bwd_kernel": 256, "_add_layer_norm_bwd_kernel": 96}
+SPILLED = {"_freenet_block_fwd_kernel": 128, "_freenet_block_bwd_kernel": 256, "_add_layer_norm_bwd_kernel": 160}
 """Bytes a thread may spill, 64 where nothing is said. The first two hold whole rows of several matrices at a time, and
-fewer rows would read the weights more often, which costs more than these bytes; the third spills 56 at its widest rows
-alone. What is left over differs between versions of Triton."""
+fewer rows would read the weights more often, which costs more than these bytes; the third spills at its widest rows
+alone, 56 with Triton 3.7 and 152 with 3.6. What is left over differs between versions of Triton."""
 WARPS = {"_add_layer_norm_fwd_kernel": 24, "_coo_decode_fwd_kernel": 32, "_coo_decode_bwd_kernel": 48,
          "_mhsc_coo_fwd_kernel": 28, "_patches_kernel": 16}  # fmt: skip
 """Warps that registers and shared memory must leave room for on a multiprocessor, 8 where nothing is said (two for each

@@ -95,9 +95,14 @@ def _rounded(part: float, side: int) -> int:
     return int(part * side + 0.5)
 
 
+def _beside(drawn: Tensor, images: Tensor) -> Tensor:
+    """`drawn` where the images are: on a GPU without waiting for what it is at."""
+    return drawn.to(images.device, non_blocking=True)
+
+
 def _per_image(p: Tensor, images: Tensor) -> Tensor:
     """A parameter [B] or [1] as [B, 1, 1, 1], of the images' dtype and device."""
-    return p.to(images)[:, None, None, None]
+    return _beside(p, images).to(images.dtype)[:, None, None, None]
 
 
 def _draw_color(count: int, side: int, generator: torch.Generator) -> dict[str, Tensor]:
@@ -141,9 +146,8 @@ class _Shift(torch.autograd.Function):
         pad = int(torch.maximum(down.abs(), right.abs()).max())
         padded = F.pad(images, (pad, pad, pad, pad))
         windows = padded.unfold(2, side, 1).unfold(3, side, 1)  # [B, C, 2 pad + 1, 2 pad + 1, H, W], a view
-        device = images.device
-        return windows.permute(0, 2, 3, 1, 4, 5)[
-            torch.arange(len(images), device=device), (pad - down).to(device), (pad - right).to(device)]
+        y, x = _beside(pad - torch.stack([down, right]), images)
+        return windows.permute(0, 2, 3, 1, 4, 5)[torch.arange(len(images), device=images.device), y, x]
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
@@ -167,7 +171,7 @@ def _cutout(images: Tensor, top: Tensor, left: Tensor) -> Tensor:
     hole = _rounded(CUTOUT, side)
     pixel = torch.arange(side)
     rows, columns = ((pixel >= start[:, None]) & (pixel < start[:, None] + hole) for start in (top, left))
-    return images.masked_fill((rows[:, None, :, None] & columns[:, None, None, :]).to(images.device), 0)
+    return images.masked_fill(_beside(rows[:, None, :, None] & columns[:, None, None, :], images), 0)
 
 
 def _draw_flip(count: int, side: int, generator: torch.Generator) -> dict[str, Tensor]:
@@ -177,7 +181,7 @@ def _draw_flip(count: int, side: int, generator: torch.Generator) -> dict[str, T
 def _flip(images: Tensor, flip: Tensor) -> Tensor:
     if len(flip) == 1:
         return images.flip(3) if flip else images
-    return torch.where(flip.to(images.device)[:, None, None, None], images.flip(3), images)
+    return torch.where(_beside(flip, images)[:, None, None, None], images.flip(3), images)
 
 
 def _draw_scale(count: int, side: int, generator: torch.Generator) -> dict[str, Tensor]:
@@ -201,7 +205,7 @@ def _rotate(images: Tensor, degrees: Tensor) -> Tensor:
 def _affine(images: Tensor, xx: Tensor, xy: Tensor, yx: Tensor, yy: Tensor) -> Tensor:
     """Sample each image at (xx x + xy y, yx x + yy y)."""
     matrix = torch.stack([xx, xy, yx, yy], 1).view(-1, 2, 2)
-    return affine(images, matrix.to(images.device, torch.promote_types(images.dtype, torch.float32)))
+    return affine(images, _beside(matrix, images).to(torch.promote_types(images.dtype, torch.float32)))
 
 
 _OPERATIONS: dict[str, tuple[Callable[[int, int, torch.Generator], dict[str, Tensor]], Callable[..., Tensor]]] = {

@@ -55,7 +55,7 @@ class ChannelNormaliser(Normaliser):
 
 def column(values: Sequence[float], device: torch.device) -> Tensor:
     """float32 [C, 1, 1]."""
-    return torch.tensor(values, dtype=torch.float32, device=device)[:, None, None]
+    return torch.tensor(values, dtype=torch.float32).to(device, non_blocking=True)[:, None, None]
 
 
 def channel_statistics(images: Tensor) -> ChannelNormaliser:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor, nn
 from torch.nn.functional import gelu
 
@@ -55,11 +56,12 @@ class FReeNet(nn.Module):
         for layer in self.convolutions:
             _zero(layer)
 
+    @torch.no_grad()
     def reset(self, generator) -> None:
         """Draw the starting values from `generator`."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight, generator=generator)
+                module.weight.copy_(nn.init.xavier_uniform_(torch.empty(module.weight.shape), generator=generator))
                 nn.init.zeros_(module.bias)
             elif isinstance(module, nn.LayerNorm):
                 nn.init.ones_(module.weight)

@@ -19,8 +19,8 @@ from speedk.distillation.objectives.base import ABSURD, Diverged, Objective, Ski
 from speedk.distillation.parameterizations.base import Parameterization
 from speedk.distillation.recipe import Recipe
 from speedk.distillation.rundir import RunDir
-from speedk.distillation.step_graph import repeatable
 from speedk.errors import ConfigError, Interrupted, TrainingError, one_line
+from speedk.training import repeatable
 
 CHECKPOINT_SECONDS, QUICK = 30.0, 1.5
 """How long after a checkpoint the next is saved, and how long saving one may take for that: where it takes longer the

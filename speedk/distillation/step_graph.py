@@ -21,7 +21,7 @@ from torch.func import functional_call
 from speedk import networks
 from speedk.distillation import seeds
 from speedk.errors import ConfigError
-from speedk.training import separable
+from speedk.training import repeatable, separable
 from speedk.workers import Pool
 
 PIECE = 16 * 32 * 32
@@ -192,19 +192,6 @@ class Training:
                 with torch.cuda.device(self.device):
                     torch.cuda.manual_seed(seed)
             yield
-
-
-@contextlib.contextmanager
-def repeatable(device: torch.device) -> Iterator[None]:
-    """Inside, cuDNN computes a convolution's gradients to the same bits each time. `benchmark` stays as the user has
-    it: what it picks for a shape it keeps as long as the process lives."""
-    before = torch.backends.cudnn.deterministic
-    if device.type == "cuda":
-        torch.backends.cudnn.deterministic = True
-    try:
-        yield
-    finally:
-        torch.backends.cudnn.deterministic = before
 
 
 @contextlib.contextmanager

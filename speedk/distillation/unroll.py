@@ -57,7 +57,7 @@ def unroll(student: nn.Module, theta: Tensor, images: Tensor, labels: Tensor, sc
     schedule = [_indices(index, step) for step, index in enumerate(schedule)]
     _check(student, theta, images, labels, schedule, momentum)
     lr = _rate(lr, theta)
-    schedule = [index.to(images.device) for index in schedule]
+    schedule = [index.to(images.device, non_blocking=True) for index in schedule]
     largest = _largest_label(labels) if loss is None else -1
     plan = _Plan(Training(student, schedule, augment, loss, images.device, largest), momentum, _limit(memory),
                  torch.is_grad_enabled() and any(t.requires_grad for t in (theta, images, labels, lr)))

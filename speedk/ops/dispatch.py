@@ -108,12 +108,17 @@ def public(function: Callable) -> Callable:
     return op
 
 
+@torch.compiler.assume_constant_result
+def _has_autocast(kind: str) -> bool:
+    return torch.amp.is_autocast_available(kind)
+
+
 def _autocast_for(arguments: tuple) -> str | None:
     """The kind of device of the first floating tensor, where autocast is on for it."""
     for argument in arguments:
         if isinstance(argument, Tensor) and argument.is_floating_point():
             kind = argument.device.type
-            on = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+            on = _has_autocast(kind) and torch.is_autocast_enabled(kind)
             return kind if on else None
     return None
 

@@ -84,7 +84,7 @@ def _flat(values: Sequence[object]) -> list[object]:
 def _plain(arguments: tuple) -> bool:
     """Whether the dispatcher would do nothing but autograd and the kernel."""
     # A profile names what goes through the dispatcher; forward-mode differentiation has no key.
-    if _of_thread() != _ELSEWHERE or torch.autograd._profiler_enabled() or forward_ad._current_level >= 0:
+    if not _in_no_mode() or torch.autograd._profiler_enabled() or forward_ad._current_level >= 0:
         return False
     for argument in arguments:
         if type(argument) is Tensor or type(argument) is nn.Parameter:
@@ -105,6 +105,33 @@ def _of_thread() -> tuple[int, int]:
             torch._C._dispatch_tls_local_exclude_set().raw_repr())
 
 
+def _in_no_mode() -> bool:
+    """Whether this thread is as a new one, or as a backward pass in a new one, in which some PyTorch leave out more."""
+    now = _of_thread()
+    if now not in _of_new_threads and len(_of_new_threads) == 1 and torch._C._current_graph_task_id() >= 0:
+        _of_new_threads.append(_pass_in_a_new_thread())
+    return now in _of_new_threads
+
+
+def _pass_in_a_new_thread() -> tuple[int, int]:
+    """`_of_thread` in a backward pass. Not found on import, as it has the engine start threads, which forks dislike."""
+    found = []
+
+    class Look(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x: Tensor) -> Tensor:
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, d_out: Tensor) -> Tensor:
+            found.append(_of_thread())
+            return d_out
+
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(lambda: Look.apply(torch.ones((), requires_grad=True)).backward()).result()
+    return found[0]
+
+
 def _is_known_now(tensor: Tensor) -> bool:
     """Whether a tensor is nothing but numbers, neither fake nor batched nor negated in name only: for the first of a
     GPU's, which nobody wants to wake up on import."""
@@ -115,10 +142,10 @@ def _is_known_now(tensor: Tensor) -> bool:
 
 _SHORT = hasattr(forward_ad, "_current_level") and hasattr(torch.autograd, "_profiler_enabled") and all(
     hasattr(torch._C, name) for name in ("_any_requires_grad", "_dispatch_keys", "_dispatch_tls_local_include_set",
-                                         "_dispatch_tls_local_exclude_set"))
+                                         "_dispatch_tls_local_exclude_set", "_current_graph_task_id"))
 """Whether this PyTorch shows what has a say: these names are its own. Without them every call goes the long way."""
 
 if _SHORT:
     _known = {_of_tensor(torch.empty(0, device="cpu"))}
     with ThreadPoolExecutor(1) as _pool:  # a new thread is in no mode, whatever the one is in that imports this
-        _ELSEWHERE = _pool.submit(_of_thread).result()
+        _of_new_threads = [_pool.submit(_of_thread).result()]

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from toys import make_real
 
 import speedk
@@ -122,3 +123,28 @@ def test_a_step_depends_on_seed_and_number_alone(real, objective):
         return fresh.synthetic.images.grad
 
     assert torch.equal(gradients(3, []), gradients(3, [])) and not torch.equal(gradients(3, []), gradients(4, []))
+
+
+class Drawn(TorchDispatchMode):
+    """Notes where random numbers go that a generator of the CPU draws."""
+
+    def __init__(self):
+        super().__init__()
+        self.into = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if any(isinstance(value, torch.Generator) for value in (*args, *kwargs.values())) and args:
+            self.into |= {a.untyped_storage().data_ptr() for a in args if isinstance(a, torch.Tensor)}
+        return function(*args, **kwargs)
+
+
+@pytest.mark.parametrize(("method", "fields"), [*((method, {}) for method in METHODS), ("speed", {"init": "random"}),
+                                                ("pixels", {"init": "noise"})])
+def test_what_may_live_on_a_gpu_is_not_drawn_into(real, method, fields):
+    """All generators are of the CPU, and PyTorch lets none of them fill a tensor of another device."""
+    run = make_run(real, method, **fields)
+    with Drawn() as drawn:
+        run.initialise(loop.Progress())
+    kept = {t.untyped_storage().data_ptr() for t in (*run.synthetic.parameters(), *run.synthetic.buffers())}
+    assert not drawn.into & kept

@@ -23,7 +23,7 @@ CALLS = {
     "topk": "n.topk(n.Topk(0, 0, 2, 1 << 15, 1 << 14, 1, 0, 0, 0, 0, 0, 0, 2))",
 }
 SCRIPT = """
-import ctypes, importlib.util, resource, sys
+import ctypes, importlib.util, mmap, resource, sys
 {torch}
 spec = importlib.util.spec_from_file_location("_native", {path!r})
 n = importlib.util.module_from_spec(spec)
@@ -31,7 +31,9 @@ spec.loader.exec_module(n)
 assert n.parallel_backend() == {backend!r}
 data = (ctypes.c_float * (1 << 25))()
 row = ctypes.addressof(data)
-resource.setrlimit(resource.RLIMIT_AS, (2 << 30, resource.RLIM_INFINITY))
+with open("/proc/self/statm") as sizes:  # a build of PyTorch with CUDA has more than 2 GiB of addresses itself
+    taken = int(sizes.read().split()[0]) * mmap.PAGESIZE
+resource.setrlimit(resource.RLIMIT_AS, (taken + (2 << 30), resource.RLIM_INFINITY))
 for call in {calls!r}:
     try:
         eval(call)

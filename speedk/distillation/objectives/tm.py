@@ -160,9 +160,9 @@ class TrajectoryMatching(Objective):
         self.failures = 0
         with self._pool as pool:
             rows = max(1, DECODE_BYTES // (images.element_size() * images[0].numel()))
-            for part in torch.arange(len(index)).split(rows):
-                synthetic.accumulate(index[part].to(self.device), d_images[part],
-                                     None if d_labels is None else d_labels[part], pool=pool)
+            of_labels = [None] * len(index) if d_labels is None else d_labels.split(rows)
+            for part, *gradients in zip(index.split(rows), d_images.split(rows), of_labels):
+                synthetic.accumulate(part.to(self.device), *gradients, pool=pool)
         self._rate.grad = d_rate if self._rate.grad is None else self._rate.grad + d_rate
         numbers = {"loss": loss, "synthetic_lr": float(self._rate.detach())}
         return numbers | ({"skipped": float(self.skipped)} if self.skipped else {})

@@ -138,8 +138,8 @@ class Speed(Parameterization):
 
     @torch.no_grad()
     def initialise(self, real, generator: torch.Generator, progress=None) -> None:
-        self.saet.normal_(0, 0.2, generator=generator)
-        self.scm.normal_(0, 0.2, generator=generator)
+        for tensor in (self.saet, self.scm):  # drawn on the CPU, as the generator is there
+            tensor.copy_(torch.empty(tensor.shape).normal_(0, 0.2, generator=generator))
         self.freenet.reset(generator)
         if self.spec.init == "fit" and self.spec.fit_steps:
             fit(self, real, generator, progress)
@@ -151,9 +151,10 @@ class Speed(Parameterization):
 
     def sparsify(self, scm: Tensor, k: int) -> Tensor:
         """`scm` with k entries of each head kept (Eq. 6), or k // J of each patch where sparsify is "local"."""
+        check = False if scm.is_cuda else None  # asking would have the host wait; `Run.check` looks for what is NaN
         if self.spec.sparsify == "global":
-            return ops.sparsify(scm, k)
-        return ops.sparsify(_by_patch(scm), k // self.patches).view_as(scm)
+            return ops.sparsify(scm, k, check=check)
+        return ops.sparsify(_by_patch(scm), k // self.patches, check=check).view_as(scm)
 
     def decode(self, index: Tensor) -> tuple[Tensor, Tensor]:
         labels = self.classes[index]
