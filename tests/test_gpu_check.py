@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import shutil
@@ -12,12 +13,17 @@ from pathlib import Path
 
 import pytest
 
+from speedk import cli
+from speedk.distillation import coresets, objectives, parameterizations
+from speedk.registry import names
+
 ROOT = Path(__file__).resolve().parents[1]
 PYTHON = """#!/bin/bash
 case " $* " in
     *" setup.py "*) part=build ;;
     *" bench/ "*) part=benches ;;
     *" tests/ops "*) part=tests ;;
+    *tools/walk.py*) part=walk ;;
     *" -c "*|*tools/*) part=other ;;
 esac
 eval "${!part:-true}"
@@ -57,10 +63,11 @@ def test_a_build_that_fails(folder):
 
 
 def test_all_is_done(folder):
-    start(folder, 300, tests="exit 1").wait(60)
+    start(folder, 300, tests="exit 1", walk="exit 1").wait(60)
     said = report(folder)
-    assert said["finished"] and set(said["failed"]) - {"compute-sanitizer", "memcheck", "racecheck"} == {"tests"}
-    assert {"device", "build", "tests", "compile", "benches"} <= {part["part"] for part in said["parts"]}
+    failed = set(said["failed"]) - {"compute-sanitizer", "memcheck", "racecheck"}
+    assert said["finished"] and failed == {"tests", "walk"}
+    assert {"device", "build", "tests", "walk", "compile", "benches"} <= {part["part"] for part in said["parts"]}
 
 
 def test_parts_that_hang(tmp_path):
@@ -81,3 +88,17 @@ def test_one_that_is_stopped(folder):
     running.send_signal(signal.SIGTERM)
     assert running.wait(60) == 143
     assert not report(folder)["finished"]
+
+
+def test_the_walk_says_what_the_commands_understand(tmp_path):
+    spec = importlib.util.spec_from_file_location("walk", ROOT / "tools" / "walk.py")
+    walk = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(walk)
+    lines = walk.commands("cuda", tmp_path)
+    assert {words[0] for words in lines} == {"distill", "evaluate", "continual", "experts", "coreset"}
+    for words in lines:
+        parser = cli._parser({words[0]: cli._module(words[0])})
+        args, rest = parser.parse_known_args(words)
+        assert args.device == "cuda" and all("=" in word for word in rest)
+    said = {words[i + 1] for words in lines for i, word in enumerate(words) if word in ("--objective", "--method")}
+    assert said == {*names(objectives), *names(parameterizations), *names(coresets)}

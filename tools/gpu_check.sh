@@ -1,6 +1,6 @@
 #!/bin/bash
 # Everything that needs a GPU, on a machine without network, in under 8 minutes: build in place, test ops and training,
-# look for wrong memory accesses and races, time the ops, write bench/results/. Installs nothing: it uses the torch,
+# walk through the commands, look for wrong memory accesses and races, time the ops, write bench/results/. Installs nothing: it uses the torch,
 # triton, pytest, hypothesis, pybind11, cmake and ninja that are there, and pytest-xdist where it is.
 # PYTHON=... picks the interpreter; GPU_CHECK_SECONDS=... the time for all of it.
 set -euo pipefail
@@ -113,6 +113,7 @@ else
 fi
 part tests 270 env OMP_NUM_THREADS=2 "${pytest[@]}" ${spread[@]+"${spread[@]}"} tests/ops
 part training 90 env OMP_NUM_THREADS=2 "${pytest[@]}" ${spread[@]+"${spread[@]}"} tests/augment tests/distillation -k cuda
+part walk 75 "$python" -P tools/walk.py cuda  # each command of the package
 collect "${checks[@]}"
 
 reserve=0
