@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -17,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from speedk.augment import dsa
+from speedk.schedule import Schedule
 from speedk.workers import Pool, Stopped
 
 
@@ -103,6 +105,29 @@ def epoch(network: nn.Module, data: ImageSet, generator: torch.Generator, pool: 
             update()
             total += sum(part for part, _ in pieces)
     return float(total) / len(data)
+
+
+def train(network: nn.Module, data: ImageSet, schedule: Schedule, generator: torch.Generator, pool: Pool,
+          on_epoch: Callable[[], object] = lambda: None,
+          on_answers: Callable[[Tensor, Tensor], object] | None = None) -> float:
+    """Train `network` in place and return the mean loss of the last epoch that was trained.
+
+    generator and on_answers as for `epoch`; on_epoch is called after each. Training ends early where the loss is not
+    finite; that loss is returned.
+    """
+    network.train()
+    parameters = [p for p in network.parameters() if p.requires_grad]
+    loss = math.nan
+    for number in range(schedule.epochs):
+        if number in (0, schedule.drop):
+            rate = schedule.rate * (0.1 if number else 1.0)
+            optimiser = torch.optim.SGD(parameters, rate, schedule.momentum, weight_decay=schedule.weight_decay)
+        loss = epoch(network, data, generator, pool, optimiser.step, batch=schedule.batch, augment=schedule.augment,
+                     standardise=schedule.standardise, precision=schedule.precision, on_answers=on_answers)
+        on_epoch()
+        if not math.isfinite(loss):
+            break
+    return loss
 
 
 @torch.no_grad()

@@ -8,6 +8,7 @@ from pathlib import Path
 from speedk.errors import ConfigError
 from speedk.precision import PRECISIONS
 from speedk.registry import listed
+from speedk.schedule import PROTOCOLS, STANDARDISATIONS
 
 
 def plugins(folder: str) -> str:
@@ -45,7 +46,7 @@ def add_split(parser: argparse.ArgumentParser) -> None:
 def add_evaluation(parser: argparse.ArgumentParser, protocol: str) -> None:
     """How networks are trained and tested, with the default `protocol`."""
     parser.add_argument("--runs", metavar="N", type=int, default=5, help="fresh networks of each kind (default: 5)")
-    parser.add_argument("--protocol", choices=("paper", "quick"), default=protocol,
+    parser.add_argument("--protocol", choices=(*PROTOCOLS,), default=protocol,
                         help=f"1,001 epochs (paper), or 200 (default: {protocol})")
     parser.add_argument("--precision", choices=PRECISIONS, default="float32", help="of the networks' "
                         "convolutions and matrix products; bf16 is faster and not the published protocol (default: "
@@ -59,7 +60,7 @@ def add_networks(parser: argparse.ArgumentParser) -> None:
 
 def add_schedule(parser: argparse.ArgumentParser) -> None:
     """What takes the place of a part of the protocol, and the seed."""
-    parser.add_argument("--standardisation", choices=("mtt", "speed"), help="speed: every batch by its own mean and "
+    parser.add_argument("--standardisation", choices=STANDARDISATIONS, help="speed: every batch by its own mean and "
                         "deviation, in testing too; mtt: not (default: the file's own, else mtt)")
     parser.add_argument("--rate", metavar="R", type=float, help="in place of the one stored in the file")
     parser.add_argument("--epochs", metavar="N", type=int, help="in place of the protocol's")

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from speedk.cli import _options, _testing
 from speedk.errors import ConfigError
 from speedk.files import unwritable, write_atomic
+from speedk.schedule import WHOLE
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -55,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
     from speedk.distillation import coreset
 
     _check(args)
-    device, epochs = _testing.device(args.device), args.epochs or coreset.EPOCHS
+    device, epochs = _testing.device(args.device), args.epochs or WHOLE.epochs
     name = args.dataset or ("digits" if args.data is None else None)
     real = data.load(name, args.data, split=args.split)
     out = args.out or Path("runs") / f"{real.name}-ipc{args.ipc}-{args.method}-seed{args.seed}"

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from speedk.cli import _options, _testing, is_memory
 from speedk.cli._files import flat
 from speedk.errors import ConfigError, Interrupted, SpeedkError, TrainingError, one_line
+from speedk.schedule import STANDARDISATIONS
 
 if TYPE_CHECKING:
     from speedk.data import RealData
@@ -192,8 +193,8 @@ def _check_changed(target: Target, changed: dict[str, Any]) -> None:
         if name not in ("split", "protocol", *(["epochs"] if target.kind == "coreset" else [])):
             raise ConfigError(f"{name}=... changes a recipe (of a coreset: epochs=N, split, protocol; of the whole "
                               "data set: split, protocol), and some of these rows have none: name the rows with --row")
-        if name == "protocol" and value not in recipes.PROTOCOLS:
-            raise ConfigError(f"protocol={value!r} is not one of {', '.join(recipes.PROTOCOLS)}")
+        if name == "protocol" and value not in STANDARDISATIONS:
+            raise ConfigError(f"protocol={value!r} is not one of {', '.join(STANDARDISATIONS)}")
         if name == "epochs" and (type(value) is not int or value < 1):
             raise ConfigError(f"epochs={value} must be a whole number of at least 1")
 

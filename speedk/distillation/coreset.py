@@ -15,14 +15,13 @@ from speedk.distillation.coresets import _trained
 from speedk.distillation.coresets.base import Coreset, Members
 from speedk.distillation.parameterizations.pixels import Pixels, Spec
 from speedk.errors import ConfigError
+from speedk.schedule import WHOLE
 from speedk.workers import Pool
 
-EPOCHS = 50
-"""Of training on the whole data set, as everywhere else."""
 
-
-def choose(real: RealData, method: str, ipc: int, *, seed: int = 0, network: str = "convnet", epochs: int = EPOCHS,
-           device: torch.device | str = "cpu", threads: int | None = None, progress: bool | None = None) -> Tensor:
+def choose(real: RealData, method: str, ipc: int, *, seed: int = 0, network: str = "convnet",
+           epochs: int = WHOLE.epochs, device: torch.device | str = "cpu", threads: int | None = None,
+           progress: bool | None = None) -> Tensor:
     """int64 [classes * ipc]: rows of the training part of `real`, `ipc` of each class, class by class.
 
     method: a file of `speedk.distillation.coresets`. Where it looks at features or at what is forgotten, `network` is
@@ -56,7 +55,7 @@ def choose(real: RealData, method: str, ipc: int, *, seed: int = 0, network: str
 
 
 def save(path: str | os.PathLike[str], real: RealData, rows: Tensor, method: str, *, seed: int = 0,
-         network: str = "convnet", epochs: int = EPOCHS) -> None:
+         network: str = "convnet", epochs: int = WHOLE.epochs) -> None:
     """Write the training images `rows` (of `choose`) as a file that `speedk.load` reads: the storage of plain pixels,
     with the method in the place of the objective, and the rows themselves."""
     g = real.geometry

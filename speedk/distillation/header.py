@@ -15,6 +15,7 @@ from speedk.distillation import parameterizations, recipe, tensorfile
 from speedk.distillation.parameterizations.base import Parameterization, class_labels
 from speedk.errors import ArtifactError, ConfigError, DataError, SpeedkError
 from speedk.geometry import MAX_RESOLUTION, Geometry
+from speedk.schedule import STANDARDISATIONS
 
 FORMAT = 1
 LABELS = "labels"
@@ -99,8 +100,8 @@ def _check_making(header: dict[str, Any]) -> None:
     for key in ("name", "split", "note", "fingerprint"):
         if not isinstance(header["data"].get(key), str):
             raise ArtifactError(f"does not say the {key} of the data it was distilled from")
-    if header["protocol"] not in recipe.PROTOCOLS:
-        raise ArtifactError(f"has protocol={header['protocol'][:40]!r}, not one of {', '.join(recipe.PROTOCOLS)}")
+    if header["protocol"] not in STANDARDISATIONS:
+        raise ArtifactError(f"has protocol={header['protocol'][:40]!r}, not one of {', '.join(STANDARDISATIONS)}")
     if not isinstance(header["objective"].get("name"), str):
         raise ArtifactError("does not name its objective")
     rate = header["objective"].get("lr", 1.0)

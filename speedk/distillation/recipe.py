@@ -20,13 +20,13 @@ from speedk.distillation import objectives, parameterizations
 from speedk.distillation.budget import Budget
 from speedk.errors import ConfigError
 from speedk.geometry import Geometry
+from speedk.schedule import STANDARDISATIONS
 
 if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib
 
-PROTOCOLS = ("mtt", "speed")
 MAX_SEED = (1 << 64) - 1
 """What a file can say: a run with a larger one would end with nothing written."""
 
@@ -268,8 +268,8 @@ def _check(recipe: Recipe) -> None:
         raise ConfigError(f"seed={recipe.run.seed} is not from 0 to {MAX_SEED:,}")
     if recipe.data.budget not in ("on", "off"):
         raise ConfigError(f"budget={recipe.data.budget!r} must be on or off")
-    if recipe.run.protocol not in PROTOCOLS:
-        raise ConfigError(f"protocol={recipe.run.protocol!r} is not one of {', '.join(PROTOCOLS)}")
+    if recipe.run.protocol not in STANDARDISATIONS:
+        raise ConfigError(f"protocol={recipe.run.protocol!r} is not one of {', '.join(STANDARDISATIONS)}")
     if recipe.run.preview_every < 0:
         raise ConfigError(f"preview_every={recipe.run.preview_every} must not be negative")
 

@@ -22,6 +22,7 @@ from speedk.evaluation import sources
 from speedk.evaluation.evaluate import evaluate
 from speedk.evaluation.record import Record, seconds, spend
 from speedk.files import write_atomic
+from speedk.schedule import WHOLE
 
 if TYPE_CHECKING:
     from speedk.data import RealData
@@ -83,7 +84,7 @@ def measure(made: Plan, how: Evaluation, *, minutes: float | None = None, progre
 
 
 def measure_coreset(real: RealData, method: str, ipc: int, how: Evaluation, out: Path, *, seed: int = 0,
-                    epochs: int = coreset.EPOCHS, device: torch.device | str = "cpu",
+                    epochs: int = WHOLE.epochs, device: torch.device | str = "cpu",
                     bars: bool | None = None) -> dict[str, Any]:
     """`measure` for real images chosen by `method`, in the features of a network that was trained for `epochs` (see
     `speedk.distillation.coreset`)."""

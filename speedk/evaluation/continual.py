@@ -27,8 +27,8 @@ from speedk.distillation import seeds
 from speedk.errors import ConfigError, DataError
 from speedk.evaluation import sources, train
 from speedk.evaluation.evaluate import device_name, resolve
-from speedk.evaluation.schedule import Schedule, schedule
 from speedk.networks import given as allowed
+from speedk.schedule import Schedule, schedule
 from speedk.training import ImageSet
 from speedk.workers import Pool
 

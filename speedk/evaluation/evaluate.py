@@ -16,9 +16,9 @@ from speedk import networks, training
 from speedk.errors import ConfigError, DataError
 from speedk.evaluation import read, robustness, sources, train
 from speedk.evaluation.report import NetworkResult, Report
-from speedk.evaluation.schedule import Schedule, schedule
 from speedk.files import write_atomic
 from speedk.networks import given
+from speedk.schedule import Schedule, schedule
 from speedk.workers import Pool
 
 if TYPE_CHECKING:

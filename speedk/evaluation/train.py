@@ -13,8 +13,8 @@ from torch import nn
 
 from speedk import networks, training
 from speedk.distillation import seeds
-from speedk.evaluation.schedule import Schedule
 from speedk.geometry import Geometry
+from speedk.schedule import Schedule
 from speedk.training import ImageSet, separable
 from speedk.workers import Pool, single_threaded
 
@@ -66,29 +66,6 @@ def train_all(names: Sequence[str], sets: Mapping[int, ImageSet], geometry: Geom
     return runs
 
 
-def train(network: nn.Module, data: ImageSet, schedule: Schedule, generator: torch.Generator, pool: Pool,
-          on_epoch: Callable[[], None] = lambda: None) -> float:
-    """Train `network` in place and return the mean loss of the last epoch that was trained.
-
-    generator: on the CPU; gives the order of the images (a new permutation each epoch) and the augmentation. Training
-    ends early where the loss is not finite; that loss is returned.
-    """
-    network.train()
-    parameters = [p for p in network.parameters() if p.requires_grad]
-    loss = math.nan
-    for epoch in range(schedule.epochs):
-        if epoch in (0, schedule.drop):
-            rate = schedule.rate * (0.1 if epoch else 1.0)
-            optimiser = torch.optim.SGD(parameters, rate, schedule.momentum, weight_decay=schedule.weight_decay)
-        loss = training.epoch(network, data, generator, pool, optimiser.step, batch=schedule.batch,
-                              augment=schedule.augment, standardise=schedule.standardise,
-                              precision=schedule.precision)
-        on_epoch()
-        if not math.isfinite(loss):
-            break
-    return loss
-
-
 def _train(run: Run, data: ImageSet, schedule: Schedule, pool: Pool, tick: Callable[[], None]) -> None:
     done = 0
 
@@ -98,7 +75,7 @@ def _train(run: Run, data: ImageSet, schedule: Schedule, pool: Pool, tick: Calla
         tick()
 
     generator = seeds.generator(run.seed, f"evaluate {run.network_name} batches")
-    run.loss = train(run.network, data, schedule, generator, pool, count)
+    run.loss = training.train(run.network, data, schedule, generator, pool, count)
     if not math.isfinite(run.loss) or not all(bool(p.isfinite().all()) for p in run.network.parameters()):
         run.failure = f"training was not finite in epoch {done:,} of {schedule.epochs:,} at a rate of {schedule.rate:g}"
         for _ in range(schedule.epochs - done):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 
@@ -20,6 +21,7 @@ from speedk.distillation.coresets import _trained
 from speedk.distillation.coresets.base import NEVER_LEARNED, Members
 from speedk.errors import ConfigError, TrainingError
 from speedk.geometry import Geometry
+from speedk.schedule import WHOLE
 from speedk.workers import Pool
 
 METHODS = ("forgetting", "herding", "kcenter", "kmeans", "random")
@@ -205,7 +207,7 @@ def test_the_network_is_trained_once(cache, monkeypatch):
     coreset.choose(real, "herding", 2, seed=1, **options)
     coreset.choose(make_real(seed=1), "herding", 2, **options)
     assert len(epochs) == 12 and len(list(cache.iterdir())) == 3
-    monkeypatch.setattr(_trained, "RATE", 1e30)
+    monkeypatch.setattr(_trained, "WHOLE", dataclasses.replace(WHOLE, rate=1e30))
     with pytest.raises(TrainingError, match="mlp for the features did not train"):
         coreset.choose(real, "kcenter", 2, seed=5, **options)
 

@@ -10,11 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from speedk import networks, workers
+from speedk import networks, training, workers
 from speedk.errors import ConfigError
 from speedk.evaluation import train
-from speedk.evaluation.schedule import PROTOCOLS, WHOLE, Schedule, schedule
 from speedk.geometry import Geometry
+from speedk.schedule import PROTOCOLS, WHOLE, Schedule, schedule
 from speedk.training import ImageSet
 from speedk.workers import Pool
 
@@ -48,7 +48,7 @@ def test_the_update_is_sgd_with_a_drop_and_a_fresh_momentum(soft):
     expected = [p.detach().clone() for p in network.parameters()]
     reference = copy.deepcopy(network)
     with Pool(CPU, 1) as pool:
-        train.train(network, data, plan, torch.Generator().manual_seed(7), pool)
+        training.train(network, data, plan, torch.Generator().manual_seed(7), pool)
 
     images, order = data.batch(torch.arange(20)), torch.Generator().manual_seed(7)
     for epoch in range(5):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -20,10 +20,8 @@ from speedk.distillation import seeds
 from speedk.distillation.coresets.base import NEVER_LEARNED
 from speedk.errors import SpeedkError, TrainingError
 from speedk.files import write_atomic
+from speedk.schedule import WHOLE
 from speedk.workers import Pool
-
-RATE, MOMENTUM, WEIGHT_DECAY, BATCH = 0.01, 0.9, 5e-4, 256
-"""Of the protocol for the whole data set; after half of the epochs and one more, a tenth of the rate."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +35,7 @@ class Trained:
         """float32 [B, F]: what the classifier reads of the training images `rows`, int64 [B]."""
         self.network.eval()
         parts = [training.in_pieces(pool, _features, self.network, real.normalised("train", index))
-                 for index in rows.split(BATCH)]
+                 for index in rows.split(WHOLE.batch)]
         return torch.cat([piece for part in parts for piece in part])
 
 
@@ -77,15 +75,11 @@ def trained(real: RealData, name: str, epochs: int, seed: int, pool: Pool,
     data = training.ImageSet(lambda index: real.normalised("train", index), real.train.labels)
     events = Events(len(data), pool.device)
     generator = seeds.generator(seed, "coreset batches")
-    for epoch in tqdm(range(epochs), desc=f"training the {name}", unit="epoch", leave=False,
-                      disable=None if progress is None else not progress):
-        if epoch in (0, epochs // 2 + 1):
-            optimiser = torch.optim.SGD(network.parameters(), RATE if epoch == 0 else RATE / 10, MOMENTUM,
-                                        weight_decay=WEIGHT_DECAY)
-        loss = training.epoch(network, data, generator, pool, optimiser.step, batch=BATCH, augment=True,
-                              standardise=False, on_answers=events.see)
+    with tqdm(total=epochs, desc=f"training the {name}", unit="epoch", leave=False,
+              disable=None if progress is None else not progress) as bar:
+        loss = training.train(network, data, replace(WHOLE, epochs=epochs), generator, pool, bar.update, events.see)
         if not math.isfinite(loss):
-            raise TrainingError(f"the {name} for the features did not train: its loss is {loss} in epoch {epoch + 1}")
+            raise TrainingError(f"the {name} for the features did not train: its loss is {loss} in epoch {bar.n}")
     result = Trained(network, events.forgotten())
     if known:
         _keep(path, result)

@@ -58,7 +58,7 @@ def schedule(protocol: str, standardisation: str = "mtt", whole: bool = False, r
     ConfigError for another name or a number that cannot be.
     """
     for what, value, known in (("protocol", protocol, [*PROTOCOLS]),
-                               ("protocol", standardisation, [*STANDARDISATIONS]),
+                               ("standardisation", standardisation, [*STANDARDISATIONS]),
                                ("precision", precision, [*PRECISIONS])):
         if value not in known:
             raise ConfigError(f"{what} {value!r} is not one of {', '.join(known)}{nearest(value, known)}")
