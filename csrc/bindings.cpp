@@ -1,5 +1,5 @@
-// The one file that knows Python. Its callers have checked shapes, dtypes and devices and allocated the results; here are
-// addresses (0 for "not wanted") and sizes, which have to go together. The GIL is released while a kernel runs.
+// The one file that knows Python. Its callers have checked shapes, dtypes and devices and allocated the results; here
+// are addresses (0 for "not wanted") and sizes, which have to go together. The GIL is released while a kernel runs.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -55,9 +55,11 @@ struct Net {
     require(N >= 0 && D >= 0 && C >= 0 && patch > 0, "a decoder has a negative size");
     require(J == columns * columns, "the patches of a decoder do not make a square");
     require(R >= 0 && R <= kMaxBlocks, "a decoder has 0 to 64 blocks");
-    require(static_cast<int64_t>(addresses.size()) == R * kBlockTensors + 2, "a decoder has ten weights a block and two");
+    require(static_cast<int64_t>(addresses.size()) == R * kBlockTensors + 2,
+            "a decoder has ten weights a block and two");
     for (const uintptr_t address : addresses) weights.push_back(at<const float>(address));
-    decoder = {N, J, D, patch * patch * C, R, C, patch, columns, sum, at<const float>(features), weights.data(), threads};
+    decoder = {N,     J,       D,   patch * patch * C,         R,              C,
+               patch, columns, sum, at<const float>(features), weights.data(), threads};
   }
   Net(const Net&) = delete;
 };

@@ -21,8 +21,8 @@ enum Weight { proj_w, proj_b, norm1_w, norm1_b, fc1_w, fc1_b, fc2_w, fc2_b, norm
 // not all fall into the same cache sets. Values beyond D are zero throughout.
 int64_t padded(int64_t width) { return (width + 15) / 16 * 16 + 16; }
 
-// Within the kernel a token's values lie channel by channel, row by row, as an image's do, and move in whole rows. Which
-// value of a token the l-th of these is.
+// Within the kernel a token's values lie channel by channel, row by row, as an image's do, and move in whole rows.
+// Which value of a token the l-th of these is.
 int64_t in_token(const Decoder& net, int64_t l) {
   return l % (net.patch * net.patch) * net.C + l / (net.patch * net.patch);
 }
@@ -106,7 +106,8 @@ struct Trace {
 };
 constexpr int64_t kTraceArrays = 5;
 
-// The first layer of the MLP: fills `before` and `active` from `hidden`; for the way back `before` becomes GELU's slope.
+// The first layer of the MLP: fills `before` and `active` from `hidden`; for the way back `before` becomes GELU's
+// slope.
 template <bool backward> void first_layer(const Packed& p, int64_t r, int64_t rows, const Trace& t) {
   const int64_t D = p.net.D, ld = p.ld, wide = (D + W - 1) / W * W;
   affine(rows, D, D, t.hidden, ld, p.turned[r][fc1_w], ld, p.plain[r][fc1_b], t.before, ld);
@@ -119,8 +120,8 @@ template <bool backward> void first_layer(const Packed& p, int64_t r, int64_t ro
   }
 }
 
-// One recurrent block on `rows` tokens: reads features x and `state` (null for the first), fills the trace; its `hidden`
-// ends as the state that is handed on, and what is only kept for the way back is left out unless `keeps`.
+// One recurrent block on `rows` tokens: reads features x and `state` (null for the first), fills the trace; its
+// `hidden` ends as the state that is handed on, and what is only kept for the way back is left out unless `keeps`.
 void forward_block(const Packed& p, int64_t r, int64_t rows, const float* x, int64_t ldx, const float* state,
                    bool keeps, const Trace& t) {
   const int64_t D = p.net.D, ld = p.ld, wide = (D + W - 1) / W * W;
@@ -178,7 +179,8 @@ void retrace(const Packed& p, int64_t r, int64_t rows, const float* kept, const 
     float* hidden = t.hidden + i * ld;
     if (adds) std::memcpy(hidden, own - one + (rows + i) * D, static_cast<size_t>(row));
     for (int64_t c = 0; c < wide; c += W) {
-      const Floats state = adds ? normed(hidden + c, p.plain[r - 1][norm2_w] + c, p.plain[r - 1][norm2_b] + c) : Floats{};
+      const Floats state =
+          adds ? normed(hidden + c, p.plain[r - 1][norm2_w] + c, p.plain[r - 1][norm2_b] + c) : Floats{};
       store(hidden + c, normed(t.normalised1 + i * ld + c, plain[norm1_w] + c, plain[norm1_b] + c) + state);
     }
   }
@@ -192,7 +194,9 @@ void last_state(const Packed& p, int64_t rows, const float* kept, float* state) 
   for (int64_t i = 0; i < rows; ++i) {
     float* to = state + i * p.ld;
     std::memcpy(to, normalised + i * D, static_cast<size_t>(D) * sizeof(float));
-    for (int64_t c = 0; c < wide; c += W) store(to + c, normed(to + c, p.plain[r][norm2_w] + c, p.plain[r][norm2_b] + c));
+    for (int64_t c = 0; c < wide; c += W) {
+      store(to + c, normed(to + c, p.plain[r][norm2_w] + c, p.plain[r][norm2_b] + c));
+    }
   }
 }
 

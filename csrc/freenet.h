@@ -1,4 +1,5 @@
-// Eq. 4 from the features of `mhsc` to images, all blocks and the final projection in one pass over the tokens. float32.
+// Eq. 4 from the features of `mhsc` to images, all blocks and the final projection in one pass over the tokens.
+// float32.
 //
 // A token's way through the network depends on no other token, so a block of tokens is taken from end to end while it
 // sits in the cache. For the way back, two arrays of the size of the features are kept for each recurrent block: both
@@ -43,8 +44,8 @@ SPEEDK_SHARED int64_t kept_values(const Decoder& net) { return net.R * kept_of_b
 // images [N, C, rows patch, columns patch]; `kept` is null where no way back follows.
 SPEEDK_DECLARE(void decode(const Decoder& net, float* images, float* kept))
 
-// d_features [N, J, D] and the gradient of all weights, one after another in `d_weights`, from d_images. `partial` holds
-// `decoder_parts(net)` arrays of that length: they are summed in a fixed order, whatever the number of threads.
+// d_features [N, J, D] and the gradient of all weights, one after another in `d_weights`, from d_images. `partial`
+// holds `decoder_parts(net)` arrays of that length: they are summed in a fixed order, whatever the number of threads.
 SPEEDK_DECLARE(void decode_backward(const Decoder& net, const float* d_images, const float* kept, float* d_features,
                                     float* d_weights, float* partial))
 

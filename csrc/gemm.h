@@ -1,5 +1,5 @@
-// Products of matrices that fit the caches: a token block by a weight, a head's codes by its tokens. One thread runs one
-// product; the kernels are parallel over images.
+// Products of matrices that fit the caches: a token block by a weight, a head's codes by its tokens. One thread runs
+// one product; the kernels are parallel over images.
 #pragma once
 #include "simd.h"
 
@@ -56,8 +56,8 @@ void column_of_tiles(int64_t M, int64_t K, const T* A, int64_t am, int64_t ak, c
   for (; m < M; ++m) tile<T, 1, columns, add, partial>(K, A + m * am, am, ak, B, ldb, C + m * ldc, ldc, part, bias);
 }
 
-// C [M, N] = A [M, K] B [K, N] + bias [N] where there is one, or += with `add`. A[m, k] lies at m am + k ak; B and C have
-// rows of ldb and ldc.
+// C [M, N] = A [M, K] B [K, N] + bias [N] where there is one, or += with `add`. A[m, k] lies at m am + k ak; B and C
+// have rows of ldb and ldc.
 template <bool add, class T>
 void gemm(int64_t M, int64_t N, int64_t K, const T* A, int64_t am, int64_t ak, const T* B, int64_t ldb, T* C,
           int64_t ldc, const T* bias = nullptr) {

@@ -1,6 +1,7 @@
 // One source, several instruction sets: CMake compiles each CPU file once per SPEEDK_ISA (baseline, avx2, avx512), and
-// SPEEDK_CALL takes the widest that this processor runs. Everything in such a file lives in its own namespace, and calls nothing
-// inline from the standard library, so that the linker can never hand wide instructions to an older processor.
+// SPEEDK_CALL takes the widest that this processor runs. Everything in such a file lives in its own namespace, and
+// calls nothing inline from the standard library, so that the linker can never hand wide instructions to an older
+// processor.
 #pragma once
 #include <cstdint>
 

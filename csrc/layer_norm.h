@@ -41,7 +41,8 @@ inline float norm_row(float* y, float* normalised, const float* w, const float* 
   return scale;
 }
 
-// From the gradient `d` of the result of norm_row that of its input, to `d_y`, which may be `d`; adds to those of w and b.
+// From the gradient `d` of the result of norm_row that of its input, to `d_y`, which may be `d`; adds to those of w and
+// b.
 inline void norm_row_backward(const float* d, float* d_y, const float* normalised, const float* w, float scale,
                               float* d_w, float* d_b, int64_t D) {
   constexpr int W = kWidth<float>;

@@ -38,7 +38,6 @@ template <class T> class Buffer {
   T* const memory;
 };
 
-
 // Asks the kernel for large pages under memory that has just been allocated. A fresh result costs one page fault per
 // 4 KiB otherwise, which is most of the time that a plain copy takes.
 inline __attribute__((always_inline)) void prefer_large_pages(void* begin, int64_t bytes) {

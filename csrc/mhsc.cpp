@@ -27,7 +27,8 @@ template <class T> void forward(const Mhsc& s, T* out) {
     const Buffer<T> features(s.J * s.D);
     for (int64_t n = begin; n < end; ++n) {
       for (int64_t h = 0; h < s.H; ++h) {
-        gemm<false>(s.J, d, s.K, scm + (n * s.H + h) * s.J * s.K, s.K, 1, pools + h * s.K * d, d, features + h * d, s.D);
+        gemm<false>(s.J, d, s.K, scm + (n * s.H + h) * s.J * s.K, s.K, 1, pools + h * s.K * d, d, features + h * d,
+                    s.D);
       }
       write_out(out + n * s.J * s.D, features, bytes, stream);
     }

@@ -1,6 +1,6 @@
 // The GPU's kernels of norm_act_pool: a plane belongs to a team of threads from end to end, which sums over it and then
-// rewrites it from the caches. Nothing depends on the order in which threads run: equal inputs give equal bits. Without a
-// launch in it, so that a test can compile this file for the CPU and run it there.
+// rewrites it from the caches. Nothing depends on the order in which threads run: equal inputs give equal bits. Without
+// a launch in it, so that a test can compile this file for the CPU and run it there.
 #pragma once
 #include "norm_act_pool.h"
 
@@ -38,7 +38,8 @@ template <class A, class Sums> __device__ __forceinline__ void sum_warp(Sums& su
     for (int lane = 16; lane; lane /= 2) values[i] += __shfl_xor_sync(0xFFFFFFFFu, values[i], lane);
   }
 }
-// Adds up over threadIdx.y what shared memory holds of each row: `width` numbers a row, of which this thread wants `at`.
+// Adds up over threadIdx.y what shared memory holds of each row: `width` numbers a row, of which this thread wants
+// `at`.
 template <class A> __device__ __forceinline__ A sum_rows(const A* shared, int width, int at) {
   A total = 0;
   for (int row = 0; row < kTeamRows; ++row) total += shared[row * width + at];
@@ -89,7 +90,8 @@ struct Column {
   static __device__ Place place(const NormActPool& j) {
     const int64_t image = blockIdx.x / groups(j), channel = blockIdx.x % groups(j) * 32 + threadIdx.x;
     return {image * j.C + channel, channel, image * j.H * j.W * j.C + channel,
-            image * (j.H / 2) * (j.W / 2) * j.C + channel, j.C, static_cast<int>(threadIdx.y), kTeamRows, channel < j.C};
+            image * (j.H / 2) * (j.W / 2) * j.C + channel, j.C, static_cast<int>(threadIdx.y), kTeamRows,
+            channel < j.C};
   }
   template <class A, class Sums> static __device__ __forceinline__ void sum(Sums& sums) {
     constexpr int count = sizeof(Sums) / sizeof(A);
@@ -138,7 +140,8 @@ __device__ __forceinline__ Norm<A> norm_of(const NormActPool& j, const Place& p,
 }
 
 template <class T, class Team>
-__global__ void __launch_bounds__(32 * kTeamRows, kBlocks<T>) forward_kernel(NormActPool j, void* out, void* mean, void* rstd) {
+__global__ void __launch_bounds__(32 * kTeamRows, kBlocks<T>)
+    forward_kernel(NormActPool j, void* out, void* mean, void* rstd) {
   using A = Compute<T>;
   const Place p = Team::place(j);
   const View<T> x(j.x, p.full, p.stride), to(out, p.pooled, p.stride);
@@ -196,7 +199,8 @@ __global__ void __launch_bounds__(32 * kTeamRows, kBlocks<T>)
 }
 
 template <class T, class Team>
-__global__ void __launch_bounds__(32 * kTeamRows, kBlocks<T>) double_backward_kernel(NormActPool j, NormActPoolSecond s) {
+__global__ void __launch_bounds__(32 * kTeamRows, kBlocks<T>)
+    double_backward_kernel(NormActPool j, NormActPoolSecond s) {
   using A = Compute<T>;
   const Place p = Team::place(j);
   const View<T> x(j.x, p.full, p.stride), u(s.dd_x, p.full, p.stride), slope(s.d_out, p.pooled, p.stride);

@@ -7,7 +7,8 @@
 
 namespace speedk {
 
-// B C planes of H x W values; on the CPU float32 or float64. An odd last row or column takes part in the norm, not in the pooling.
+// B C planes of H x W values; on the CPU float32 or float64. An odd last row or column takes part in the norm, not in
+// the pooling.
 struct NormActPool {
   Dtype dtype;
   bool channels_last;  // of x and everything of its size or the pooled one: [B, H, W, C] in memory, else [B, C, H, W]
@@ -83,7 +84,8 @@ template <class V> struct First {
   V by_g, by_x, constant, d_weight, d_bias;
   SPEEDK_SHARED static First of(const Norm<V>& norm, const FirstSums<V>& sums, V size) {
     const V scale = norm.scale;
-    return {scale, -scale * norm.rstd * norm.rstd * sums.gx / size, -scale * sums.g / size, norm.rstd * sums.gx, sums.g};
+    return {scale, -scale * norm.rstd * norm.rstd * sums.gx / size, -scale * sums.g / size, norm.rstd * sums.gx,
+            sums.g};
   }
   SPEEDK_SHARED V d_x(V g, V centred) const { return by_g * g + by_x * centred + constant; }
 };

@@ -1,5 +1,5 @@
-// Fold and unfold: images [N, C, rows patch, columns patch] <-> tokens [N, rows columns, patch patch C], the values of a
-// token ordered (row, column, channel), channel fastest. Elements are moved, never computed on.
+// Fold and unfold: images [N, C, rows patch, columns patch] <-> tokens [N, rows columns, patch patch C], the values of
+// a token ordered (row, column, channel), channel fastest. Elements are moved, never computed on.
 #pragma once
 #include <cstdint>
 

@@ -1,5 +1,5 @@
-// Vectors as wide as the instruction set, and the few functions on them that the decoder needs. In an unnamed namespace:
-// every instruction set compiles its own.
+// Vectors as wide as the instruction set, and the few functions on them that the decoder needs. In an unnamed
+// namespace: every instruction set compiles its own.
 #pragma once
 #include <cstdint>
 #include <cstring>

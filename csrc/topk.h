@@ -48,8 +48,9 @@ template <class Key> SPEEDK_SHARED Key rank_key(Key bits, Key infinity) {
   return key > infinity ? Key{-1} : key;
 }
 
-// The largest b in [low, high] that at least k keys reach, given that k reach `low` and none is above `high`; stops early,
-// at a smaller b, where exactly k reach it. reach(b) counts the keys that reach b; there are `count` in all, 0 for unknown.
+// The largest b in [low, high] that at least k keys reach, given that k reach `low` and none is above `high`; stops
+// early, at a smaller b, where exactly k reach it. reach(b) counts the keys that reach b; there are `count` in all, 0
+// for unknown.
 #if defined(__CUDACC__)
 #pragma nv_exec_check_disable
 #endif

@@ -58,7 +58,8 @@ template <class T>
 void adjoint(const UnrollStep& job, const void* d_theta, const void* d_m, const void* m, void* d_gradient,
              void* d_m_out, void* d_lr, double* partial, int threads) {
   const T lr = *static_cast<const T*>(job.lr), momentum = static_cast<T>(job.momentum);
-  const T *p = static_cast<const T*>(d_theta), *before = static_cast<const T*>(d_m), *average = static_cast<const T*>(m);
+  const T *p = static_cast<const T*>(d_theta), *before = static_cast<const T*>(d_m),
+          *average = static_cast<const T*>(m);
   T* __restrict__ slope = static_cast<T*>(d_gradient);
   T* __restrict__ next = static_cast<T*>(d_m_out);
   each_chunk(job.P, threads, [&](int64_t chunk, int64_t begin, int64_t end) {

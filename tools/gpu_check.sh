@@ -1,7 +1,8 @@
 #!/bin/bash
 # Everything that needs a GPU, on a machine without network, in under 8 minutes: build in place, test ops and training,
-# walk through the commands, look for wrong memory accesses and races, time the ops, write bench/results/. Installs nothing: it uses the torch,
-# triton, pytest, hypothesis, pybind11, cmake and ninja that are there, and pytest-xdist where it is.
+# walk through the commands, look for wrong memory accesses and races, time the ops, write bench/results/. Installs
+# nothing: it uses the torch, triton, pytest, hypothesis, pybind11, cmake and ninja that are there, and pytest-xdist
+# where it is.
 # PYTHON=... picks the interpreter; GPU_CHECK_SECONDS=... the time for all of it.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -93,7 +94,8 @@ spread=()
 reserve=$((limit * 2 / 9))
 # What is not timed runs together. Sanitizers look at our own kernels, not at PyTorch's; racecheck at no others at all.
 checks=(compile)
-behind compile 240 sh -c '"$0" tools/compile_kernels.py && "$@" tests/test_compile_offline.py tests/test_compile_cuda.py' \
+behind compile 240 \
+    sh -c '"$0" tools/compile_kernels.py && "$@" tests/test_compile_offline.py tests/test_compile_cuda.py' \
     "$python" "${pytest[@]}"
 if command -v compute-sanitizer >/dev/null; then
     only=()
@@ -112,7 +114,8 @@ else
     note compute-sanitizer 0 127
 fi
 part tests 270 env OMP_NUM_THREADS=2 "${pytest[@]}" ${spread[@]+"${spread[@]}"} tests/ops
-part training 90 env OMP_NUM_THREADS=2 "${pytest[@]}" ${spread[@]+"${spread[@]}"} tests/augment tests/distillation -k cuda
+part training 90 env OMP_NUM_THREADS=2 "${pytest[@]}" ${spread[@]+"${spread[@]}"} \
+    tests/augment tests/distillation -k cuda
 part walk 75 "$python" -P tools/walk.py cuda  # each command of the package
 collect "${checks[@]}"
 

@@ -13,7 +13,9 @@ if [ -f $stamp ] && [ "$(cat $stamp)" = "$wanted" ]; then
     exit 0
 fi
 
-command -v "$python" >/dev/null || { echo "python3 is missing: apt-get install python3 python3-venv python3-dev"; exit 1; }
+command -v "$python" >/dev/null || {
+    echo "python3 is missing: apt-get install python3 python3-venv python3-dev"
+    exit 1; }
 "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || {
     echo "$python is $("$python" -V 2>&1), speedk needs 3.10 or later: make PYTHON=python3.12 ..."; exit 1; }
 "$python" -c 'import ensurepip, venv' 2>/dev/null || {

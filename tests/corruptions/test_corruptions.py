@@ -9,6 +9,7 @@ import math
 
 import numpy as np
 import pytest
+import severities
 import torch
 from PIL import Image
 from scipy import ndimage
@@ -72,49 +73,10 @@ def test_the_more_severe_the_further_from_the_image(name, side):
         assert all(later < earlier + 0.3 for earlier, later in itertools.pairwise(found)), found
 
 
-PUBLISHED = {
-    "gaussian_noise": (".04 .06 .08 .09 .10", ".04 .08 .12 .15 .18", ".08 .12 .18 .26 .38"),
-    "shot_noise": ("500 250 100 75 50", "250 100 50 30 15", "60 25 12 5 3"),
-    "impulse_noise": (".01 .02 .03 .05 .07", ".01 .02 .05 .08 .14", ".03 .06 .09 .17 .27"),
-    "defocus_blur": (".3 .4 .5 1 1.5, .4 .5 .6 .2 .1", ".5 1 1.5 2.5 3, .6 .1 .1 .01 .1", "3 4 6 8 10, .1 .5 .5 .5 .5"),
-    "glass_blur": (
-        ".05 .25 .4 .25 .4, 1 1 1 1 1, 1 1 1 2 2",
-        ".1 .5 .6 .7 .9, 1 1 1 2 2, 1 1 2 1 2",
-        ".7 .9 1 1.1 1.5, 1 2 2 3 4, 2 1 3 2 2",
-    ),
-    "motion_blur": ("6 6 6 8 9, 1 1.5 2 2 2.5", "10 10 10 10 12, 1 1.5 2 2.5 3", "10 15 15 15 20, 3 5 8 12 15"),
-    "zoom_blur": (
-        "1.06 1.11 1.16 1.21 1.26, .01 .01 .01 .01 .01",
-        "1.06 1.11 1.16 1.21 1.26, .01 .01 .01 .01 .01",
-        "1.11 1.16 1.21 1.26 1.31, .01 .01 .02 .02 .03",
-    ),
-    "snow": (
-        ".1 .1 .15 .25 .3, .2 .2 .3 .3 .3, 1 1 1.75 2.25 1.25, .6 .5 .55 .6 .65, 8 10 10 12 14, "
-        "3 4 4 6 12, .95 .9 .9 .85 .8",
-        ".1 .1 .15 .25 .3, .2 .2 .3 .3 .3, 1 1 1.75 2.25 1.25, .6 .5 .55 .6 .65, 8 10 10 12 14, "
-        "3 4 4 6 12, .8 .8 .7 .65 .6",
-        ".1 .2 .55 .55 .55, .3 .3 .3 .3 .3, 3 2 4 4.5 2.5, .5 .5 .9 .85 .85, 10 12 12 12 12, "
-        "4 4 8 8 12, .8 .7 .7 .65 .55",
-    ),
-    "frost": ("1 1 .9 .85 .75, .2 .3 .4 .4 .45", "1 .9 .8 .75 .7, .3 .4 .45 .5 .55", "1 .8 .7 .65 .6, .4 .6 .7 .7 .75"),
-    "fog": (".2 .5 .75 1 1.5, 3 3 2.5 2 1.75", ".4 .7 1 1.5 2, 3 3 2.5 2 1.75", "1.5 2 2.5 2.5 3, 2 2 1.7 1.5 1.4"),
-    "brightness": (".05 .1 .15 .2 .3", ".1 .2 .3 .4 .5", ".1 .2 .3 .4 .5"),
-    "contrast": (".75 .5 .4 .3 .15", ".4 .3 .2 .1 .05", ".4 .3 .2 .1 .05"),
-    "elastic_transform": (
-        "0 1.6 2.56 3.2 3.2, 0 6.4 1.92 1.28 .96, 2.56 2.24 1.92 1.6 .96",
-        "0 3.2 6.4 6.4 10.24, 0 19.2 5.12 1.92 1.92, 5.12 3.84 3.84 1.92 1.28",
-        "488 488 12.2 17.08 29.28, 170.8 19.52 2.44 2.44 2.44, 24.4 48.8 4.88 4.88 4.88",
-    ),
-    "pixelate": (".95 .9 .85 .75 .65", ".9 .8 .7 .6 .5", ".6 .5 .4 .3 .25"),
-    "jpeg_compression": ("80 65 58 50 40", "65 58 50 40 25", "25 18 15 10 7"),
-}
-"""CIFAR-C's, Tiny-ImageNet-C's and ImageNet-C's: for each parameter its values at severities 1 to 5."""
-
-
 @pytest.mark.parametrize("side", [32, 64, 224])
 @pytest.mark.parametrize("name", corruptions.NAMES)
 def test_parameters_are_the_published_ones(name, side):
-    columns = PUBLISHED[name][(32, 64, 224).index(side)].split(", ")
+    columns = severities.PUBLISHED[name][(32, 64, 224).index(side)].split(", ")
     listed = [[float(value) for value in column.split()] for column in columns]
     scale = [(1.0,)] * 5 if name == "defocus_blur" else [()] * 5
     expected = [(*row, *rest) for row, rest in zip(zip(*listed, strict=True), scale, strict=True)]

@@ -1,5 +1,5 @@
-// Enough of CUDA to run a kernel on the CPU, one block after the other: a thread is a fibre, and all of a block's run to
-// their next barrier in turns. A barrier that not all threads reach is found.
+// Enough of CUDA to run a kernel on the CPU, one block after the other: a thread is a fibre, and all of a block's run
+// to their next barrier in turns. A barrier that not all threads reach is found.
 #pragma once
 #include <ucontext.h>
 

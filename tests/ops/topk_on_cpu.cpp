@@ -16,7 +16,8 @@ template <class Key> bool run(const Topk& job, int* nan) {
 }  // namespace
 
 // sizes: rows, J, K, k; results: dense, mask, values, row_index, col_index.
-extern "C" bool topk_on_cpu(int dtype, const void* scm, const int64_t* sizes, void** results, int index_bytes, int* nan) {
+extern "C" bool topk_on_cpu(int dtype, const void* scm, const int64_t* sizes, void** results, int index_bytes,
+                            int* nan) {
   const Topk job{static_cast<Dtype>(dtype), scm, sizes[0], sizes[1], sizes[2], sizes[3], results[0],
                  static_cast<bool*>(results[1]), results[2], results[3], results[4], index_bytes, 1};
   switch (job.dtype) {
