@@ -21,7 +21,6 @@ _MENDS = {
     errno.EACCES: "make the folder writable, or write elsewhere",
     errno.EPERM: "make the folder writable, or write elsewhere",
     errno.EROFS: "that file system is read-only: write elsewhere",
-    errno.ENOENT: "create the folder first",
     errno.ENOTDIR: "a part of that path is a file, not a folder: write elsewhere",
     errno.EISDIR: "that path is a folder: name a file in it",
     errno.ENAMETOOLONG: "give it a shorter name",
@@ -59,6 +58,19 @@ def write_atomic(path: str | os.PathLike[str], data: bytes | Callable[[BinaryIO]
         raise unwritable(path, error) from error
 
 
+def check_writable(path: str | os.PathLike[str]) -> None:
+    """Raise the TrainingError of `write_atomic` now where it could not write `path`: before hours of work for it."""
+    target = Path(os.path.realpath(path))
+    trial = target.with_name(f".{target.name}.{secrets.token_hex(4)}{_SUFFIX}")
+    try:
+        if target.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        trial.touch(exist_ok=False)
+        trial.unlink()
+    except OSError as error:
+        raise unwritable(path, error) from error
+
+
 @contextlib.contextmanager
 def locked(path: str | os.PathLike[str], wait: bool = True) -> Iterator[bool]:
     """Hold a lock on `path`, a folder or a file made for it, which the system takes back when its process ends.
@@ -91,7 +103,8 @@ def sweep(folder: str | os.PathLike[str]) -> None:
 
 def unwritable(path: str | os.PathLike[str], error: OSError) -> TrainingError:
     """The line for a write to `path` that the system refused."""
-    mend = _MENDS.get(error.errno or 0, "write elsewhere")
+    missing = error.errno == errno.ENOENT and not Path(path).parent.is_dir()  # some file systems take no new files
+    mend = "create the folder first" if missing else _MENDS.get(error.errno or 0, "write elsewhere")
     return TrainingError(f"cannot write {os.fspath(path)}: {error.strerror or error}; {mend}")
 
 

@@ -14,6 +14,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 from types import ModuleType
+from typing import NoReturn
 
 from speedk import __version__
 from speedk.errors import Interrupted, SpeedkError, one_line
@@ -69,7 +70,7 @@ def _run(argv: list[str]) -> int:
             args.fields += [word for word in rest if not word.startswith("-")]
             rest = [word for word in rest if word.startswith("-")]
         if rest:
-            parser.error(f"unrecognized arguments: {' '.join(rest)}")
+            parser.unknown(rest, args.command)
     except SystemExit as stop:
         sys.stdout.flush()  # a pipe that broke during --help is met here
         return stop.code if isinstance(stop.code, int) else 2
@@ -80,11 +81,22 @@ def _run(argv: list[str]) -> int:
 
 
 class _Parser(argparse.ArgumentParser):
-    """A parser that does not swallow what the system says to its help: a full disk, a pipe nobody reads."""
+    """A parser that does not swallow what the system says to its help: a full disk, a pipe nobody reads. What is wrong
+    with a command line it says in one line."""
 
     def _print_message(self, message, file=None):
         if message:
             (file or sys.stderr).write(message)
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"speedk: {one_line(message)}; see {self.prog} --help\n")
+
+    def unknown(self, words: Sequence[str], command: str | None) -> NoReturn:
+        """Refuse options that `command` (None: no command) does not have."""
+        subparsers, = (action for action in self._actions if isinstance(action, argparse._SubParsersAction))
+        known = subparsers.choices.get(command, self)
+        option = words[0].partition("=")[0]
+        known.error(f"unrecognized arguments: {' '.join(words)}{nearest(option, list(known._option_string_actions))}")
 
 
 class _Help(argparse.HelpFormatter):
@@ -96,7 +108,7 @@ class _Help(argparse.HelpFormatter):
             self._action_max_length += 2
 
 
-def _parser(modules: dict[str, ModuleType]) -> argparse.ArgumentParser:
+def _parser(modules: dict[str, ModuleType]) -> _Parser:
     parser = _Parser("speedk", description=_DESCRIPTION, allow_abbrev=False,
                      epilog="`speedk COMMAND --help` says more about each command.", formatter_class=_Help)
     parser.add_argument("--version", action="version", version=f"speedk {__version__}")

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from speedk.errors import ConfigError
+from speedk.files import check_writable
 from speedk.precision import PRECISIONS
 from speedk.registry import listed
 from speedk.schedule import PROTOCOLS, STANDARDISATIONS
@@ -68,6 +69,8 @@ def add_schedule(parser: argparse.ArgumentParser) -> None:
 
 
 def check_report(out: Path | None) -> None:
-    """Raise ConfigError where the report `out` could not be written in the end."""
+    """Raise a SpeedkError where the report `out` could not be written in the end."""
     if out is not None and not out.parent.is_dir():
         raise ConfigError(f"--out {out}: {out.parent} is not a folder, create it first")
+    if out is not None:
+        check_writable(out)

@@ -51,6 +51,10 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError(f"--runs {args.runs} must be at least 1 and --seed {args.seed} at least 0")
     _options.check_report(args.out)
     files = [distilled_file(file) for file in args.files]
+    first = files[0]
+    out = args.out or (first if first.is_dir() else first.parent) / "continual.json"
+    if out.parent.is_dir():  # what is not there is said when it is read
+        _options.check_report(out)
     telling = [file for file in files if file.suffix.lower() == ".safetensors"]
     _, real = _testing.source([*telling, *files][0], args)
     report = continual(files, real, steps=args.steps, networks=names, runs=args.runs,
@@ -58,8 +62,6 @@ def run(args: argparse.Namespace) -> int:
                        epochs=args.epochs, precision=args.precision, device=_testing.device(args.device),
                        other_data=args.other_data)
     print(text(report))
-    first = files[0]
-    out = args.out or (first if first.is_dir() else first.parent) / "continual.json"
     picture = out.with_suffix(".png")
     if args.out is None:
         _curves.keep(out)

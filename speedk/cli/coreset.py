@@ -54,6 +54,7 @@ def run(args: argparse.Namespace) -> int:
     from speedk import data
     from speedk.cli.evaluate import conclude
     from speedk.distillation import coreset
+    from speedk.distillation.rundir import holds_a_run
 
     _check(args)
     device, epochs = _testing.device(args.device), args.epochs or WHOLE.epochs
@@ -61,8 +62,8 @@ def run(args: argparse.Namespace) -> int:
     real = data.load(name, args.data, split=args.split)
     out = args.out or Path("runs") / f"{real.name}-ipc{args.ipc}-{args.method}-seed{args.seed}"
     path = out / "distilled.safetensors"
-    if path.exists():
-        raise ConfigError(f"{out} already holds a distilled file; choose another --out")
+    if holds_a_run(out):
+        raise ConfigError(f"{out} already holds a distilled file, or a run that makes one; choose another --out")
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:

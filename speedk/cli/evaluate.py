@@ -61,7 +61,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     if (args.file is not None) + args.whole + (args.real is not None) != 1:
-        raise ConfigError("give one of FILE, --whole and --real")
+        taken = args.corruptions if isinstance(args.corruptions, str) else ""
+        raise ConfigError("give one of FILE, --whole and --real" + (taken and f"; --corruptions took {taken}: put FILE "
+                                                                    "before it"))
     names = _testing.networks(args.networks)
     _check(args, names)
     from speedk.evaluation import evaluate, real_images, whole
@@ -69,14 +71,15 @@ def run(args: argparse.Namespace) -> int:
     file = None if args.file is None else distilled_file(args.file)
     if file is not None and file.is_dir():
         raise ConfigError(f"{file} is a folder without a distilled.safetensors: give a file or a run directory")
+    out = args.out
+    if out is None and file is not None and file.exists():
+        out = file.with_name("evaluation.json")
+        _options.check_report(out)
     source, real = _testing.source(file, args)
     if args.whole:
         source = whole(real)
     elif args.real is not None:
         source = real_images(real, args.real)
-    out = args.out
-    if out is None and file is not None:
-        out = file.with_name("evaluation.json")
     beside = _curves.reports(args.compare, _corruptions)
     report = evaluate(source, real, networks=names, runs=args.runs, protocol=args.protocol, seed=args.seed,
                       standardisation=args.standardisation, rate=args.rate, epochs=args.epochs,

@@ -75,8 +75,6 @@ class Identity:
         if precision not in PRECISIONS:
             raise ConfigError(f"precision={precision!r} is not one of {', '.join(PRECISIONS)}")
         student = networks.fresh(network, real.geometry, 0)
-        if not any(p.requires_grad for p in student.parameters()):
-            raise ConfigError(f"{network} cannot be an expert: it has no parameter that requires a gradient")
         _check_buffers(network, student, real.geometry)
         return cls(network, rate, batch, augment, standardise, seed, precision, real.fingerprint,
                    real.normaliser.describe(), **dataclasses.asdict(real.geometry),
@@ -304,8 +302,9 @@ def _read_identity(path: Path) -> Identity | None:
             raise ArtifactError(f"is not of format {FORMAT}")
         return Identity.read(document["identity"])
     except (ArtifactError, KeyError, TypeError, ValueError) as error:
-        raise ArtifactError(f"{file} is damaged ({one_line(error, 120)}): remove the folder, and its experts will be "
-                            "trained again") from None
+        why = one_line(str(error).removeprefix("is damaged: "), 120)
+        raise ArtifactError(f"{file} is damaged ({why}): remove the folder, and its experts will be trained again"
+                            ) from None
 
 
 def _digest(row: Tensor) -> str:

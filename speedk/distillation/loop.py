@@ -150,7 +150,8 @@ def distill(recipe: Recipe, real: RealData, out: str | Path, *, resume: bool = F
                 run.initialise(progress)
                 checkpoint.save(folder.checkpoints, 0, run.state())
         except KeyboardInterrupt:
-            raise Interrupted(f"stopped before step {run.done + 1:,}: finished epochs of experts are kept") from None
+            kept = ": finished epochs of experts are kept" if run.objective.preparation()[0] else ""
+            raise Interrupted(f"stopped before step {run.done + 1:,}{kept}") from None
         with folder.log(run.done) as log:
             _iterate(run, folder, log, stop, progress, until)
         return _finish(run, folder, progress)

@@ -85,6 +85,8 @@ def plan(dataset: str | None = None, *, data: str | Path | None = None, ipc: int
     """What `distill` will do, without doing it. Arguments as for `distill`; network: the student; progress: bars while
     data are read; load: what reads them, in place of `speedk.data.load` (to keep them from one plan to the next)."""
     where = chosen_device(device)
+    if ipc is not None and ipc < 1:
+        raise ConfigError(f"ipc={ipc} must be at least 1")
     changes = _changes(overrides or {}, {"data.ipc": ipc, "run.seed": seed, "objective.steps": steps,
                                          "objective.network": network})
     stored = Path(out) / "recipe.toml" if out is not None else None
@@ -178,7 +180,7 @@ def _changes(overrides: dict[str, Any], options: dict[str, Any]) -> dict[str, An
     for key, value in (overrides | given).items():
         bare = key.partition(".")[2]
         for same in {key, bare} & set(overrides):
-            if overrides[same] != value:
+            if repr(overrides[same]) != repr(value):  # nan is not nan
                 said = f"--{bare} {value}" if key in given else f"{key}={value}"
                 raise ConfigError(f"{said} and {same}={overrides[same]} do not agree: leave one of them out")
     return overrides | given

@@ -56,8 +56,7 @@ class RunDir:
     def _claim(self) -> None:
         for folder in (self.path, self.checkpoints):
             sweep(folder)
-        here = [name for name in OURS if (self.path / name).exists() and name != "checkpoints"]
-        if (here or any(self.checkpoints.iterdir())) and not self.resume:
+        if holds_a_run(self.path) and not self.resume:
             raise ConfigError(f"{self.path} already holds a run; say --resume to go on with it, or choose another "
                               "--out")
         self.chosen = begun_with(self.path) or self.chosen
@@ -115,6 +114,13 @@ class RunDir:
         rows = [(synthetic.classes == label).nonzero()[:PREVIEW_COLUMNS, 0] for label in classes]
         images = [real.normaliser.unit(synthetic.decode(index)[0]).cpu() for index in rows]
         write_atomic(self.path / "preview.png", pictures.grid(images, list(real.class_names)))
+
+
+def holds_a_run(path: Path) -> bool:
+    """Whether there is anything of a run in the folder `path`."""
+    checkpoints = path / "checkpoints"
+    return any((path / name).exists() for name in OURS if name != checkpoints.name) or (
+        checkpoints.is_dir() and any(checkpoints.iterdir()))
 
 
 def begun_with(path: Path) -> str:

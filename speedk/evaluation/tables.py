@@ -156,7 +156,8 @@ def read(path: Path) -> list[dict[str, Any]]:
             line = json.loads(text)
             _key(line), line["mean"], line["published"]
         except (ValueError, KeyError, TypeError):
-            raise DataError(f"line {number} of {path} is not a measured cell") from None
+            raise DataError(f"line {number} of {path} is not a measured cell: give another --results, or "
+                            "remove that line") from None
         lines.append(line)
     return lines
 

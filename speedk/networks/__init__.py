@@ -70,11 +70,14 @@ def build(name: str, geometry: Geometry, **overrides) -> nn.Module:
 def fresh(name: str, geometry: Geometry, seed: int, device: torch.device | str = "cpu", **overrides) -> nn.Module:
     """`build` with the initial values that `seed` gives, on `device`.
 
-    They are drawn on the CPU, so they do not depend on the device; the global random state is left as it was.
+    They are drawn on the CPU, so they do not depend on the device; the global random state is left as it was. Raises
+    ConfigError where nothing in it can be trained.
     """
     with _SEEDED, torch.random.fork_rng(devices=[]):
         torch.random.default_generator.manual_seed(seed)
         network = build(name, geometry, **overrides)
+    if not any(p.requires_grad for p in network.parameters()):
+        raise ConfigError(f"network {name} has no parameters to train")
     return network.to(device)
 
 

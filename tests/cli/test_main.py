@@ -92,9 +92,13 @@ def test_unknown_commands_and_options(capsys):
     assert cli.main(["zzzzzz"]) == 2
     assert "there are " in line(capsys)
     assert cli.main(["info"]) == 2
-    assert "the following arguments are required: FILE" in capsys.readouterr().err
+    assert line(capsys) == "speedk: the following arguments are required: FILE; see speedk info --help"
     assert cli.main(["info", "x", "--jsn"]) == 2
+    assert line(capsys) == "speedk: unrecognized arguments: --jsn; did you mean '--json'?; see speedk info --help"
     assert cli.main(["--frobnicate"]) == 2
+    assert line(capsys) == "speedk: unrecognized arguments: --frobnicate; see speedk --help"
+    assert cli.main(["distill", "--ipc", "few"]) == 2
+    assert line(capsys) == "speedk: argument --ipc: invalid int value: 'few'; see speedk distill --help"
 
 
 @pytest.mark.parametrize("error, code, words", [

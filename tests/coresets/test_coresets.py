@@ -256,7 +256,10 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     assert "name herding" in capsys.readouterr().out
     assert main(line) == 0
     assert (tmp_path / "runs" / "sides-ipc2-herding-seed0" / "distilled.safetensors").exists()
+    (tmp_path / "a run").mkdir()
+    (tmp_path / "a run" / "recipe.toml").touch()  # of one that has made no file yet
     for words, said in (([*line, "--out", "here"], "already holds a distilled file"),
+                        ([*line, "--out", "a run"], "or a run that makes one"),
                         (["coreset", "--method", "kcentre"], "did you mean 'kcenter'"),
                         ([*line, "--network", "mpl"], "did you mean 'mlp'"), ([*line, "--ipc", "0"], "--ipc 0")):
         assert main(words) == 1

@@ -126,7 +126,7 @@ def test_what_is_frozen_keeps_its_value(real, tmp_path, monkeypatch):
     theta = speedk.unroll(network, rows[0], images, real.train.labels, [[0, 1]], lr)
     assert torch.equal(theta[:frozen], rows[0, :frozen]) and not torch.equal(theta[frozen:], rows[0, frozen:])
     of_ones_own(monkeypatch, prepare=lambda network: network.requires_grad_(False))
-    with pytest.raises(ConfigError, match="mlp cannot be an expert: it has no parameter that requires a gradient"):
+    with pytest.raises(ConfigError, match="network mlp has no parameters to train"):
         make(tmp_path / "never", real)
 
 

@@ -75,6 +75,8 @@ def test_overrides():
     (["k=true"], "must be a whole number"),
     (["lr=nan"], "must be finite"),
     (["k=-1"], "k=-1 is outside"),
+    (["k=0"], "k=0 is outside 1 to"),
+    (["penalty=-5"], "penalty=-5 must not be negative; -1 means"),
     (["D=33"], "D=33 is not a multiple of H=2"),
     (["patch=5"], "patch=5 does not divide"),
     (["norm=post"], "norm='post' is not one of branch, sum"),

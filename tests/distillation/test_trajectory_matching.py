@@ -179,6 +179,9 @@ def test_experts_of_a_folder_are_used_and_never_named(real, tmp_path):
         loop.distill(recipe(experts=str(other.path)), real, tmp_path / "run", resume=True)
     with pytest.raises(ConfigError, match="network=mlp, not convnet: say network=mlp"):
         loop.distill(recipe(experts=str(moved), network="convnet"), real, tmp_path / "new")
+    with pytest.raises(ConfigError, match="there are no experts in .*nowhere: make them"):
+        loop.distill(recipe(experts=str(tmp_path / "nowhere")), real, tmp_path / "newest")
+    assert not (tmp_path / "nowhere").exists()
     with pytest.raises(ConfigError, match=r"holds experts with data="):
         loop.distill(recipe(experts=str(moved)), make_real(resolution=8, count=8, seed=1), tmp_path / "newer")
 

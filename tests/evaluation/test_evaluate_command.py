@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from speedk import data
+from speedk.cli import _options
 from speedk.cli import evaluate as command
 from speedk.errors import ConfigError, DataError, TrainingError
 
@@ -93,6 +94,19 @@ def test_real_images_whole_sets_and_archives(run, real, tmp_path, capsys):
     assert (tmp_path / "evaluation.json").exists()
 
 
+def test_a_report_that_cannot_be_written_is_refused_at_the_start(run, real, write_artifact, monkeypatch):
+    path = write_artifact(real)
+
+    def refuse(*_):
+        raise TrainingError("cannot write: Permission denied")
+
+    monkeypatch.setattr(_options, "check_writable", refuse)
+    for words in (f"{path} --dataset stripes", f"--whole --dataset stripes --out {path.with_name('a.json')}"):
+        with pytest.raises(TrainingError, match="Permission denied"):
+            run(words)
+    assert not run.asked
+
+
 def test_a_failed_run_fails_the_command(run, real, write_artifact, capsys):
     with pytest.raises(TrainingError, match="2 of 2 runs failed"):
         run(f"{write_artifact(real)} --dataset stripes {SHORT} --rate 1e30")
@@ -102,6 +116,7 @@ def test_a_failed_run_fails_the_command(run, real, write_artifact, capsys):
 @pytest.mark.parametrize(("line", "message"), [
     ("", "give one of FILE, --whole and --real"),
     ("a.safetensors --whole", "give one of FILE"),
+    ("--dataset stripes --corruptions a.safetensors", "--corruptions took a.safetensors: put FILE before it"),
     ("--whole", "say which data"),
     ("a.npz", "a.npz does not say what to test on"),
     ("--whole --dataset stripes --networks convnt", "did you mean 'convnet'"),

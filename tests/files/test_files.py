@@ -9,11 +9,12 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
 from speedk.errors import TrainingError
-from speedk.files import sweep, write_atomic
+from speedk.files import check_writable, sweep, write_atomic
 
 
 def names(folder):
@@ -96,6 +97,24 @@ def test_missing_folder_and_folder_as_a_file(tmp_path):
     refuses(tmp_path / "file" / "a.bin", "not a folder")
     refuses(tmp_path / ("n" * 300), "shorter name")
     assert names(tmp_path) == ["file"]
+
+
+def test_a_refusal_is_known_beforehand(tmp_path, monkeypatch):
+    check_writable(tmp_path / "a.bin")
+    (tmp_path / "a.bin").write_bytes(b"old")
+    check_writable(tmp_path / "a.bin")
+    assert (tmp_path / "a.bin").read_bytes() == b"old" and names(tmp_path) == ["a.bin"]
+    for path, mend in ((tmp_path / "nowhere" / "b.bin", "create the folder"), (tmp_path, "name a file in it"),
+                       (tmp_path / "a.bin" / "b.bin", "not a folder")):
+        with pytest.raises(TrainingError, match=mend):
+            check_writable(path)
+
+    def refuse(*_, **__):
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
+
+    monkeypatch.setattr(Path, "touch", refuse)  # as /proc does, whose folders take no new files
+    with pytest.raises(TrainingError, match="No such file or directory; write elsewhere"):
+        check_writable(tmp_path / "b.bin")
 
 
 def test_a_link_stays_a_link(tmp_path):

@@ -78,6 +78,13 @@ class Classes(Blind):
         super().__init__(1, num_classes, 32)
         assert not options
 
+class Empty(Blind):
+    """With nothing to train."""
+
+    def __init__(self, channels, classes, resolution):
+        super().__init__(channels, classes, resolution)
+        self.requires_grad_(False)
+
 class Placed(Blind):
     def __init__(self, c, k, side, /):
         super().__init__(c, k, side)
@@ -114,6 +121,12 @@ def test_a_class_of_the_current_folder(nets):
     student = networks.student(name, GEOMETRY, 3, features=True)
     images = torch.randn(4, 1, 32, 32)
     assert torch.equal(student(images), student(images))  # no dropout
+
+
+def test_a_class_with_nothing_to_train(nets):
+    name = networks.given(f"{nets}:Empty")
+    with pytest.raises(ConfigError, match="Empty has no parameters to train"):
+        networks.fresh(name, GEOMETRY, 3)
 
 
 @pytest.mark.parametrize("name", ["Blind", "Named", "Classes", "Placed", "Fixed"])

@@ -192,6 +192,9 @@ class TrajectoryMatching(Objective):
         identity = expert_identity(self.spec, self.real)
         path = Path(self.spec.experts) if self.spec.experts else experts.place(identity)
         if not (path / "experts.json").exists():
+            if self.spec.experts:
+                raise ConfigError(f"there are no experts in {path}: make them (speedk experts --out {path}), or leave "
+                                  "experts= out")
             return path, None, self.spec.expert_count
         folder = ExpertFolder.open(path)
         if wrong := folder.identity.difference(identity, ("network",)):

@@ -82,11 +82,13 @@ class Spec:
         if self.heads * J * self.K > MAX_CODE:
             raise ConfigError(f"H J K = {self.heads * J * self.K:,} is over {MAX_CODE:,}: a dense code would take "
                               "512 MB")
-        if not 0 <= self.k <= J * self.K:
-            raise ConfigError(f"k={self.k} is outside 0 to J K = {J * self.K}")
+        if not 1 <= self.k <= J * self.K:
+            raise ConfigError(f"k={self.k} is outside 1 to J K = {J * self.K}")
         if self.sparsify == "local" and self.k % J:
             raise ConfigError(f"k={self.k} is not a multiple of J={J} patches, each of which keeps k / J entries where "
                               "sparsify=local")
+        if self.penalty < 0 and self.penalty != -1:
+            raise ConfigError(f"penalty={self.penalty:g} must not be negative; -1 means the paper's rule")
         if self.fit_steps < 0:
             raise ConfigError(f"fit_steps={self.fit_steps} must not be negative")
         if not 0 <= self.convolutions <= MAX_CONVOLUTIONS:
