@@ -50,6 +50,7 @@ def _row(name: str) -> tuple[str, ...]:
     spent = resolved.budget(recipes.geometry(resolved))
     images = getattr(resolved.parameterization, "images_per_class", resolved.data.ipc)
     side = f" at {resolved.data.resolution}" if resolved.data.resolution else ""
+    ours = "settings ours" if "ours" in resolved.about.row else ""
     return (name, resolved.data.name + side, str(resolved.data.ipc), resolved.method,
             " ".join(sorted(tables["objective"])), str(images), f"{spent.counted:,.0f}", f"{spent.allowed:,}",
-            resolved.about.published or "-")
+            "; ".join(filter(None, (resolved.about.published, ours))) or "-")

@@ -44,10 +44,11 @@ def polar(panels: Mapping[str, Mapping[str, Mapping[str, float]]]) -> bytes:
 
 
 def curves(panels: Mapping[str, Mapping[str, Sequence[tuple[float, float, float]]]], x: str, y: str) -> bytes:
-    """PNG of curves (Figure 2 of the paper): name of the panel -> name of the curve -> points (x, y, deviation)."""
+    """PNG of curves (Figure 2 of the paper): name of the panel -> name of the curve -> points (x, y, deviation). All
+    share one scale."""
     figure, colours = _figure(len(panels)), _colours(panels)
     for place, (title, found) in enumerate(panels.items()):
-        axes = figure.add_subplot(1, len(panels), place + 1)
+        axes = figure.add_subplot(1, len(panels), place + 1, sharey=figure.axes[0] if place else None)
         for name, points in found.items():
             at, value, deviation = zip(*points, strict=True)
             axes.plot(at, value, color=colours[name], marker="o", markersize=4, linewidth=1.6, label=name)
@@ -65,6 +66,8 @@ def curves(panels: Mapping[str, Mapping[str, Sequence[tuple[float, float, float]
 def against(points: Mapping[str, Sequence[tuple[float, float, float, str]]], x: str, title: str) -> bytes:
     """PNG of accuracy against `x`: name of the curve -> points (x, accuracy, deviation, label)."""
     figure = _figure(1)
+    from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
+
     axes = figure.add_subplot()
     for name, found in points.items():
         numbers, accuracy, deviation, labels = zip(*sorted(found), strict=True)
@@ -74,8 +77,11 @@ def against(points: Mapping[str, Sequence[tuple[float, float, float, str]]], x: 
     everything = [point[0] for found in points.values() for point in found]
     if max(everything) > 3 * min(everything) > 0:
         axes.set_xscale("log")
-    elif min(everything) > 100:
-        axes.xaxis.set_major_formatter("{x:,.0f}")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_minor_formatter(NullFormatter())
+    else:
+        axes.xaxis.set_major_locator(MaxNLocator(6, integer=all(value == int(value) for value in everything)))
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}" if value >= 100 else f"{value:g}")
     axes.margins(x=0.12)
     axes.set_xlabel(x)
     axes.set_ylabel("accuracy in per cent")

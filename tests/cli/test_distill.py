@@ -160,6 +160,8 @@ def test_recipes(capsys):
     assert main(["recipes"]) == 0
     page = capsys.readouterr().out
     assert "cifar10-ipc1-speed" in page and "29,872" in page and "63.2 +- 0.1" in page
+    ours = {line.split()[0] for line in page.splitlines() if line.endswith("settings ours")}
+    assert {"tinyimagenet-ipc50-speed", "cifar100-ipc20-speed"} <= ours and "cifar10-ipc1-speed" not in ours
     assert main(["recipes", "show", "digits-ipc1-speed"]) == 0
     assert 'method = "speed"' in capsys.readouterr().out
     assert main(["recipes", "show", "digits-ipc1-sped"]) == 1
