@@ -137,7 +137,8 @@ def _plans(args: argparse.Namespace, grid: list[dict[str, Any]]) -> list[Plan]:
                                  device=args.device, steps=args.steps, network=args.network, overrides=fields,
                                  progress=True, load=load)
         except ConfigError as error:
-            raise ConfigError(f"{_short(fields)}: {error}") from None
+            cell = _short(fields)
+            raise ConfigError(str(error) if str(error).startswith(cell) else f"{cell}: {error}") from None
         if args.out is None:  # named after the run, which is known now
             run = f"sweep-{planned.recipe.about.name}-{planned.recipe.objective_name}-{'-'.join(varied)}"
             planned = dataclasses.replace(planned, out=Path("runs") / run / out.name)

@@ -135,10 +135,12 @@ class RealData:
 
 
 def listed(classes: str) -> list[str]:
-    """"dog, 3, 10-12" -> ["dog", "3", "10", "11", "12"], for `RealData.only`."""
+    """"dog, 3, 10-12" -> ["dog", "3", "10", "11", "12"], for `RealData.only`. Raises ConfigError for "12-10"."""
     found: list[str] = []
     for word in filter(None, map(str.strip, classes.split(","))):
         numbers = re.fullmatch(r"(\d{1,6})-(\d{1,6})", word)
+        if numbers and int(numbers[2]) < int(numbers[1]):
+            raise ConfigError(f"classes={classes}: {word} has no class in it, as its first number is the larger one")
         found += [word] if not numbers else map(str, range(int(numbers[1]), int(numbers[2]) + 1))
     return found
 

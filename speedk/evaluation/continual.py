@@ -11,7 +11,6 @@ import itertools
 import json
 import math
 import os
-import re
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -25,7 +24,7 @@ from tqdm import tqdm
 from speedk import training
 from speedk.distillation import seeds
 from speedk.errors import ConfigError, DataError
-from speedk.evaluation import sources, train
+from speedk.evaluation import sources, stepfiles, train
 from speedk.evaluation.evaluate import device_name, resolve
 from speedk.networks import given as allowed
 from speedk.schedule import Schedule, schedule
@@ -111,7 +110,7 @@ def continual(given: Sequence[str | os.PathLike[str] | Distilled | sources.Sourc
         if isinstance(one, (str, os.PathLike)) and Path(one).is_dir():
             if real is None:
                 raise DataError(f"{one} holds a file for each step: say which data they are parts of")
-            source, parts = folder(Path(one), real, rate, standardisation)
+            source, parts = stepfiles.read(Path(one), real, rate, standardisation)
             own = real
         else:
             source, own = resolve(one, real, other_data, progress is not False)
@@ -157,60 +156,6 @@ def split(classes: int, steps: int, seed: int) -> list[list[int]]:
     """The classes in an order that `seed` gives, cut into `steps` parts whose sizes differ by one at most."""
     order = torch.randperm(classes, generator=seeds.generator(seed, "continual classes"))
     return [part.tolist() for part in torch.tensor_split(order, steps)]
-
-
-def folder(path: Path, real: RealData, rate: float | None = None,
-           standardisation: str | None = None) -> tuple[sources.Source, list[list[int]]]:
-    """The distilled files in `path`, or of the run directories in it, in the order of their names, as one source, and
-    the classes of each.
-
-    Where a file's normaliser is another than that of `real`, its pictures (clipped to 0 to 1) are normalised anew.
-    rate, standardisation: what is trained with in place of the files' own, which must be one for all otherwise.
-    Raises DataError where a class is not one of `real`, is in two files or in none, or the images are of another size.
-    """
-    from speedk.distillation import artifact
-
-    files = sorted(path.glob("*.safetensors"), key=_natural)
-    files = files or sorted(path.glob("*/distilled.safetensors"), key=lambda file: _natural(file.parent))
-    if not files:
-        raise DataError(f"{path} holds no distilled files (.safetensors), one for each step")
-    known = {name: i for i, name in enumerate(real.class_names)}
-    parts: list[list[int]] = []
-    images, labels, storage, rates, standards = [], [], {}, set(), set()
-    for file in files:
-        read = artifact.load(file)
-        if dataclasses.replace(read.geometry, classes=real.geometry.classes) != real.geometry:
-            raise DataError(f"{file} holds images of {read.geometry.channels}x{read.geometry.resolution}x"
-                            f"{read.geometry.resolution}, but {real.name} has {real.geometry.channels}x"
-                            f"{real.geometry.resolution}x{real.geometry.resolution}")
-        for name in read.class_names:
-            if name not in known:
-                raise DataError(f"{file} holds the class {name!r}, which {real.name} does not have")
-            if any(known[name] in part for part in parts):
-                raise DataError(f"{file} holds the class {name!r}, which an earlier file holds too")
-        parts.append([known[name] for name in read.class_names])
-        same = read.header["normaliser"] == real.normaliser.describe()
-        images.append(read.images() if same else real.normaliser.normalise(read.images("unit")))
-        labels.append(torch.tensor(parts[-1])[read.classes])
-        for part, numbers, _ in read.storage():
-            storage[part] = storage.get(part, 0) + numbers
-        rates.add(read.header["objective"].get("lr"))
-        standards.add(read.header["protocol"])
-    if missing := [name for name, i in known.items() if not any(i in part for part in parts)]:
-        raise DataError(f"no file of {path} holds the class {missing[0]!r}")
-    if (len(rates) > 1 and rate is None) or (len(standards) > 1 and standardisation is None):
-        said = ", ".join(sorted(map(str, rates))), ", ".join(sorted(standards))
-        raise DataError(f"the files of {path} were made for different rates ({said[0]}) or protocols ({said[1]}): say "
-                        "one for all of them (--rate, --standardisation)")
-    classes = torch.cat(labels)
-    return sources.Source(str(path), sources.fixed(torch.cat(images), classes), len(classes),
-                          rate=rates.pop() if rate is None else rate,
-                          standardisation=standardisation or standards.pop(), storage=storage), parts
-
-
-def _natural(path: Path) -> list[tuple[int, str]]:
-    """A key by which step-2 comes before step-10."""
-    return [(int(word), "") if word.isdigit() else (-1, word) for word in re.split(r"(\d+)", path.name)]
 
 
 def part(data: ImageSet, seen: Sequence[int], classes: int) -> ImageSet:

@@ -59,6 +59,8 @@ def test_some_classes_alone(digits):
     assert torch.equal(part.sample(0, 10**6, torch.Generator().manual_seed(0)).sum(),
                        digits.sample(7, 10**6, torch.Generator().manual_seed(0)).sum())
     assert data.listed(" Shih-Tzu,9 - 11,") == ["Shih-Tzu", "9 - 11"] and data.listed("9-11") == ["9", "10", "11"]
+    with pytest.raises(ConfigError, match="5-3 has no class in it"):
+        data.listed("1,5-3")
     for wanted, said in ((["10"], "has no class '10', by name or by number from 0 to 9"), (["1"], "two or more"),
                          (["1", "1"], "none of them twice"), ([], "two or more")):
         with pytest.raises(ConfigError, match=said):

@@ -21,7 +21,7 @@ from speedk.data.real import RealData, Subset, fingerprint
 from speedk.distillation import artifact, coreset
 from speedk.distillation.parameterizations.pixels import Pixels, Spec
 from speedk.errors import ConfigError, DataError
-from speedk.evaluation import continual, evaluate, plots, real_images
+from speedk.evaluation import continual, evaluate, plots, real_images, stepfiles
 from speedk.geometry import Geometry
 
 module = importlib.import_module("speedk.evaluation.continual")  # the package gives its function the same name
@@ -140,7 +140,7 @@ def test_a_folder_has_a_file_for_each_step(tmp_path, monkeypatch):
     other = ChannelNormaliser([0.5], [0.5])
     for name, classes in (("step-10", "ba"), ("step-2", "fc"), ("step-1", "ed")):
         write(folder / f"{name}.safetensors", real, classes, other if name == "step-2" else None)
-    source, parts = module.folder(folder, real)
+    source, parts = stepfiles.read(folder, real)
     assert parts == [[4, 3], [5, 2], [1, 0]]
     images = source.images(0, real, torch.device("cpu"))
     assert images.labels.tolist() == [4, 3, 5, 2, 1, 0] and source.rate == 0.02 and source.storage == {"images": 384}
@@ -175,7 +175,7 @@ def test_the_files_of_a_strict_run_are_distilled_from_their_own_classes(tmp_path
         ["distill", "--data", "rows", "--out", str(first.parent), "--resume", "--device", "cpu"])
     assert distil("step-1", "classes=d,e", "--resume") == 1
     report = continual([tmp_path / "steps"], real, **{**SHORT, "steps": None})
-    assert module.folder(tmp_path / "steps", real)[1] == [[4, 3], [5, 2], [0, 1]]
+    assert stepfiles.read(tmp_path / "steps", real)[1] == [[4, 3], [5, 2], [0, 1]]
     assert report.classes == [2, 4, 6] and report.memories[0]["split"] == "a file for each step"
     capsys.readouterr()
     for classes, said in (("a,x", "has no class 'x'"), ("a", "two or more"), ("a,0", "none of them twice")):
