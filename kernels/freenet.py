@@ -178,14 +178,12 @@ def _freenet_block_bwd_kernel(
     tl.store(d_features_ptr + at, x.to(dtype), keep)
 
 
-"""The widest D whose rows a program holds."""
-
 CHUNK = 16384
 """Tokens that the backward pass takes at a time: enough programs to fill a GPU once or twice, and no more memory."""
 
-VECTORS = (1, 2, 3, 5, 7, 8, 9)
-"""Where the vectors stand among the ten weights: the projection's bias, the first norm's two, the biases of both
-linears, the second norm's two."""
+MATRICES, VECTORS = (0, 4, 6), (1, 2, 3, 5, 7, 8, 9)
+"""Where the three matrices stand among the ten weights, and the vectors: the projection's bias, the first norm's two,
+the biases of both linears, the second norm's two."""
 
 
 def freenet_block_fwd_meta(D: int, precision: str, itemsize: int) -> dict[str, int]:
@@ -244,16 +242,19 @@ def freenet_block_fwd(features: Tensor, state: Tensor | None, weights: tuple[Ten
 
 def freenet_block_bwd(
     d_out: Tensor, features: Tensor, state: Tensor | None, weights: tuple[Tensor, ...], norm: str, eps: float
-) -> tuple[Tensor, Tensor | None, list[Tensor]]:
-    """Gradients of `freenet_block_fwd` for d_out [N, J, D], any strides: (d_features, d_state or None, the ten of the
-    weights). Sums have one order everywhere, but for the library's matrix products."""
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+    """Gradients of `freenet_block_fwd` for d_out [N, J, D], any strides: d_features, d_state or None, those of the
+    weights at MATRICES [3, D, D] and at VECTORS [7, D]. Sums have one order everywhere, but for the library's matrix
+    products."""
     shape, D = features.shape, features.shape[-1]
     ld = up_to(D, 16)
-    shapes, weights = [w.shape for w in weights], _padded_weights(weights, ld)
-    total = [torch.zeros(w.shape, device=w.device, dtype=torch.float32) for w in weights]
+    dtype, weights = weights[0].dtype, _padded_weights(weights, ld)
     d_features = torch.empty(*shape[:-1], ld, device=features.device, dtype=features.dtype)
     d_state = None if state is None else torch.empty_like(d_features)
     M = features.numel() // D if D else 0
+    matrices, vectors = (torch.empty(size, device=features.device) for size in ((3, ld, ld), (7, ld)))
+    if M == 0:
+        matrices.zero_(), vectors.zero_()
     d_out, features, state = (None if t is None else t.reshape(M, D) for t in (d_out, features, state))
     buffers = torch.empty(5, min(M, CHUNK), ld, device=features.device, dtype=features.dtype)
     for start in range(0, M, CHUNK):
@@ -263,15 +264,21 @@ def freenet_block_bwd(
         d_s = None if state is None else d_state.view(M, ld)[rows]
         hidden, active, d_inner, d_mlp, d_branch = factors = buffers[:, :count].unbind()
         sums = _backward_chunk(d_y, x, s, weights, d_features.view(M, ld)[rows], d_s, factors, D, norm, eps)
-        for i, vector in zip(VECTORS, sums, strict=True):
-            total[i] += vector
-        for i, d_product, operand in ((0, d_branch, x), (4, d_inner, hidden), (6, d_mlp, active)):
-            if d_product.dtype == torch.float32:
-                total[i].addmm_(d_product.T, operand)
-            else:
-                total[i] += d_product.T @ operand
-    d_weights = [cut(t, *given).to(w.dtype) for t, w, given in zip(total, weights, shapes, strict=True)]
-    return cut(d_features, *shape), None if d_state is None else cut(d_state, *shape), d_weights
+        vectors = vectors.add_(sums) if start else sums
+        for total, d_product, operand in zip(matrices, (d_branch, d_inner, d_mlp), (x, hidden, active), strict=True):
+            _add_product(total, d_product, operand, first=start == 0)
+    return (cut(d_features, *shape), None if d_state is None else cut(d_state, *shape),
+            cut(matrices, 3, D, D).to(dtype), cut(vectors, 7, D).to(dtype))
+
+
+def _add_product(total: Tensor, d_product: Tensor, operand: Tensor, first: bool) -> None:
+    """Add d_product^T operand to `total`, float32, or write it there if it is the `first`: in one launch, or two."""
+    if d_product.dtype == torch.float32:
+        total.addmm_(d_product.T, operand, beta=0 if first else 1)
+    elif first:
+        total.copy_(d_product.T @ operand)
+    else:
+        total += d_product.T @ operand
 
 
 def _backward_chunk(d_out, features, state, weights, d_features, d_state, factors, D, norm, eps) -> Tensor:

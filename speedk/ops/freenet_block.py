@@ -120,18 +120,19 @@ def _(features: Tensor, state: Tensor | None, weights: list[Tensor], norm: str) 
 @registered.custom_op("speedk::freenet_block_bwd")
 def _freenet_block_bwd(d_out: Tensor, features: Tensor, state: Tensor | None, weights: list[Tensor],
                        norm: str) -> list[Tensor]:
-    """d_features, then d_state (empty where there is no state), then the ten of the weights."""
+    """d_features, d_state (empty without a state), and those of the weights: matrices [3, D, D], vectors [7, D]."""
     _fits(features, state, weights, norm)
     arguments.shaped("d_out", d_out, features.shape)
     arguments.alike(d_out=d_out, features=features)
     launch = dispatch.launchers("triton", "freenet").freenet_block_bwd
-    d_features, d_state, d_weights = launch(d_out, features, state, tuple(weights), norm, EPS)
-    return [d_features, features.new_empty(0) if d_state is None else d_state, *d_weights]
+    d_features, d_state, d_matrices, d_vectors = launch(d_out, features, state, tuple(weights), norm, EPS)
+    return [d_features, features.new_empty(0) if d_state is None else d_state, d_matrices, d_vectors]
 
 
 @_freenet_block_bwd.register_fake
 def _(d_out: Tensor, features: Tensor, state: Tensor | None, weights: list[Tensor], norm: str) -> list[Tensor]:
-    shapes = [features.shape, (0,) if state is None else state.shape, *(w.shape for w in weights)]
+    D = features.shape[-1]
+    shapes = [features.shape, (0,) if state is None else state.shape, (3, D, D), (7, D)]
     return [features.new_empty(shape) for shape in shapes]
 
 
@@ -146,7 +147,9 @@ def _backward(ctx, d_out: Tensor):
         tensors = [features, *weights] if state is None else [features, *weights, state]
         d_features, *d_weights = dispatch.gradients_in_torch(functools.partial(_in_torch, ctx.norm), tensors, d_out)
         return d_features, None if state is None else d_weights[10], d_weights[:10], None
-    d_features, d_state, *d_weights = _freenet_block_bwd(d_out, features, state, weights, ctx.norm)
+    d_features, d_state, d_matrices, d_vectors = _freenet_block_bwd(d_out, features, state, weights, ctx.norm)
+    matrices, vectors = iter(d_matrices.unbind()), iter(d_vectors.unbind())
+    d_weights = [next(matrices if weight.ndim == 2 else vectors) for weight in weights]
     return d_features, None if state is None else d_state, d_weights, None
 
 

@@ -9,7 +9,7 @@ from support import assert_matches, poisoned_memory
 from triton_support import DOT_FLOATS, LAYOUTS, gradients, kinds, randn
 
 from speedk.kernels import freenet
-from speedk.kernels.freenet import freenet_block_bwd, freenet_block_fwd
+from speedk.kernels.freenet import MATRICES, VECTORS, freenet_block_bwd, freenet_block_fwd
 from speedk.ops.freenet_block import EPS, BlockWeights
 
 SHAPES = [(2, 64, 32), (1, 7, 96), (3, 5, 1), (1, 3, 17), (0, 4, 8)]
@@ -53,7 +53,9 @@ def test_forward(shape, dtype, norm):
 
 def check_backward(d_out, features, state, weights, norm):
     with poisoned_memory():
-        d_features, d_state, d_weights = freenet_block_bwd(d_out, features, state, tuple(weights), norm, EPS)
+        d_features, d_state, matrices, vectors = freenet_block_bwd(d_out, features, state, tuple(weights), norm, EPS)
+    placed = dict(zip((*MATRICES, *VECTORS), (*matrices, *vectors), strict=True))
+    d_weights = [placed[i] for i in range(len(weights))]
 
     def function(features, *rest):
         return forms.freenet_block(features, rest[0] if len(rest) > 10 else None, BlockWeights(*rest[-10:]), norm)
