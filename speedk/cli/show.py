@@ -116,9 +116,9 @@ def _density(distilled: Distilled, names: list[str], places: list[Tensor]) -> tu
 
 def _sparsification(distilled: Distilled, names: list[str], places: list[Tensor]) -> tuple[Rows, list[str]]:
     """The paper's Figure 4: images of whole codes, and below them those that the file holds."""
-    from speedk.distillation import trained
+    from speedk.distillation.dense import dense
 
-    whole = trained.dense(distilled)
+    whole = dense(distilled)
     before, after = _unit(whole, places), _unit(distilled, places)
     rows = [(f"{when}{name}", images) for name, *pair in zip(names, before, after, strict=True)
             for when, images in zip(("before: ", "after: "), pair, strict=True)]

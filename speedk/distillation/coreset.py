@@ -10,8 +10,7 @@ from tqdm import tqdm
 
 from speedk import networks, registry
 from speedk.data import RealData
-from speedk.distillation import artifact, coresets, seeds
-from speedk.distillation.coresets import _trained
+from speedk.distillation import artifact, coreset_network, coresets, seeds
 from speedk.distillation.coresets.base import Coreset, Members
 from speedk.distillation.parameterizations.pixels import Pixels, Spec
 from speedk.errors import ConfigError
@@ -41,7 +40,7 @@ def choose(real: RealData, method: str, ipc: int, *, seed: int = 0, network: str
     real = real.to(pool.device)
     chosen = []
     with pool:
-        seen = _trained.trained(real, network, epochs, seed, pool, progress) if plugin.looks_at else None
+        seen = coreset_network.trained(real, network, epochs, seed, pool, progress) if plugin.looks_at else None
         for label, rows in enumerate(tqdm(torch.argsort(labels, stable=True).split(counts.tolist()), desc="choosing",
                                           unit="class", delay=2, leave=False,
                                           disable=None if progress is None else not progress)):

@@ -6,13 +6,11 @@ so an expert that was interrupted, or is wanted for more epochs, goes on from it
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import math
-import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import as_completed
 from pathlib import Path
 
@@ -21,7 +19,7 @@ from torch import Tensor, nn
 
 from speedk import networks, training
 from speedk.data import RealData, cache
-from speedk.distillation import seeds
+from speedk.distillation import seeds, signals
 from speedk.distillation.expertfolder import ExpertFolder, Identity
 from speedk.errors import ConfigError, TrainingError
 from speedk.geometry import Geometry
@@ -36,7 +34,7 @@ and all of them would take a tenth of the time."""
 SAVE_SECONDS = 30.0
 POLL_SECONDS = 0.5
 
-Progress = Callable[[int, int, dict[str, float]], None]
+OnEpoch = Callable[[int, int, dict[str, float]], None]
 """Called, one call at a time, after each epoch with (epochs done, epochs in all, numbers of the expert it was of)."""
 
 
@@ -70,7 +68,7 @@ def image_seconds(network: str, geometry: Geometry, device: torch.device | str =
 
 
 def train(folder: ExpertFolder, real: RealData, count: int, epochs: int, device: torch.device | str = "cpu",
-          threads: int | None = None, progress: Progress = lambda *_: None) -> None:
+          threads: int | None = None, progress: OnEpoch = lambda *_: None) -> None:
     """Train until experts 0 .. count - 1 of `folder` have `epochs` epochs each; what is there stays.
 
     Several processes may do so at once: each expert is one's. On the CPU several experts share the `threads`, which do
@@ -85,7 +83,7 @@ def train(folder: ExpertFolder, real: RealData, count: int, epochs: int, device:
     real = real.to(device)
     work = _Work(folder, real, epochs, missing(folder, count, epochs), progress)
     waiting = [number for number in range(count) if folder.epochs(number) < epochs]
-    with _terminated_as_interrupted(), Pool(device, threads) as pool:
+    with signals.terminated_as_interrupted(), Pool(device, threads) as pool:
         work.train_set.fetch(torch.zeros(1, dtype=torch.int64, device=device))  # what is made once, before the threads
         first = networks.fresh(folder.identity.network, real.geometry, 0)
         size = networks.parameter_count(first)
@@ -109,23 +107,10 @@ def check_data(folder: ExpertFolder, real: RealData) -> None:
                           "very form; choose another folder")
 
 
-@contextlib.contextmanager
-def _terminated_as_interrupted() -> Iterator[None]:
-    """SIGTERM raises KeyboardInterrupt, as Ctrl-C does."""
-    previous = None
-    with contextlib.suppress(ValueError):  # not the main thread: signals are somebody else's
-        previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        if previous is not None:
-            signal.signal(signal.SIGTERM, previous)
-
-
 class _Work:
     """What the threads of one `train` share."""
 
-    def __init__(self, folder: ExpertFolder, real: RealData, epochs: int, total: int, progress: Progress) -> None:
+    def __init__(self, folder: ExpertFolder, real: RealData, epochs: int, total: int, progress: OnEpoch) -> None:
         self.folder, self.epochs = folder, epochs
         self.train_set = ImageSet(lambda index: real.normalised("train", index), real.train.labels)
         rows = torch.linspace(0, len(real.test) - 1, min(TEST_IMAGES, len(real.test)), device=real.test.labels.device)

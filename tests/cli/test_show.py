@@ -145,7 +145,7 @@ def trained(folder, recipe, tmp_path, capsys):
 @pytest.mark.parametrize("sparse", ["end", "always"])
 def test_before_and_after_sparsification(trained, capsys, sparse):
     from speedk.distillation import artifact
-    from speedk.distillation import trained as before
+    from speedk.distillation import dense as before
 
     out = trained(f"sparse={sparse}")
     assert main(["show", str(out), "--sparsification", "--columns", "2"]) == 0

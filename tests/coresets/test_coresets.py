@@ -16,8 +16,7 @@ from speedk import data, networks, registry, training
 from speedk.cli import main
 from speedk.data.normaliser import ChannelNormaliser
 from speedk.data.real import RealData, Subset, fingerprint
-from speedk.distillation import coreset, coresets
-from speedk.distillation.coresets import _trained
+from speedk.distillation import coreset, coreset_network, coresets
 from speedk.distillation.coresets.base import NEVER_LEARNED, Members
 from speedk.errors import ConfigError, TrainingError
 from speedk.geometry import Geometry
@@ -137,7 +136,7 @@ def test_forgetting_events_are_counted_as_defined():
     generator = torch.Generator().manual_seed(0)
     answers = torch.rand(9, 20, generator=generator) < 0.5  # epoch, image
     answers[:, 4], answers[:, 5] = False, True
-    events = _trained.Events(20)
+    events = coreset_network.Events(20)
     for row in answers:
         for index in torch.randperm(20, generator=generator).split(7):
             events.see(index, row[index])
@@ -168,7 +167,7 @@ def test_features_are_what_the_classifier_reads():
     network = networks.fresh("convnet", real.geometry, 0, width=4)
     rows = torch.tensor([5, 3, 20])
     with Pool(torch.device("cpu"), 1) as pool:
-        found = _trained.Trained(network, torch.zeros(24)).features(real, rows, pool)
+        found = coreset_network.Trained(network, torch.zeros(24)).features(real, rows, pool)
     expected = network.features(real.normalised("train", rows)).detach()
     torch.testing.assert_close(found, expected)
     assert found.requires_grad is False
@@ -207,14 +206,14 @@ def test_the_network_is_trained_once(cache, monkeypatch):
     coreset.choose(real, "herding", 2, seed=1, **options)
     coreset.choose(make_real(seed=1), "herding", 2, **options)
     assert len(epochs) == 12 and len(list(cache.iterdir())) == 3
-    monkeypatch.setattr(_trained, "WHOLE", dataclasses.replace(WHOLE, rate=1e30))
+    monkeypatch.setattr(coreset_network, "WHOLE", dataclasses.replace(WHOLE, rate=1e30))
     with pytest.raises(TrainingError, match="mlp for the features did not train"):
         coreset.choose(real, "kcenter", 2, seed=5, **options)
 
 
 def test_what_takes_long_shows_that_it_goes_on(capsys, monkeypatch):
     real, options = make_real(), {"network": "mlp", "epochs": 3}
-    for place in (coreset, _trained):
+    for place in (coreset, coreset_network):
         monkeypatch.setattr(place, "tqdm", lambda *args, delay=0, **options: tqdm(*args, mininterval=0, **options))
     coreset.choose(real, "herding", 2, **options, progress=True)
     said = capsys.readouterr().err
@@ -228,7 +227,7 @@ def test_what_takes_long_shows_that_it_goes_on(capsys, monkeypatch):
 def test_the_network_learns():
     real = make_real(60)
     with Pool(torch.device("cpu"), 1) as pool:
-        found = _trained.trained(real, "mlp", 12, 0, pool)
+        found = coreset_network.trained(real, "mlp", 12, 0, pool)
     logits = found.network(real.normalised("train"))
     assert (logits.argmax(1) == real.train.labels).float().mean() > 0.9
     assert found.forgotten.shape == (120,) and (found.forgotten < NEVER_LEARNED).float().mean() > 0.9
