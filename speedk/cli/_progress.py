@@ -24,10 +24,10 @@ class Bars:
         bar = self._open("training experts", total, done, "epoch")
         bar.set_postfix({name: f"{value:.4g}" for name, value in numbers.items()}, refresh=False)
 
-    def _fit(self, done: int, total: int, error: float) -> None:
+    def _fit(self, done: int, total: int, numbers: dict[str, float]) -> None:
         bar = self._open("fitting to real images", total, done)
         if done % 10 == 0 or done == total:
-            bar.set_postfix({"squared error": f"{float(error):.4f}"}, refresh=False)
+            bar.set_postfix({name: f"{value:.4g}" for name, value in numbers.items()}, refresh=False)
 
     def _step(self, done: int, total: int, numbers: dict[str, float]) -> None:
         bar = self._open("distilling", total, done)

@@ -35,12 +35,11 @@ class OutOfTime(Interrupted):
 
 @dataclass(frozen=True)
 class Progress:
-    """What the loop tells whoever watches. experts: (epoch, epochs, numbers) while experts are trained. fit: (step,
-    steps, error) while the start is fitted. step: (step, steps, numbers) after each outer iteration. say: a line worth
-    reading."""
+    """What the loop tells whoever watches, as (done, total, numbers): experts: after each of their epochs; fit: after
+    each step of the fit of the start; step: after each outer iteration. say: a line worth reading."""
 
     experts: Callable[[int, int, dict[str, float]], None] = lambda *_: None
-    fit: Callable[[int, int, float], None] = lambda *_: None
+    fit: Callable[[int, int, dict[str, float]], None] = lambda *_: None
     step: Callable[[int, int, dict[str, float]], None] = lambda *_: None
     say: Callable[[str], None] = lambda _: None
 

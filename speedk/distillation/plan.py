@@ -273,7 +273,7 @@ def estimate(made: Plan, steps: int = 3) -> Estimate:
     run.rates = [0.0] * len(run.rates)  # what is learned from a stand-in is not to be followed
     seen: list[tuple[float, int, int]] = []
 
-    def watch(done: int, total: int, error: float) -> None:
+    def watch(done: int, total: int, numbers: dict[str, float]) -> None:
         seen.append((time.perf_counter(), done, total))
         if len(seen) > 8 or seen[-1][0] - seen[0][0] > 10:
             raise _Enough

@@ -38,7 +38,7 @@ def fit(synthetic: Speed, real, generator: torch.Generator, progress=None) -> fl
 
     Adam on the squared error of the decoded images. Only the entries of largest magnitude of each code are active: from
     a quarter of them down to k, geometrically, so that the dictionary forms before the codes are sparse.
-    `progress(done, total, error)` is called after each step.
+    `progress(done, total, numbers)` is called after each step; the error rises while the active entries get fewer.
     """
     spec, device = synthetic.spec, synthetic.saet.device
     pool = Pool(device)
@@ -49,9 +49,10 @@ def fit(synthetic: Speed, real, generator: torch.Generator, progress=None) -> fl
     parts = order.split(JOINT)
     error = 0.0
     for number, index in enumerate(parts):
-        def report(step: int, loss: float, number: int = number) -> None:
+        def report(step: int, loss: float, active: int, number: int = number) -> None:
             if progress is not None:
-                progress(number * spec.fit_steps + step, len(parts) * spec.fit_steps, loss)
+                progress(number * spec.fit_steps + step, len(parts) * spec.fit_steps,
+                         {"squared error": loss, "active entries": active})
         with pool:
             part = _fit_part(synthetic, index, images[index], shared if number == 0 else [], pool, report)
         error += part * len(index)
@@ -92,16 +93,16 @@ def _fit_part(synthetic: Speed, index: Tensor, images: Tensor, shared: list[Tens
     loss = 0.0
     for step in range(steps):
         done = min(1.0, step / (ANNEAL * steps))
-        active = round(first ** (1 - done) * max(spec.k, 1) ** done) if spec.k else 0
+        active = round(first ** (1 - done) * spec.k ** done)
         found = pool.map(_gradients, [(synthetic, rows, shared, targets, active, images.numel())
                                       for rows, targets in zip(codes.detach().split(piece), images.split(piece))])
-        loss = sum(float(part) for part, _, _ in found)
+        loss = float(torch.stack([part for part, _, _ in found]).double().sum())
         codes.grad = torch.cat([gradient for _, gradient, _ in found])
         for tensor, *gradients in zip(shared, *(of_piece for _, _, of_piece in found)):
             tensor.grad = sum(gradients[1:], gradients[0])
         optimizer.step()
         schedule.step()
-        report(step + 1, loss)
+        report(step + 1, loss, active)
     with torch.no_grad():
         synthetic.scm[index] = synthetic.sparsify(codes, spec.k)
     for tensor in shared:
