@@ -160,9 +160,10 @@ def in_pieces(pool: Pool, work: Callable[..., object], network: nn.Module, *batc
 def repeatable(device: torch.device) -> Iterator[None]:
     """Inside, cuDNN computes a convolution's gradients to the same bits each time. `benchmark` stays as the user has
     it: what it picks for a shape it keeps as long as the process lives."""
-    before = torch.backends.cudnn.deterministic
-    if device.type == "cuda":
-        torch.backends.cudnn.deterministic = True
+    if device.type != "cuda":
+        yield
+        return
+    before, torch.backends.cudnn.deterministic = torch.backends.cudnn.deterministic, True
     try:
         yield
     finally:

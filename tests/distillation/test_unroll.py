@@ -14,8 +14,8 @@ import speedk
 from speedk import networks
 from speedk.augment import dsa
 from speedk.distillation import seeds
-from speedk.distillation.step_graph import repeatable
 from speedk.distillation.unroll import dsa_steps
+from speedk.training import repeatable
 
 
 @pytest.mark.parametrize("device", DEVICES)
