@@ -1,7 +1,9 @@
 // A row is small enough for the caches (16 to 256 KiB), so it is read from memory once and then passed over three
-// times:   1. the maximum of each of G interleaved groups. The k-th largest of these maxima is a lower bound of the
-// k-th      largest entry (k groups each hold an entry at least as large), and with G >= 4 k a close one;   2. the
-// candidates: entries that reach the bound, about 1.1 k of them; the exact cut is found among these;   3. the result.
+// times:
+//   1. the maximum of each of G interleaved groups. The k-th largest of these maxima is a lower bound of the k-th
+//      largest entry (k groups each hold an entry at least as large), and with G >= 4 k a close one;
+//   2. the candidates: entries that reach the bound, about 1.1 k of them; the exact cut is found among these;
+//   3. the result.
 #include "topk.h"
 
 #include "memory.h"

@@ -14,8 +14,6 @@ from torch import Tensor
 
 from speedk.kernels._launch import block, on_device_of
 
-"""The widest row that one program holds."""
-
 BACKWARD_PROGRAMS = 1024
 """Programs among which the backward kernel divides the rows, each with a partial sum of d_weight and d_bias. Fixed,
 so that the order of the sums does not depend on the device."""

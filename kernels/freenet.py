@@ -252,7 +252,8 @@ def freenet_block_bwd(
     d_features = torch.empty(*shape[:-1], ld, device=features.device, dtype=features.dtype)
     d_state = None if state is None else torch.empty_like(d_features)
     M = features.numel() // D if D else 0
-    matrices, vectors = (torch.empty(size, device=features.device) for size in ((3, ld, ld), (7, ld)))
+    matrices, vectors = (torch.empty(size, device=features.device, dtype=torch.float32)
+                         for size in ((3, ld, ld), (7, ld)))  # fmt: skip
     if M == 0:
         matrices.zero_(), vectors.zero_()
     d_out, features, state = (None if t is None else t.reshape(M, D) for t in (d_out, features, state))

@@ -9,8 +9,6 @@ from torch import Tensor
 
 from speedk.kernels._launch import block, dot_precision, on_device_of
 
-"""The widest head D / H that one block holds."""
-
 SPLIT_PROGRAMS = 1024
 """Programs aimed at by the backward kernel, which splits the tokens: 4 to 8 for each multiprocessor of an A100 or H100.
 It is fixed, so that the order of the sums does not depend on the device."""

@@ -192,8 +192,6 @@ def _tokens_to_images_weight_bwd_kernel(
         tl.store(d_bias_ptr + at, d_bias, exists)
 
 
-"""The widest patch whose lines `tokens_to_images` holds."""
-
 SPLIT_PROGRAMS = 1024
 """Programs that share the tokens in the gradient of the weight; fixed, so that the sums have one order everywhere."""
 

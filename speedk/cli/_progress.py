@@ -21,23 +21,19 @@ class Bars:
             self._bar = None
 
     def _experts(self, done: int, total: int, numbers: dict[str, float]) -> None:
-        bar = self._open("training experts", total, done, "epoch")
-        bar.set_postfix({name: f"{value:.4g}" for name, value in numbers.items()}, refresh=False)
+        self._show("training experts", done, total, numbers, "epoch")
 
     def _fit(self, done: int, total: int, numbers: dict[str, float]) -> None:
-        bar = self._open("fitting to real images", total, done)
-        if done % 10 == 0 or done == total:
-            bar.set_postfix({name: f"{value:.4g}" for name, value in numbers.items()}, refresh=False)
+        self._show("fitting to real images", done, total, numbers)
 
     def _step(self, done: int, total: int, numbers: dict[str, float]) -> None:
-        bar = self._open("distilling", total, done)
-        bar.set_postfix({name: f"{value:.4g}" for name, value in numbers.items()}, refresh=False)
+        self._show("distilling", done, total, numbers)
 
     def _say(self, line: str) -> None:
         self.close()
         print(line, flush=True)
 
-    def _open(self, name: str, total: int, done: int, unit: str = "step"):
+    def _show(self, name: str, done: int, total: int, numbers: dict[str, float], unit: str = "step") -> None:
         from tqdm import tqdm
 
         if self._bar is None or self._name != name:
@@ -45,4 +41,4 @@ class Bars:
             self._bar = tqdm(total=total, desc=name, initial=done - 1, unit=unit, dynamic_ncols=True)
             self._name = name
         self._bar.update(done - self._bar.n)
-        return self._bar
+        self._bar.set_postfix({name: f"{value:.4g}" for name, value in numbers.items()}, refresh=False)

@@ -49,11 +49,10 @@ def run(args: argparse.Namespace) -> int:
     names = _testing.networks(args.networks)
     if args.runs < 1 or args.seed < 0:
         raise ConfigError(f"--runs {args.runs} must be at least 1 and --seed {args.seed} at least 0")
-    _options.check_report(args.out)
     files = [distilled_file(file) for file in args.files]
     first = files[0]
     out = args.out or (first if first.is_dir() else first.parent) / "continual.json"
-    if out.parent.is_dir():  # what is not there is said when it is read
+    if args.out is not None or out.parent.is_dir():  # files that are not there are said when they are read
         _options.check_report(out)
     telling = [file for file in files if file.suffix.lower() == ".safetensors"]
     _, real = _testing.source([*telling, *files][0], args)

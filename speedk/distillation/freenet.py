@@ -61,7 +61,8 @@ class FReeNet(nn.Module):
         """Draw the starting values from `generator`."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
-                module.weight.copy_(nn.init.xavier_uniform_(torch.empty(module.weight.shape), generator=generator))
+                drawn = torch.empty_like(module.weight, device="cpu")
+                module.weight.copy_(nn.init.xavier_uniform_(drawn, generator=generator))
                 nn.init.zeros_(module.bias)
             elif isinstance(module, nn.LayerNorm):
                 nn.init.ones_(module.weight)

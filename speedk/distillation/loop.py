@@ -142,18 +142,24 @@ def distill(recipe: Recipe, real: RealData, out: str | Path, *, resume: bool = F
     with signals.noted() as stop, repeatable(run.device), RunDir(out, recipe, real, resume, chosen) as folder:
         try:
             resumed = _restore(run, folder)
-            run.objective.prepare(_hurried(progress, until))
+            _prepare(run, _hurried(progress, until))
             if resumed:
                 progress.say(f"resuming at step {run.done:,} of {recipe.objective.steps:,}")
             else:
                 run.initialise(progress)
                 checkpoint.save(folder.checkpoints, 0, run.state())
         except KeyboardInterrupt:
-            kept = ": finished epochs of experts are kept" if run.objective.preparation()[0] else ""
-            raise Interrupted(f"stopped before step {run.done + 1:,}{kept}") from None
+            raise Interrupted(f"stopped before step {run.done + 1:,}") from None
         with folder.log(run.done) as log:
             _iterate(run, folder, log, stop, progress, until)
         return _finish(run, folder, progress)
+
+
+def _prepare(run: Run, progress: Progress) -> None:
+    try:
+        run.objective.prepare(progress)
+    except KeyboardInterrupt:
+        raise Interrupted(f"stopped before step {run.done + 1:,}: finished epochs of experts are kept") from None
 
 
 def _restore(run: Run, folder: RunDir) -> bool:

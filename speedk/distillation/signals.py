@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 
 class Stop:
@@ -23,24 +24,23 @@ class Stop:
 @contextlib.contextmanager
 def noted() -> Iterator[Stop]:
     """Where Ctrl-C and SIGTERM are the run's."""
-    stop, previous = Stop(), {}
-    with contextlib.suppress(ValueError):  # not the main thread: signals are somebody else's
-        previous = {number: signal.signal(number, stop.note) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
+    stop = Stop()
+    with _handled(stop.note, signal.SIGINT, signal.SIGTERM):
         yield stop
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+
+
+def terminated_as_interrupted() -> contextlib.AbstractContextManager[None]:
+    """Inside, SIGTERM raises KeyboardInterrupt, as Ctrl-C does."""
+    return _handled(signal.default_int_handler, signal.SIGTERM)
 
 
 @contextlib.contextmanager
-def terminated_as_interrupted() -> Iterator[None]:
-    """SIGTERM raises KeyboardInterrupt, as Ctrl-C does."""
-    previous = None
+def _handled(handler: Callable[[int, Any], object], *numbers: int) -> Iterator[None]:
+    previous = {}
     with contextlib.suppress(ValueError):  # not the main thread: signals are somebody else's
-        previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
+        previous = {number: signal.signal(number, handler) for number in numbers}
     try:
         yield
     finally:
-        if previous is not None:
-            signal.signal(signal.SIGTERM, previous)
+        for number, before in previous.items():
+            signal.signal(number, before)

@@ -45,7 +45,7 @@ class Pixels(Parameterization):
     @torch.no_grad()
     def initialise(self, real, generator: torch.Generator, progress=None) -> None:
         if self.spec.init == "noise":
-            self.images.copy_(torch.empty(self.images.shape).normal_(generator=generator))
+            self.images.copy_(torch.empty_like(self.images, device="cpu").normal_(generator=generator))
             return
         for label in range(self.geometry.classes):
             drawn = real.sample(label, self.ipc, generator)

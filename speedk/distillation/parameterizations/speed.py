@@ -141,7 +141,7 @@ class Speed(Parameterization):
     @torch.no_grad()
     def initialise(self, real, generator: torch.Generator, progress=None) -> None:
         for tensor in (self.saet, self.scm):  # drawn on the CPU, as the generator is there
-            tensor.copy_(torch.empty(tensor.shape).normal_(0, 0.2, generator=generator))
+            tensor.copy_(torch.empty_like(tensor, device="cpu").normal_(0, 0.2, generator=generator))
         self.freenet.reset(generator)
         if self.spec.init == "fit" and self.spec.fit_steps:
             fit(self, real, generator, progress)
