@@ -36,11 +36,8 @@ def write_atomic(path: str | os.PathLike[str], data: bytes | Callable[[BinaryIO]
 
     Raises TrainingError, one line that names the path and the mend, where the system refuses.
     """
-    target = Path(os.path.realpath(path))  # a link stays a link: what it points to is replaced
-    temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}{_SUFFIX}")
     try:
-        if target.is_dir():
-            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        target, temporary = _places(path)
         try:
             with open(temporary, "xb") as stream:
                 if callable(data):
@@ -60,15 +57,20 @@ def write_atomic(path: str | os.PathLike[str], data: bytes | Callable[[BinaryIO]
 
 def check_writable(path: str | os.PathLike[str]) -> None:
     """Raise the TrainingError of `write_atomic` now where it could not write `path`: before hours of work for it."""
-    target = Path(os.path.realpath(path))
-    trial = target.with_name(f".{target.name}.{secrets.token_hex(4)}{_SUFFIX}")
     try:
-        if target.is_dir():
-            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        _, trial = _places(path)
         trial.touch(exist_ok=False)
         trial.unlink()
     except OSError as error:
         raise unwritable(path, error) from error
+
+
+def _places(path: str | os.PathLike[str]) -> tuple[Path, Path]:
+    """The file that `path` means, and a temporary one beside it. Raises IsADirectoryError for a folder."""
+    target = Path(os.path.realpath(path))  # a link stays a link: what it points to is replaced
+    if target.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+    return target, target.with_name(f".{target.name}.{secrets.token_hex(4)}{_SUFFIX}")
 
 
 @contextlib.contextmanager

@@ -110,6 +110,7 @@ def public(function: Callable) -> Callable:
 
 @torch.compiler.assume_constant_result
 def _has_autocast(kind: str) -> bool:
+    """A constant to `torch.compile`, which in PyTorch 2.11 cannot trace the question."""
     return torch.amp.is_autocast_available(kind)
 
 
