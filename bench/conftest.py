@@ -76,7 +76,7 @@ def pytest_configure(config):
     config.add_cleanup(cache.cleanup)
     if BENCHMARK and not config.getoption("benchmark_compare"):
         config.option.benchmark_quiet = True  # the table at the end has peers and roofs, too
-    os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache.name
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", cache.name)
 
 
 def pytest_collection_modifyitems(config, items):
