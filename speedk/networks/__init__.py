@@ -2,7 +2,8 @@
 
 Every network has `forward(images [B, C, H, W], normalised) -> logits [B, classes]` and `features(images) -> [B, F]`,
 the flattened embedding that its classifier reads. `per_sample = True` says that no operation mixes the samples of a
-batch and that convolutions dominate, so that `speedk.unroll` trains it on pieces of a batch, in threads.
+batch and that convolutions dominate, so that `speedk.unroll` trains it on pieces of a batch, in threads, or by CUDA
+graphs.
 """
 
 from __future__ import annotations

@@ -10,6 +10,12 @@ from torch import Tensor, nn
 
 from speedk.ops.dispatch import transformed
 
+AS_A_CONVOLUTION = {"cuda"}
+"""Devices where the gradient in an input of fewer than FEW channels, such as images, is a convolution of d_out with the
+weight turned round: of cuDNN's deterministic ways to that gradient those for few channels are slow, at 128 pixels
+a side and 3 channels two fifths of a student's whole step."""
+FEW = 16
+
 
 class Convolution(nn.Conv2d):
     """`nn.Conv2d` without dilation, groups or padding modes; differentiable any number of times.
@@ -73,6 +79,14 @@ def _backward(d_out: Tensor, x: Tensor | None, weight: Tensor | None, how: _How,
     return tuple(None if gradient is None else gradient.to(d_out.dtype) for gradient in gradients)
 
 
+def _input_gradient(d_out: Tensor, weight: Tensor, how: _How) -> Tensor:
+    padding = tuple(kernel - 1 - pad for kernel, pad in zip(how.weight[2:], how.padding, strict=True))
+    if d_out.device.type not in AS_A_CONVOLUTION or how.stride != (1, 1) or how.weight[1] >= FEW or min(padding) < 0:
+        return _backward(d_out, None, weight, how, [True, False, False])[0]
+    turned = weight.transpose(0, 1).flip(2, 3)
+    return _convolved(d_out, turned, None, how._replace(padding=padding, x=d_out.shape, weight=turned.shape))
+
+
 def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, how: _How) -> Tensor:
     # The weight in a tuple, where autograd does not see it: nothing flows to it through the link.
     link = _Link.apply(x, (weight,), how) if x.requires_grad else None
@@ -113,7 +127,7 @@ class _InputGradient(torch.autograd.Function):
     def forward(ctx, d_out: Tensor, weight: Tensor, how: _How) -> Tensor:
         ctx.save_for_backward(d_out, weight)
         ctx.how = how
-        return _backward(d_out, None, weight, how, [True, False, False])[0]
+        return _input_gradient(d_out, weight, how)
 
     @staticmethod
     def backward(ctx, along: Tensor):

@@ -10,7 +10,16 @@ from speedk.networks import _convolution
 from speedk.networks._convolution import Convolution
 
 CASES = {"padded": (3, 5, 3, 1, 1, (2, 3, 6, 6)), "strided": (2, 4, 3, 2, 1, (3, 2, 7, 5)),
-         "pointwise": (4, 2, 1, 2, 0, (2, 4, 5, 5)), "one plane": (1, 2, 3, 1, 1, (1, 1, 3, 4))}
+         "pointwise": (4, 2, 1, 2, 0, (2, 4, 5, 5)), "one plane": (1, 2, 3, 1, 1, (1, 1, 3, 4)),
+         "unpadded": (2, 3, 3, 1, 0, (2, 2, 5, 4)), "padded far": (2, 3, 1, 1, 1, (2, 2, 3, 4)),
+         "many channels": (17, 2, 3, 1, 1, (1, 17, 3, 3))}  # fmt: skip
+
+
+@pytest.fixture(params=["as on the CPU", "as on a GPU"])
+def either_way(request, monkeypatch):
+    """Where the gradient in images is computed as on the other device, too."""
+    if request.param == "as on a GPU":
+        monkeypatch.setattr(_convolution, "AS_A_CONVOLUTION", {"cpu", "cuda"})
 
 
 def case(name, dtype=torch.float64):
@@ -24,7 +33,7 @@ def ours(module, x, weight, bias):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_second_derivatives(name):
+def test_second_derivatives(name, either_way):
     module, leaves = case(name)
     theirs = lambda *a: F.conv2d(*a, module.stride, module.padding)  # noqa: E731
     results = []
@@ -39,12 +48,26 @@ def test_second_derivatives(name):
     assert torch.autograd.gradgradcheck(lambda *a: ours(module, *a), leaves)
 
 
+@pytest.mark.parametrize(("name", "runs"), [("padded", 0), ("one plane", 0), ("unpadded", 0), ("strided", 1),
+                                            ("padded far", 1), ("many channels", 1)])
+def test_the_gradient_of_few_channels_is_a_convolution(name, runs, monkeypatch):
+    monkeypatch.setattr(_convolution, "AS_A_CONVOLUTION", {"cpu"})
+    calls, backward = [], _convolution._backward
+    monkeypatch.setattr(_convolution, "_backward", lambda *a: calls.append(a[-1]) or backward(*a))
+    module, (x, weight, bias) = case(name)
+    out = ours(module, x, weight, bias)
+    d_x, = torch.autograd.grad(out.square().sum(), x)
+    assert calls.count([True, False, False]) == runs
+    torch.testing.assert_close(d_x, torch.nn.grad.conv2d_input(x.shape, weight, 2 * out, module.stride, module.padding),
+                               rtol=1e-12, atol=1e-12)
+
+
 def apart(a, b):
     return ((a - b).norm() / b.norm()).item()
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_products_in_bf16(name):
+def test_products_in_bf16(name, either_way):
     """Operands and results of every product are rounded to 8 bits, and nothing is kept in them: float64 of the rounded
     operands agrees to that, to the second derivatives."""
     module, leaves = case(name, torch.float32)
