@@ -38,7 +38,9 @@ class _Sample(torch.autograd.Function):
             add_rows(out, at.flatten(), (share[:, :, None] * rows).flatten(0, 1))
         else:
             out = sum(part[:, None] * rows[index] for index, part in zip(at, share))
-        return out.view(b, h, w, c).permute(0, 3, 1, 2).contiguous().to(images.dtype)
+        # Not `contiguous`, which leaves one channel with the strides of channels last: a convolution would take these
+        # batches another way than all others.
+        return out.view(b, h, w, c).permute(0, 3, 1, 2).clone(memory_format=torch.contiguous_format).to(images.dtype)
 
     @staticmethod
     def backward(ctx, d_out: Tensor):

@@ -139,6 +139,7 @@ def test_the_sampling_of_a_gpu_is_grid_sample(shape, shared):
         matrix = matrix[:1] if shared or not shape[0] else matrix
         want, got = _affine.affine(images, matrix), as_on_a_gpu(images, matrix)
         torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-12)
+        assert got.stride() == torch.empty(shape).stride()  # of one channel, too, which is contiguous in any case
         slope = torch.randn(shape, generator=generator(3), dtype=torch.float64)
         for a, b in zip(*(torch.autograd.grad(out, images, slope) for out in (got, want)), strict=True):
             torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
