@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -33,24 +34,51 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 
 
 @dataclass
+class Batch:
+    """What a step trains on; augmentation's own graph hangs on `augmented`."""
+
+    source: Tensor  # the images before augmentation
+    augmented: Tensor
+    labels: Tensor
+    saved: Held | None = None  # what augmentation has saved, where it was noted
+
+    def to_source(self, along: Tensor | None) -> Tensor | None:
+        """A gradient in the augmented images, in those before. The graph between them is used up."""
+        if along is None or self.augmented is self.source:
+            return along
+        return torch.autograd.grad(self.augmented, self.source, along, materialize_grads=True)[0]
+
+    def sizes(self) -> dict[int, int]:
+        """Bytes of the storages that all this holds, by address."""
+        own = {_address(t): t.untyped_storage().nbytes() for t in (self.source, self.augmented, self.labels)}
+        return own | (self.saved.sizes() if self.saved else {})
+
+
+@dataclass
 class StepGraph:
     """The graph that the gradient of one step hangs on, in pieces of the batch. The gradient itself is not kept."""
 
     pieces: list[_Piece]
-    source: Tensor  # the batch's images before augmentation
-    augmented: Tensor
-    bytes: int  # what all this holds; 0 where it was not measured
+    batch: Batch
+    bytes: int = 0  # what all this holds; 0 where it was not measured
 
-    def adjoint(self, direction: Tensor, need_theta: bool, pool: Pool | Alone) -> tuple[Tensor | None, ...]:
+    def hold(self) -> bool:
+        """Whether this is there until it is used up: a graph is, by itself."""
+        return True
+
+    def adjoint(self, direction: Tensor, need_theta: bool, pool: Pool | Alone,
+                retain: bool = False) -> tuple[Tensor | None, ...]:
         """The gradients of <gradient, direction [P]> in theta [P], and in the batch's images and labels where they are
-        differentiated; None elsewhere. The graph is used up."""
-        parts = pool.map(_differentiate, [(piece, direction, need_theta) for piece in self.pieces])
+        differentiated; None elsewhere. The graph is used up, unless it is retained."""
+        parts = pool.map(_differentiate, [(piece, direction, need_theta, retain) for piece in self.pieces])
         along_theta, along_images, along_labels = zip(*parts, strict=True)
         along_theta = _sum(along_theta) if need_theta else None
         along_images, along_labels = (None if p[0] is None else torch.cat(p) for p in (along_images, along_labels))
-        if along_images is not None and self.augmented is not self.source:
-            along_images, = torch.autograd.grad(self.augmented, self.source, along_images, materialize_grads=True)
-        return along_theta, along_images, along_labels
+        return along_theta, self.batch.to_source(along_images), along_labels
+
+    def saved(self) -> dict[int, Tensor]:
+        """The tensors that the pieces' graphs hold, where they were noted: one of each storage, by its address."""
+        return {address: t for piece in self.pieces for address, t in piece.saved.alive().items()}
 
 
 @dataclass
@@ -61,6 +89,7 @@ class _Piece:
     images: Tensor
     labels: Tensor
     gradients: list[GradientEdge | None]
+    saved: Held
 
 
 class Training:
@@ -73,14 +102,14 @@ class Training:
     def __init__(self, student: nn.Module, schedule: list[Tensor], augment: Augment | None, loss: Loss | None,
                  device: torch.device, largest_label: int = -1) -> None:
         self.student, self.schedule, self.augment, self.loss, self.device = student, schedule, augment, loss, device
-        self.largest_label = largest_label
+        self.largest_label, self.classes = largest_label, 0  # those of the student: known from its first logits on
         named = dict(student.named_parameters())
         self.names, self.shapes = list(named), [p.shape for p in named.values()]
         self.sizes = [p.numel() for p in named.values()]
         self.trained = [p.requires_grad for p in named.values()]
         self.buffers = {name: b.detach().clone() for name, b in student.named_buffers()}
-        self.in_pieces = (device.type == "cpu" and loss is None and getattr(student, "per_sample", False)
-                          and separable(student))
+        self.per_sample = per_sample(student, loss)
+        self.in_pieces = device.type == "cpu" and self.per_sample
         self._pool = Pool(device) if self.in_pieces else Alone()
         self._replaced: set[str] = set()
         self._students = [student]
@@ -92,8 +121,9 @@ class Training:
                           "enabled": torch.is_autocast_enabled(kind), "cache_enabled": False}
 
     @contextlib.contextmanager
-    def running(self) -> Iterator[Pool | Alone]:
-        """Where steps are built and differentiated, forward and backward alike; gives what runs the pieces."""
+    def running(self, again: bool = False) -> Iterator[Pool | Alone]:
+        """Where steps are built and differentiated, forward and backward (`again`) alike; gives what runs the
+        pieces."""
         with networks.twice_differentiable(), repeatable(self.device), _in_modes(self._modes), self._pool as pool:
             yield pool
 
@@ -101,57 +131,64 @@ class Training:
               pool: Pool | Alone, measure: bool = False) -> tuple[StepGraph, Tensor]:
         """The graph of one step at `theta`, and the gradient [P]; `needs` says whether images and labels are
         differentiated."""
-        index = self.schedule[step]
-        source = images.detach().index_select(0, index).requires_grad_(needs[0])
-        labels = labels.detach().index_select(0, index)
-        beside = _Held()
         with self._replayed(step):
-            augmented = source
-            if self.augment is not None:
-                with torch.enable_grad(), beside if measure else contextlib.nullcontext():
-                    augmented = self.augment(source, step)
-            rows = max(1, PIECE // augmented[0, 0].numel()) if self.in_pieces else len(index)
-            parts = list(zip(augmented.detach().split(rows), labels.split(rows), strict=True))
-            while len(self._students) < len(parts):
-                # Threads must not share a module, as each puts its parameters in; the tensors are shared.
-                held = [*self.student.parameters(), *self.student.buffers()]
-                self._students.append(copy.deepcopy(self.student, {id(tensor): tensor for tensor in held}))
-            values, new = theta.detach().split(self.sizes), augmented.shape not in self._graph_bytes
-            made = pool.map(self._piece, [(student, values, *part, len(part[0]) / len(index), needs, measure and new)
-                                          for student, part in zip(self._students, parts)])
-        pieces, gradients, storages = zip(*made, strict=True)
-        size = self._bytes(beside, (source, augmented, labels), theta, storages) if measure else 0
-        return StepGraph(list(pieces), source, augmented, size), _sum(gradients)
+            batch = self.batch(step, images, labels, needs, measure)
+            return self.graph(batch, theta, needs, pool, measure)
 
-    def _bytes(self, beside: _Held, batch: tuple[Tensor, ...], theta: Tensor,
-               storages: Sequence[dict[int, int]]) -> int:
-        """What is held for a step: its batch, what augmentation saved, and the graphs of the pieces, whose `storages`
-        are asked for once for a shape. Not theta and the buffers, which are there in any case."""
-        for tensor in batch:
-            beside.note(tensor)
-        shape = batch[1].shape
+    def batch(self, step: int, images: Tensor, labels: Tensor, needs: tuple[bool, bool], measure: bool) -> Batch:
+        """What a step trains on."""
+        index = self.schedule[step]
+        source = augmented = images.detach().index_select(0, index).requires_grad_(needs[0])
+        labels, saved = labels.detach().index_select(0, index), Held() if measure else None
+        if self.augment is not None:
+            with torch.enable_grad(), saved or contextlib.nullcontext():
+                augmented = self.augment(source, step)
+        return Batch(source, augmented, labels, saved)
+
+    def graph(self, batch: Batch, theta: Tensor, needs: tuple[bool, bool], pool: Pool | Alone, measure: bool = False,
+              note: bool = False) -> tuple[StepGraph, Tensor]:
+        """The graph of a step on `batch`, and the gradient [P]. `note`: its tensors can be asked for."""
+        shape, count = batch.augmented.shape, len(batch.labels)
+        rows = max(1, PIECE // batch.augmented[0, 0].numel()) if self.in_pieces else count
+        parts = list(zip(batch.augmented.detach().split(rows), batch.labels.split(rows), strict=True))
+        while len(self._students) < len(parts):
+            # Threads must not share a module, as each puts its parameters in; the tensors are shared.
+            held = [*self.student.parameters(), *self.student.buffers()]
+            self._students.append(copy.deepcopy(self.student, {id(tensor): tensor for tensor in held}))
+        values, note = theta.detach().split(self.sizes), note or (measure and shape not in self._graph_bytes)
+        made = pool.map(self._piece, [(student, values, *part, len(part[0]) / count, needs, note)
+                                      for student, part in zip(self._students, parts)])
+        pieces, gradients = zip(*made, strict=True)
+        graph = StepGraph(list(pieces), batch)
+        if measure:
+            graph.bytes = self._bytes(graph, theta)
+        return graph, _sum(gradients)
+
+    def _bytes(self, graph: StepGraph, theta: Tensor) -> int:
+        """What is held for a step: its batch, what augmentation saved, and the graphs of the pieces, which are asked
+        once for a shape. Not theta and the buffers, which are there in any case."""
+        beside, shape = graph.batch.sizes(), graph.batch.augmented.shape
         if shape not in self._graph_bytes:
-            known = {t.untyped_storage().data_ptr() for t in (theta, *self.buffers.values())} | beside.storages.keys()
-            found = {address: size for of_piece in storages for address, size in of_piece.items()}
-            self._graph_bytes[shape] = sum(size for address, size in found.items() if address not in known)
-        return self._graph_bytes[shape] + sum(beside.storages.values())
+            known = {_address(t) for t in (theta, *self.buffers.values())} | beside.keys()
+            self._graph_bytes[shape] = sum(t.untyped_storage().nbytes() for address, t in graph.saved().items()
+                                           if address not in known)
+        return self._graph_bytes[shape] + sum(beside.values())
 
     def _piece(self, student: nn.Module, values: Sequence[Tensor], images: Tensor, labels: Tensor, share: float,
-               needs: tuple[bool, bool], measure: bool) -> tuple[_Piece, Tensor, dict[int, int]]:
-        """A part of a batch, `share` of the whole, its part of the gradient [P], and the storages its graph holds.
+               needs: tuple[bool, bool], note: bool) -> tuple[_Piece, Tensor]:
+        """A part of a batch, `share` of the whole, and its part of the gradient [P].
 
         The graph is made where it will be dropped, too: PyTorch computes some gradients otherwise where they have to
         be differentiable, and the bits must not depend on what is kept.
         """
-        held = _Held()
-        with torch.enable_grad(), held if measure else contextlib.nullcontext():
+        saved = Held()
+        with torch.enable_grad(), saved if note else contextlib.nullcontext():
             parameters = [v.view(shape).requires_grad_() for v, shape in zip(values, self.shapes, strict=True)]
             images, labels = images.requires_grad_(needs[0]), labels.requires_grad_(needs[1])
             with torch.autocast(**self._autocast):
                 logits = self._call(student, parameters, images)
-                if self.largest_label >= logits.shape[-1]:
-                    raise ConfigError(f"there is a label {self.largest_label} but the student gives "
-                                      f"{logits.shape[-1]} logits: labels are 0 to {logits.shape[-1] - 1}")
+                self.classes = logits.shape[-1]
+                self.check_labels()
                 loss = (self.loss or F.cross_entropy)(logits, labels)
             _check_loss(loss)
             if share != 1:
@@ -162,13 +199,19 @@ class Training:
                               for p, is_trained in zip(parameters, self.trained, strict=True))
         flat = torch.cat([g.detach().flatten() for g in gradients])
         edges = [get_gradient_edge(g) if g.requires_grad else None for g in gradients]
-        return _Piece(parameters, images, labels, edges), flat, held.storages
+        return _Piece(parameters, images, labels, edges, saved), flat
 
     def _call(self, student: nn.Module, parameters: list[Tensor], images: Tensor) -> Tensor:
         state = {**self.buffers, **dict(zip(self.names, parameters, strict=True))}
         logits = functional_call(student, state, (images,))
         self._replaced |= {name for name, b in self.buffers.items() if state[name] is not b}
         return logits
+
+    def check_labels(self) -> None:
+        """Raise ConfigError where there is a label that the student has no logit for."""
+        if self.largest_label >= self.classes:
+            raise ConfigError(f"there is a label {self.largest_label} but the student gives {self.classes} logits: "
+                              f"labels are 0 to {self.classes - 1}")
 
     def check_buffers(self) -> None:
         """Raise ConfigError if the steps so far have changed a buffer; in a GPU's memory that waits for them."""
@@ -182,7 +225,7 @@ class Training:
     @contextlib.contextmanager
     def _replayed(self, step: int) -> Iterator[None]:
         """Random numbers that follow from the step alone."""
-        if self.in_pieces and self.augment is None:  # nothing draws any
+        if self.per_sample and self.augment is None:  # nothing draws any
             yield
             return
         seed = seeds.derive(self._seed, "unroll", step)
@@ -218,17 +261,34 @@ class Alone(contextlib.nullcontext):
         return [work(*item) for item in items]
 
 
-class _Held(torch.autograd.graph.saved_tensors_hooks):
-    """Notes the storages that graphs built inside it hold: bytes by address."""
+class Held(torch.autograd.graph.saved_tensors_hooks):
+    """Notes what graphs built inside it hold."""
 
     def __init__(self) -> None:
-        self.storages: dict[int, int] = {}
-        super().__init__(self.note, lambda tensor: tensor)
+        self._tensors: list[weakref.ref[Tensor]] = []
+        super().__init__(self._note, lambda tensor: tensor)
 
-    def note(self, tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        self.storages[storage.data_ptr()] = storage.nbytes()
-        return tensor.detach()  # a node that holds its own output would never be freed
+    def _note(self, tensor: Tensor) -> Tensor:
+        held = tensor.detach()  # a node that holds its own output would never be freed
+        self._tensors.append(weakref.ref(held))
+        return held
+
+    def alive(self) -> dict[int, Tensor]:
+        """Of the tensors that are still held, one of each storage, by its address."""
+        return {_address(t): t for t in (ref() for ref in self._tensors) if t is not None}
+
+    def sizes(self) -> dict[int, int]:
+        """Bytes of the storages, by address."""
+        return {address: t.untyped_storage().nbytes() for address, t in self.alive().items()}
+
+
+def _address(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
+
+
+def per_sample(student: nn.Module, loss: Loss | None) -> bool:
+    """Whether each sample counts for itself in a step, and nothing in it is random but augmentation."""
+    return loss is None and bool(getattr(student, "per_sample", False)) and separable(student)
 
 
 def _check_loss(loss: Any) -> None:
@@ -245,14 +305,14 @@ def alike(a: Tensor, b: Tensor) -> bool:
     return a.shape == b.shape and bool(((a == b) | ((a != a) & (b != b))).all())
 
 
-def _differentiate(piece: _Piece, direction: Tensor, need_theta: bool) -> tuple[Tensor | None, ...]:
+def _differentiate(piece: _Piece, direction: Tensor, need_theta: bool, retain: bool) -> tuple[Tensor | None, ...]:
     """The gradients of <gradient, direction> in the parameters [P], images and labels of a piece."""
     along = direction.split([p.numel() for p in piece.parameters])
     pairs = [(edge, d.view_as(p)) for edge, d, p in zip(piece.gradients, along, piece.parameters, strict=True) if edge]
     leaves = [*(piece.parameters if need_theta else []), *(t for t in (piece.images, piece.labels) if t.requires_grad)]
     if leaves and pairs:
         gradients, directions = zip(*pairs, strict=True)
-        found = list(torch.autograd.grad(gradients, leaves, directions, materialize_grads=True))
+        found = list(torch.autograd.grad(gradients, leaves, directions, retain_graph=retain, materialize_grads=True))
     else:  # a gradient that depends on nothing
         found = [torch.zeros_like(leaf) for leaf in leaves]
     along_labels = found.pop() if piece.labels.requires_grad else None

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from speedk.augment import dsa
-from speedk.distillation import seeds
+from speedk.distillation import seeds, step_replay
 from speedk.distillation.step_graph import Augment, Loss, StepGraph, Training
+from speedk.distillation.step_replay import Replayed
 from speedk.errors import ConfigError
 from speedk.ops import unroll_step, unroll_step_adjoint
 from speedk.ordered import add_rows
@@ -47,9 +48,10 @@ def unroll(student: nn.Module, theta: Tensor, images: Tensor, labels: Tensor, sc
     loss or `augment` adds in an order of its own there (docs/unroll.md).
 
     Random numbers of dropout and augmentation follow from one draw of torch's default CPU generator.
-    On the CPU a student that says `per_sample = True` (no operation of it mixes the samples of a batch, and it draws no
-    random numbers but in dropout modules) is trained on pieces of the batch in threads, unless it has such dropout or
-    a `loss` is given; the pieces do not depend on the number of threads.
+    A student that says `per_sample = True` (no operation of it mixes the samples of a batch, it draws no random numbers
+    but in dropout modules, and it reads nothing that changes but its own attributes and PyTorch's settings) is trained
+    faster, unless it has such dropout or a `loss` is given: on the CPU on pieces of the batch in threads, where the
+    pieces do not depend on the number of threads, and on a GPU by CUDA graphs (docs/unroll.md).
 
     Returns theta_T [P]. Raises ConfigError where the arguments do not fit, and for a student whose buffers change as
     it trains (the running statistics of a batch norm), by name.
@@ -59,8 +61,10 @@ def unroll(student: nn.Module, theta: Tensor, images: Tensor, labels: Tensor, sc
     lr = _rate(lr, theta)
     schedule = [index.to(images.device, non_blocking=True) for index in schedule]
     largest = _largest_label(labels) if loss is None else -1
-    plan = _Plan(Training(student, schedule, augment, loss, images.device, largest), momentum, _limit(memory),
-                 torch.is_grad_enabled() and any(t.requires_grad for t in (theta, images, labels, lr)))
+    limit = _limit(memory)
+    record = torch.is_grad_enabled() and any(t.requires_grad for t in (theta, images, labels, lr))
+    training = step_replay.training(student, schedule, augment, loss, images.device, largest, record and limit > 0)
+    plan = _Plan(training, momentum, limit, record)
     return _Unroll.apply(plan, theta.contiguous(), images, labels, lr)
 
 
@@ -87,11 +91,12 @@ class _Plan:
     def steps(self) -> int:
         return len(self.training.schedule)
 
-    def keep(self, graphs: dict[int, StepGraph], step: int, graph: StepGraph) -> None:
+    def keep(self, graphs: dict[int, StepGraph | Replayed], step: int, graph: StepGraph | Replayed) -> None:
         """Add a step's graph to those that are kept: as many of the last ones, which are used up first, as fit."""
-        graphs[step] = graph
-        while sum(kept.bytes for kept in graphs.values()) > self.limit:
+        while graphs and sum(kept.bytes for kept in graphs.values()) + graph.bytes > self.limit:
             del graphs[min(graphs)]
+        if graph.bytes <= self.limit and graph.hold():
+            graphs[step] = graph
 
 
 class _Unroll(torch.autograd.Function):
@@ -137,7 +142,7 @@ def _walk_back(ctx, d_theta: Tensor) -> list[Tensor | None]:
     d_labels = torch.zeros_like(labels) if need_labels else None
     d_lr = torch.zeros_like(lr) if need_lr else None
     d_m = torch.zeros_like(d_theta)
-    with plan.training.running() as pool:
+    with plan.training.running(again=True) as pool:
         for step in reversed(range(plan.steps)):
             graph = ctx.graphs.pop(step, None)
             if graph is None:

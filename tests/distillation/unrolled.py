@@ -46,7 +46,7 @@ def plainly(student, theta, images, labels, schedule, lr, momentum, augment=None
         with sdpa_kernel(SDPBackend.MATH):
             g, = torch.autograd.grad(loss(functional_call(student, parameters, (batch,)), labels[index]), theta,
                                      create_graph=True)
-        g = g * torch.cat([torch.full((p.numel(),), float(p.requires_grad)) for p in student.parameters()])
+        g = g * torch.cat([torch.full_like(p.detach().flatten(), p.requires_grad) for p in student.parameters()])
         m = momentum * m + (1 - momentum) * g
         theta = theta - lr * m
     return theta
