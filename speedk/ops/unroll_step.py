@@ -54,7 +54,7 @@ def unroll_step_reference(theta: Tensor, m: Tensor, gradient: Tensor, lr: Tensor
 def unroll_step_adjoint_reference(d_theta: Tensor, d_m: Tensor, m: Tensor | None, lr: Tensor,
                                   momentum: float) -> tuple[Tensor, Tensor, Tensor]:
     q = d_m - lr * d_theta
-    d_lr = torch.zeros_like(lr) if m is None else -(d_theta * m).sum()
+    d_lr = torch.zeros_like(lr) if m is None else -(d_theta.double() * m.double()).sum().to(lr.dtype)
     return (1 - momentum) * q, momentum * q, d_lr
 
 
