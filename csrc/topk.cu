@@ -1,12 +1,20 @@
-#include "topk.cuh"
+#include "topk_short.cuh"
 
 namespace speedk {
 namespace {
 
-template <class Key> int launch(const Topk& job, int* nan, cudaStream_t stream) {
+template <class Key, class Index> void launch(const Topk& job, int* nan, cudaStream_t stream) {
   const auto blocks = static_cast<unsigned>(job.rows);
-  if (job.index_bytes == 2) topk_kernel<Key, uint16_t><<<blocks, kThreads, 0, stream>>>(job, nan);
-  else topk_kernel<Key, uint8_t><<<blocks, kThreads, 0, stream>>>(job, nan);
+  if (is_short<Key, kShortThreads>(job)) {
+    short_topk_kernel<Key, Index, kShortThreads, kShortBlocks<Key>><<<blocks, kShortThreads, 0, stream>>>(job, nan);
+  } else {
+    topk_kernel<Key, Index, kThreads, kBlocks><<<blocks, kThreads, 0, stream>>>(job, nan);
+  }
+}
+
+template <class Key> int launch(const Topk& job, int* nan, cudaStream_t stream) {
+  if (job.index_bytes == 2) launch<Key, uint16_t>(job, nan, stream);
+  else launch<Key, uint8_t>(job, nan, stream);
   return static_cast<int>(cudaGetLastError());
 }
 

@@ -15,8 +15,10 @@ from speedk.ops.norm_act_pool import norm_act_pool_reference
 from speedk.ops.topk import topk_mask_reference
 from speedk.ops.unroll_step import unroll_step_adjoint_reference, unroll_step_reference
 
-SIZES = [  # N, H, J, K, k: one element, odd rows, ties, indices of 16 bits, nothing kept, the last position kept
+SIZES = [  # N, H, J, K, k: one element, odd rows, ties, indices of 16 bits, nothing kept, the last position kept, and
+    # rows that fit a block's registers, with more candidates than there is room for and without
     (2, 3, 7, 11, 5), (1, 1, 1, 1, 1), (2, 1, 31, 37, 1146), (1, 1, 2, 300, 3), (2, 2, 3, 5, 0), (1, 1, 1, 513, 513),
+    (1, 2, 64, 64, 48), (2, 3, 8, 40, 12),
 ]  # fmt: skip
 PLANES = [(1, 35, 6, 6), (2, 33, 7, 5), (1, 1, 2, 2), (1, 3, 33, 34), (1, 2, 37, 41)]
 LENGTHS = [1, 31, 257, 4097, 12_289]

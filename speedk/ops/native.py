@@ -29,9 +29,9 @@ def address(tensor: Tensor | None) -> int:
 
 
 def topk(scm: Tensor, k: int, *, dense: Tensor | None = None, mask: Tensor | None = None, values: Tensor | None = None,
-         rows: Tensor | None = None, cols: Tensor | None = None) -> bool | Tensor:
+         rows: Tensor | None = None, cols: Tensor | None = None, check: bool = True) -> bool | Tensor | None:
     """Fill whichever results are given, all contiguous, from scm [N, H, J, K]; returns whether scm holds a NaN (on a
-    GPU as a flag there, int32 [1]: asking for its truth waits)."""
+    GPU as a flag there, int32 [1]: asking for its truth waits; None without `check`, as a flag costs a launch)."""
     _takes(scm, DTYPES, cuda=True)
     scm = scm.contiguous()
     n, h, j, tokens = scm.shape
@@ -42,9 +42,9 @@ def topk(scm: Tensor, k: int, *, dense: Tensor | None = None, mask: Tensor | Non
     )  # fmt: skip
     if not scm.is_cuda:
         return native().topk(job)
-    flag = torch.zeros(1, dtype=torch.int32, device=scm.device)
+    flag = torch.zeros(1, dtype=torch.int32, device=scm.device) if check else None
     with torch.cuda.device(scm.device):
-        code = native().topk_cuda(job, flag.data_ptr(), torch.cuda.current_stream().cuda_stream)
+        code = native().topk_cuda(job, address(flag), torch.cuda.current_stream().cuda_stream)
     if code:
         raise RuntimeError(f"the topk kernel could not be launched: CUDA error {code}")
     return flag
@@ -85,8 +85,10 @@ def _entries(values: Tensor, rows: Tensor, cols: Tensor, J: int, K: int):
                             rows.element_size(), n * h, k, J, K)  # fmt: skip
 
 
-def coo_decode_fwd(values: Tensor, rows: Tensor, cols: Tensor, J: int, K: int) -> tuple[Tensor, bool]:
-    """The dense matrices [N, H, J, K], and whether an index was out of range (its entry is left out)."""
+def coo_decode_fwd(values: Tensor, rows: Tensor, cols: Tensor, J: int, K: int,
+                   check: bool = True) -> tuple[Tensor, bool]:
+    """The dense matrices [N, H, J, K], and whether an index was out of range (its entry is left out), which costs
+    nothing to say here."""
     values, rows, cols = values.contiguous(), rows.contiguous(), cols.contiguous()
     dense = values.new_empty(*values.shape[:2], J, K)
     bad = native().coo_decode(_entries(values, rows, cols, J, K), dense.data_ptr(), torch.get_num_threads())
@@ -102,7 +104,8 @@ def coo_decode_bwd(d_dense: Tensor, rows: Tensor, cols: Tensor) -> Tensor:
     return d_values
 
 
-def mhsc_coo_fwd(values: Tensor, rows: Tensor, cols: Tensor, saet: Tensor, J: int) -> tuple[Tensor, bool]:
+def mhsc_coo_fwd(values: Tensor, rows: Tensor, cols: Tensor, saet: Tensor, J: int,
+                 check: bool = True) -> tuple[Tensor, bool]:
     """The features [N, J, D], and whether an index was out of range (its entry is left out)."""
     values, rows, cols, saet = values.contiguous(), rows.contiguous(), cols.contiguous(), saet.contiguous()
     features = values.new_empty(values.shape[0], J, saet.shape[1])

@@ -87,7 +87,7 @@ _sparse = dispatch.Op("sparsify", native=why_not_native_topk, cuda=True)
 def _topk_mask(scm: Tensor, k: int, check: bool, backend: str) -> Tensor:
     fits_topk(scm, k)
     mask = torch.empty(scm.shape, dtype=torch.bool, device=scm.device)
-    nan = native.topk(scm, k, mask=mask)
+    nan = native.topk(scm, k, mask=mask, check=check)
     if check and nan:
         raise holds_nan()
     return mask
@@ -102,7 +102,7 @@ def _(scm: Tensor, k: int, check: bool, backend: str) -> Tensor:
 def _sparsify(scm: Tensor, k: int, check: bool, backend: str) -> Tensor:
     fits_topk(scm, k)
     kept = torch.empty(scm.shape, dtype=scm.dtype, device=scm.device)
-    nan = native.topk(scm, k, dense=kept)
+    nan = native.topk(scm, k, dense=kept, check=check)
     if check and nan:
         raise holds_nan()
     return kept

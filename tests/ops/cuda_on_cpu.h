@@ -13,6 +13,8 @@
 #define __device__
 #define __host__
 #define __forceinline__ inline
+#define __noinline__
+#define __grid_constant__
 #define __launch_bounds__(...)
 #define __shared__ static
 
@@ -103,6 +105,10 @@ template <class T> T __shfl_up_sync(unsigned, T value, unsigned step) {
   const unsigned me = emulated::current;
   return emulated::exchange(value, [me, step] { return emulated::lane<T>(me % 32 < step ? me : me - step); });
 }
+template <class T> T __shfl_sync(unsigned, T value, unsigned from) {
+  const unsigned at = emulated::current / 32 * 32 + from;
+  return emulated::exchange(value, [at] { return emulated::lane<T>(at); });
+}
 inline unsigned __ballot_sync(unsigned, bool flag) {
   const unsigned first = emulated::current / 32 * 32;
   return emulated::exchange(flag, [first] {
@@ -119,6 +125,12 @@ inline int __syncthreads_count(bool flag) {
   });
 }
 inline int __syncthreads_or(bool flag) { return __syncthreads_count(flag) != 0; }
+inline int __ffs(int bits) { return __builtin_ffs(bits); }
 inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
+struct alignas(16) int4 {
+  int x, y, z, w;
+};
+template <class T> T __ldcs(const T* from) { return *from; }
+template <class T> void __stcs(T* to, T value) { *to = value; }
 // A fibre is left at barriers alone, so that an addition is never interrupted.
 inline int atomicAdd(int* at, int value) { return (*at += value) - value; }

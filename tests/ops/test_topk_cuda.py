@@ -19,9 +19,14 @@ SHAPES = [  # N, H, J, K, k
     (1, 2, 256, 256, 192),  # K J = 65,536: the ImageNet subsets
     (2, 1, 7, 11, 5),  # rows that begin anywhere
     (1, 1, 1, 1, 1),
-    (1, 2, 64, 64, 384),  # the most that the bound serves
+    (2, 3, 64, 64, 48),  # CIFAR-10, 10
+    (1, 2, 64, 64, 192),  # the most that the bound of a short row serves
+    (1, 2, 64, 64, 193),
+    (1, 1, 8, 8, 40),  # most threads hold no entry
+    (1, 2, 4, 100, 12),
+    (1, 2, 64, 64, 512),  # the most that the bound serves
     (1, 2, 30, 40, 384),  # more than threads that hold an entry
-    (1, 2, 64, 64, 385),
+    (1, 2, 64, 64, 513),
     (1, 2, 31, 37, 1147),  # everything
     (1, 2, 2, 300, 3),  # indices of 16 bits
     (2, 2, 3, 5, 0),

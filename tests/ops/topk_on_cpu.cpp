@@ -1,16 +1,21 @@
 #include "cuda_on_cpu.h"
 
-#include "topk.cuh"
+#include "topk_short.cuh"
 
 using namespace speedk;
 
 namespace {
 
+template <class Key, class Index> bool run(const Topk& job, int* nan) {
+  if (is_short<Key, kShortThreads>(job)) {
+    return emulated::run(job.rows, kShortThreads, 1,
+                         [&] { short_topk_kernel<Key, Index, kShortThreads, kShortBlocks<Key>>(job, nan); });
+  }
+  return emulated::run(job.rows, kThreads, 1, [&] { topk_kernel<Key, Index, kThreads, kBlocks>(job, nan); });
+}
+
 template <class Key> bool run(const Topk& job, int* nan) {
-  return emulated::run(job.rows, kThreads, 1, [&] {
-    if (job.index_bytes == 2) topk_kernel<Key, uint16_t>(job, nan);
-    else topk_kernel<Key, uint8_t>(job, nan);
-  });
+  return job.index_bytes == 2 ? run<Key, uint16_t>(job, nan) : run<Key, uint8_t>(job, nan);
 }
 
 }  // namespace
