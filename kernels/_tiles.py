@@ -25,3 +25,33 @@ def multiply(a_ptr, a_row, a_col, row, in_row, w_ptr, w_out, w_in, out, in_out, 
 def load_row(ptr, col, in_col):
     """A vector of D values as [1, BD] float32, zero beyond D."""
     return tl.load(ptr + col, in_col, 0.0).to(tl.float32)[None, :]
+
+
+@triton.jit
+def load_tile(ptr, ld, row, in_row, col, in_col):
+    """A tile [BM, BN] of rows that are ld values apart, zero where there is none."""
+    return tl.load(ptr + row[:, None] * ld + col[None, :], in_row[:, None] & in_col[None, :], 0.0)
+
+
+@triton.jit
+def store_tile(ptr, ld, row, in_row, col, in_col, x):
+    tl.store(ptr + row[:, None] * ld + col[None, :], x, in_row[:, None] & in_col[None, :])
+
+
+@triton.jit
+def as_operand(x, keep, dtype: tl.constexpr):
+    """x in `dtype`, for a product whose other operand is zero where not `keep`. What stands there, of no meaning, may
+    be infinite in float16, and zero times that is no number."""
+    if dtype == tl.float16:
+        x = tl.where(keep, x, 0.0)
+    return x.to(dtype)
+
+
+@triton.jit
+def gelu(x):
+    return 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
+
+
+@triton.jit
+def gelu_slope(x):
+    return 0.5 * (1.0 + tl.erf(x * 0.7071067811865476)) + x * 0.3989422804014327 * tl.exp(-0.5 * x * x)

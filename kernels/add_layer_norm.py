@@ -32,14 +32,15 @@ def row_statistics(x, keep, D, eps):
 
 @triton.jit
 def norm_backward(d_y, normalised, weight, rstd, D):
-    """The gradient of rows before a LayerNorm, all [BR, BD] but weight [BD] and rstd [BR]; zero columns stay zero.
+    """The gradient of rows before a LayerNorm, all [BR, BD] but weight [BD] and rstd [BR]; what it gives beyond D has
+    no meaning.
 
-    The mean comes off last: taken from the product `scaled` it would be fused with it into one rounding, and what then
-    is left of a row that should vanish (D = 1) is multiplied by a rstd of up to 1 / sqrt(eps).
+    The mean is that of the very numbers it is taken from: of any others, like the products they are made of, what is
+    left of a row that should vanish (D = 1) is a rounding, multiplied by a rstd of up to 1 / sqrt(eps).
     """
     scaled = d_y * weight[None, :]
-    along = tl.sum(scaled * normalised, 1) / D
-    return (scaled - normalised * along[:, None] - (tl.sum(scaled, 1) / D)[:, None]) * rstd[:, None]
+    along = scaled - normalised * (tl.sum(scaled * normalised, 1) / D)[:, None]
+    return (along - (tl.sum(along, 1) / D)[:, None]) * rstd[:, None]
 
 
 @triton.jit(do_not_specialize=["rows"])

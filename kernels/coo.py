@@ -4,7 +4,7 @@ Entries of one (image, head) come in order of j K + k from `coo_encode`, and the
 see for themselves where it does not hold and then take a slower way to the same result, in which entries of one
 coordinate add up too. Nothing uses atomics on floats: equal inputs give equal bits. An index out of range is left out,
 never followed, and raises the flag that each launcher returns (int32 [1] on the device, read by whoever can afford to
-wait for it).
+wait for it; None where no check is asked for, as clearing a flag is a launch of its own).
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from speedk.kernels._launch import block, dot_precision, on_device_of
+from speedk.kernels._sums import sum_rows
 
 
 @triton.jit
@@ -22,50 +23,69 @@ def _load_index(ptr, at, keep):
     return tl.load(ptr + at, keep, 0).to(tl.int32)
 
 
+@triton.jit
+def _fetch(rows_ptr, cols_ptr, e, k):
+    """Rows and columns of entries e, and those of the entries before them, as they are stored."""
+    there, later = e < k, (e < k) & (e > 0)
+    return (tl.load(rows_ptr + e, there, 0), tl.load(cols_ptr + e, there, 0),
+            tl.load(rows_ptr + e - 1, later, 0), tl.load(cols_ptr + e - 1, later, 0))  # fmt: skip
+
+
+@triton.jit
+def _examine(fetched, e, k, J, K):
+    """Of entries e: rows, columns, which are there and fit, and 1 where out of order plus 2 where out of range."""
+    row, col = fetched[0].to(tl.int32), fetched[1].to(tl.int32)
+    row_before, col_before = fetched[2].to(tl.int32), fetched[3].to(tl.int32)
+    in_order = (row_before < row) | ((row_before == row) & (col_before < col))
+    fits = (row >= 0) & (row < J) & (col >= 0) & (col < K)
+    fault = ((e < k) & (e > 0) & ~in_order).to(tl.int32) + 2 * ((e < k) & ~fits).to(tl.int32)
+    return row, col, (e < k) & fits, fault
+
+
+@triton.jit
+def _place(values_ptr, rows_ptr, cols_ptr, dense_ptr, value, row, col, fits, low, k, K, fault, BO: tl.constexpr):
+    value = value.to(tl.float32)
+    if fault & 1:  # there may be several of one coordinate: each of them stores the sum of all
+        value = tl.zeros(row.shape, tl.float32)
+        for other in range(0, k):
+            same = (row == tl.load(rows_ptr + other).to(tl.int32)) & (col == tl.load(cols_ptr + other).to(tl.int32))
+            value += tl.where(same, tl.load(values_ptr + other).to(tl.float32), 0.0)
+    at = row.to(tl.int64) * K + col - low
+    tl.store(dense_ptr + at, value.to(dense_ptr.dtype.element_ty), fits & (at >= 0) & (at < BO))
+
+
 @triton.jit(do_not_specialize=["k", "tiles"])
 def _coo_decode_fwd_kernel(
     values_ptr, rows_ptr, cols_ptr, dense_ptr, bad_ptr, k, J, K, tiles,
     BE: tl.constexpr, BO: tl.constexpr,
 ):  # fmt: skip
-    """A program fills BO elements of one matrix [J, K]: zeros, then those of its k entries that fall inside."""
-    program = tl.program_id(0).to(tl.int64)
-    matrix = program // tiles
-    low = program % tiles * BO
+    """A program fills BO elements of one matrix [J, K]: zeros, then those of its k entries that fall inside. The first
+    BE entries are fetched at once, values and all, and wait for memory once."""
+    matrix = (tl.program_id(0) // tiles).to(tl.int64)
+    low = (tl.program_id(0) % tiles).to(tl.int64) * BO
     size = tl.cast(J, tl.int64) * K  # J = 1 is a constant, without methods of its own
     dense_ptr += matrix * size + low
     values_ptr += matrix * k
     rows_ptr += matrix * k
     cols_ptr += matrix * k
     inside = tl.arange(0, BO)
-    tl.store(dense_ptr + inside, tl.zeros((BO,), dense_ptr.dtype.element_ty), inside < size - low)
+    rest = tl.minimum(size - low, BO).to(tl.int32)
+    tl.store(dense_ptr + inside, tl.zeros((BO,), dense_ptr.dtype.element_ty), inside < rest)
+    e = tl.arange(0, BE)
+    fetched, value = _fetch(rows_ptr, cols_ptr, e, k), tl.load(values_ptr + e, e < k, 0.0)
     tl.debug_barrier()  # the zeros of all threads come before any entry
 
-    disorder = 0
-    bad = 0
-    for start in range(0, k, BE):
-        e = start + tl.arange(0, BE)
-        row, col = _load_index(rows_ptr, e, e < k), _load_index(cols_ptr, e, e < k)
-        later = (e < k) & (e > 0)
-        row_before, col_before = _load_index(rows_ptr, e - 1, later), _load_index(cols_ptr, e - 1, later)
-        in_order = (row_before < row) | ((row_before == row) & (col_before < col))
-        disorder += tl.sum((later & ~in_order).to(tl.int32), 0)
-        fits = (row >= 0) & (row < J) & (col >= 0) & (col < K)
-        bad += tl.sum(((e < k) & ~fits).to(tl.int32), 0)
-    if bad > 0:
-        tl.store(bad_ptr, 1)
-
-    for start in range(0, k, BE):
-        e = start + tl.arange(0, BE)
-        row, col = _load_index(rows_ptr, e, e < k), _load_index(cols_ptr, e, e < k)
-        fits = (e < k) & (row >= 0) & (row < J) & (col >= 0) & (col < K)
-        at = row.to(tl.int64) * K + col - low
-        value = tl.load(values_ptr + e, fits, 0.0).to(tl.float32)
-        if disorder > 0:  # there may be several of one coordinate: each of them stores the sum of all
-            value = tl.zeros((BE,), tl.float32)
-            for other in range(0, k):
-                same = (row == tl.load(rows_ptr + other).to(tl.int32)) & (col == tl.load(cols_ptr + other).to(tl.int32))
-                value += tl.where(same, tl.load(values_ptr + other).to(tl.float32), 0.0)
-        tl.store(dense_ptr + at, value.to(dense_ptr.dtype.element_ty), fits & (at >= 0) & (at < BO))
+    row, col, fits, fault = _examine(fetched, e, k, J, K)
+    for start in range(BE, k, BE):
+        fault |= _examine(_fetch(rows_ptr, cols_ptr, start + e, k), start + e, k, J, K)[3]
+    fault = tl.reduce_or(fault, 0)
+    if bad_ptr is not None:
+        tl.store(bad_ptr, 1, fault > 1)
+    _place(values_ptr, rows_ptr, cols_ptr, dense_ptr, value, row, col, fits, low, k, K, fault, BO)
+    for start in range(BE, k, BE):
+        row, col, fits, _ = _examine(_fetch(rows_ptr, cols_ptr, start + e, k), start + e, k, J, K)
+        value = tl.load(values_ptr + start + e, fits, 0.0)
+        _place(values_ptr, rows_ptr, cols_ptr, dense_ptr, value, row, col, fits, low, k, K, fault, BO)
 
 
 @triton.jit(do_not_specialize=["k", "blocks"])
@@ -120,8 +140,8 @@ def _mhsc_coo_fwd_kernel(
         disorder += tl.sum((later & (_load_index(rows_ptr, e - 1, later) > row)).to(tl.int32), 0)
         fits = (row >= 0) & (row < J) & (col >= 0) & (col < K)
         bad += tl.sum(((e < k) & ~fits).to(tl.int32), 0)
-    if bad > 0:
-        tl.store(bad_ptr, 1)
+    if bad_ptr is not None:
+        tl.store(bad_ptr, 1, bad > 0)
 
     acc = tl.zeros((BJ, BD), tl.float32)
     if disorder > 0:
@@ -199,9 +219,10 @@ def _mhsc_coo_saet_bwd_kernel(
 
 
 def coo_decode_meta(size: int, k: int) -> dict[str, int]:
-    """Blocks for matrices of `size` elements with k entries: 32 elements written by a thread."""
-    BO = block(size, 128, 8192)
-    return {"BE": block(k, 16, 1024), "BO": BO, "num_warps": max(1, min(8, BO // 1024))}
+    """Blocks for matrices of `size` elements with k entries. A thread writes 64 elements of a small matrix, or 32 where
+    each is a store of its own; of one that takes several large blocks 32, as there are more entries to look through."""
+    BO = block(size, 128, 8192 if size > 4096 else 2048)
+    return {"BE": block(k, 16, 1024), "BO": BO, "num_warps": max(1, BO // (1024 if size > 4096 or size % 4 else 2048))}
 
 
 def mhsc_coo_meta(J: int, d: int, k: int) -> dict[str, int]:
@@ -232,12 +253,18 @@ def _plain(index: Tensor) -> Tensor:
     return index.clamp(-1, 2**31 - 1).to(torch.int32) if index.dtype == torch.int64 else index.contiguous()
 
 
-def coo_decode_fwd(values: Tensor, rows: Tensor, cols: Tensor, J: int, K: int) -> tuple[Tensor, Tensor]:
+def _flag(values: Tensor, check: bool) -> Tensor | None:
+    return torch.zeros(1, device=values.device, dtype=torch.int32) if check else None
+
+
+def coo_decode_fwd(
+    values: Tensor, rows: Tensor, cols: Tensor, J: int, K: int, check: bool = True
+) -> tuple[Tensor, Tensor | None]:
     """values and integer rows, cols [N, H, k], any strides -> (dense [N, H, J, K], flag int32 [1]: 1 where an index is
     out of range, whose entry is left out)."""
     N, H, k = values.shape
     dense = torch.empty(N, H, J, K, device=values.device, dtype=values.dtype)
-    bad = torch.zeros(1, device=values.device, dtype=torch.int32)
+    bad = _flag(values, check)
     if N * H * max(J * K, k) == 0:
         return dense, bad
     meta = coo_decode_meta(J * K, k)
@@ -265,13 +292,15 @@ def coo_decode_bwd(d_dense: Tensor, rows: Tensor, cols: Tensor) -> Tensor:
     return d_values
 
 
-def mhsc_coo_fwd(values: Tensor, rows: Tensor, cols: Tensor, saet: Tensor, J: int) -> tuple[Tensor, Tensor]:
+def mhsc_coo_fwd(
+    values: Tensor, rows: Tensor, cols: Tensor, saet: Tensor, J: int, check: bool = True
+) -> tuple[Tensor, Tensor | None]:
     """values and integer rows, cols [N, H, k], saet [K, D], any strides -> (tokens [N, J, D] of the values' dtype,
     flag int32 [1]: 1 where an index is out of range, whose entry is left out)."""
     N, H, k = values.shape
     K, D = saet.shape
     out = torch.empty(N, J, D, device=values.device, dtype=values.dtype)
-    bad = torch.zeros(1, device=values.device, dtype=torch.int32)
+    bad = _flag(values, check)
     if N * H * max(J * D, k) == 0:
         return out, bad
     meta = mhsc_coo_meta(J, D // H, k)
@@ -313,5 +342,5 @@ def mhsc_coo_bwd(
                 d_out, values.contiguous(), rows, cols, partial, N, k, H, J, K, d, images, blocks_d,
                 *d_out.stride(), PRECISION=precision, **meta,
             )  # fmt: skip
-            d_saet = partial.sum(0).to(saet.dtype)
+            d_saet = sum_rows(partial.view(len(partial), -1), saet.dtype, (K, D))[0]
     return d_values, d_saet

@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from speedk.kernels._launch import block, dot_precision, on_device_of
+from speedk.kernels._sums import sum_rows
 
 SPLIT_PROGRAMS = 1024
 """Programs aimed at by the backward kernel, which splits the tokens: 4 to 8 for each multiprocessor of an A100 or H100.
@@ -74,22 +75,27 @@ def mhsc_fwd_meta(K: int, d: int, precision: str, itemsize: int) -> dict[str, in
     """Blocks of the forward kernel for K tokens and heads of width d."""
     BD = block(d)
     if BD > 64:
-        return {"BM": 32 if precision == "ieee" else 64, "BK": 16, "BD": BD, "num_warps": 8, "num_stages": 2}
+        return {"BM": 32 if precision == "tf32x3" else 64, "BK": 16, "BD": BD, "num_warps": 8, "num_stages": 2}
     if K % 16 or d % 16:  # no address is a multiple of 16 bytes, and each takes registers of its own
         return {"BM": 64, "BK": block(K, largest=32), "BD": BD, "num_warps": 8, "num_stages": 3}
-    return {"BM": 128, "BK": block(K, largest=32 if itemsize == 4 else 64), "BD": BD,
-            "num_warps": 4 if BD <= 32 else 8, "num_stages": 3}  # fmt: skip
+    if itemsize == 2:
+        return {"BM": 64, "BK": block(K, largest=64), "BD": BD, "num_warps": 4, "num_stages": 2}
+    tall = precision == "tf32" and BD <= 64
+    return {"BM": 256 if tall else 128, "BK": block(K, largest=32), "BD": BD,
+            "num_warps": 4 if BD <= 32 and not tall else 8, "num_stages": 3}  # fmt: skip
 
 
 def mhsc_bwd_meta(K: int, d: int, precision: str, itemsize: int) -> dict[str, int]:
     """Blocks of the backward kernel for K tokens and heads of width d."""
     BD = block(d)
-    if BD > 64 or (itemsize == 4 and precision == "ieee"):  # without tensor cores, or this wide, larger blocks spill
-        return {"BM": 32 if BD <= 128 else 16, "BK": block(K, largest=64 if BD <= 64 else 32), "BD": BD,
+    if BD > 64 or (itemsize == 4 and precision == "tf32x3"):  # without tensor cores, or this wide, larger blocks spill
+        return {"BM": 32 if BD <= 128 else 16, "BK": block(K, largest=32), "BD": BD,
                 "num_warps": 8, "num_stages": 1}  # fmt: skip
     if K % 16 or d % 16:
         return {"BM": 32, "BK": block(K, largest=64), "BD": BD, "num_warps": 8, "num_stages": 2}
-    return {"BM": 64, "BK": block(K, largest=64), "BD": BD, "num_warps": 4, "num_stages": 2}
+    if itemsize == 2:
+        return {"BM": 32, "BK": block(K, largest=64), "BD": BD, "num_warps": 4, "num_stages": 3}
+    return {"BM": 64, "BK": block(K, largest=64), "BD": BD, "num_warps": 8, "num_stages": 2}
 
 
 def mhsc_fwd(scm: Tensor, saet: Tensor) -> Tensor:
@@ -134,4 +140,4 @@ def mhsc_bwd(
             N * J, J, K, D // H, H, tiles, *d_out.stride(), *scm.stride(), *saet.stride(),
             NEED_SCM=need_scm, NEED_SAET=need_saet, PRECISION=precision, **meta,
         )  # fmt: skip
-    return d_scm, partial.sum(0).to(saet.dtype) if need_saet else None
+    return d_scm, sum_rows(partial.view(splits, -1), saet.dtype, (K, D))[0] if need_saet else None

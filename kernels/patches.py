@@ -1,7 +1,9 @@
 """Fold and unfold: images [N, C, H, W] <-> tokens [N, J, L] of one patch each, L = (row r, column c, channel).
 
-A program moves a block of tokens as a tile of four dimensions, so that both sides are read and written in order: the
-tokens with the channel fastest, the image with the column fastest and neighbouring patches next to each other.
+Neighbouring columns of a patch, 16 bytes of each channel, are as many bytes on end in the tokens. A thread reads such
+units, C accesses of 16 bytes each, and puts their values in order in its registers. It writes an image's lines itself;
+to tokens the values go through shared memory, so that neighbouring threads write on end. Units are taken in the tokens'
+order.
 
 The final linear writes images straight from its accumulators. Its L outputs are taken in the order (channel, row,
 column) by reading the rows of the weight in that order, so that what a program holds are whole lines of a patch, LT
@@ -18,60 +20,107 @@ import triton.language as tl
 from torch import Tensor
 
 from speedk.kernels._launch import block, cut, dot_precision, on_device_of, padded, up_to
+from speedk.kernels._sums import sum_rows
 from speedk.kernels._tiles import load_row, multiply
 
 
-@triton.jit(do_not_specialize=["count"])
+@triton.jit
+def _columns(tiles, LOG: tl.constexpr):
+    """The columns [B, 1] of tiles [B, 2^LOG]: all first ones, then all second ones, and so on."""
+    for _ in tl.static_range(LOG):
+        left, right = (), ()
+        for i in tl.static_range(len(tiles)):
+            even, odd = tl.split(tl.reshape(tiles[i], (tiles[i].shape[0], tiles[i].shape[1] // 2, 2)))
+            left += (even,)
+            right += (odd,)
+        tiles = left + right
+    return tiles
+
+
+@triton.jit
+def _tiles(columns, LOG: tl.constexpr):
+    """The inverse of `_columns`."""
+    for _ in tl.static_range(LOG):
+        tiles = ()
+        for i in tl.static_range(len(columns) // 2):
+            both = tl.join(columns[i], columns[i + len(columns) // 2])
+            tiles += (tl.reshape(both, (both.shape[0], both.shape[1] * 2)),)
+        columns = tiles
+    return columns
+
+
+@triton.jit(do_not_specialize=["chunks", "units", "side"])
 def _patches_kernel(
-    image_ptr, tokens_ptr, count, J, side, C,
-    image_n, image_c, image_h, image_w, tokens_n, tokens_j, tokens_l,
-    P: tl.constexpr, BT: tl.constexpr, BP: tl.constexpr, BW: tl.constexpr, BC: tl.constexpr, FOLD: tl.constexpr,
+    image_ptr, tokens_ptr, chunks, units, side, image_n, image_c, image_h, image_w, tokens_n, tokens_j, tokens_l,
+    C: tl.constexpr, P: tl.constexpr, LOG: tl.constexpr, PAD: tl.constexpr, B: tl.constexpr, FOLD: tl.constexpr,
+    WIDE: tl.constexpr,
 ):  # fmt: skip
-    """FOLD: tokens -> image; else image -> tokens. `side`: patches in a row; `count`: N J tokens."""
-    token = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT)
-    r = (tl.program_id(1) * BP + tl.arange(0, BP)).to(tl.int64)
-    n, j = token // J, token % J
-    c = tl.arange(0, BW).to(tl.int64)
-    for first in range(0, C, BC):
-        ch = first + tl.arange(0, BC)
-        # tokens side: [BT, BP, BW, BC], channel fastest
-        inner = (r[:, None, None] * P + c[None, :, None]) * C + ch[None, None, :]
-        tokens_ptrs = tokens_ptr + (n * tokens_n + j * tokens_j)[:, None, None, None] + inner[None] * tokens_l
-        fits = (r < P)[:, None, None] & (c < P)[None, :, None] & (ch < C)[None, None, :]
-        tokens_keep = (token < count)[:, None, None, None] & fits[None]
-        # image side: [BC, BP, BT, BW], column fastest, then the patches of a row
-        line = ch[:, None].to(tl.int64) * image_c + r[None, :] * image_h  # [BC, BP]
-        corner = n * image_n + (j // side * P) * image_h + (j % side * P) * image_w
-        image_ptrs = image_ptr + line[:, :, None, None] + corner[None, None, :, None] + (c * image_w)[None, None, None]
-        line_fits = (ch < C)[:, None] & (r < P)[None, :]
-        image_keep = line_fits[:, :, None, None] & (token < count)[None, None, :, None] & (c < P)[None, None, None]
+    """FOLD: tokens -> image; else image -> tokens. A unit is V = 2^LOG neighbouring columns of a patch: V values of
+    each channel in the image, C V in the tokens. `units`: of an image; `side`: patches in a row. C is at most 2^PAD."""
+    V: tl.constexpr = 1 << LOG
+    Q: tl.constexpr = P // V
+    program = tl.program_id(0)
+    n = (program // chunks).to(tl.int64)
+    u = (program % chunks).to(tl.int64 if WIDE else tl.int32) * B + tl.arange(0, B)
+    keep = (u < units)[:, None]
+    j, at = u // (P * Q), u % (P * Q)
+    y, x = j // side * P + at // Q, j % side * Q + at % Q
+    v = tl.arange(0, V)[None, :].to(tl.int64)
+    # multiples of V, as the launcher sees to: what is V wide is moved at once
+    image_at = tl.multiple_of(n * image_n + y.to(tl.int64) * image_h + x.to(tl.int64) * (V * image_w), V)
+    tokens_at = tl.multiple_of(n * tokens_n + j.to(tl.int64) * tokens_j + at.to(tl.int64) * (C * V * tokens_l), V)
+    image_ptrs = image_ptr + image_at[:, None] + v * image_w
+    tokens_ptrs = tokens_ptr + tokens_at[:, None] + v * tokens_l
+    if LOG > 0:
+        image_c = tl.multiple_of(image_c, V)
+    source, target = (tokens_ptrs, image_ptrs) if FOLD else (image_ptrs, tokens_ptrs)
+    step, stride = (V * tokens_l, image_c) if FOLD else (image_c, V * tokens_l)
+    if LOG == 0:
+        for ch in range(C):
+            tl.store(target + ch * stride, tl.load(source + ch * step, keep), keep)
+    else:  # C tiles [B, V], whose values a thread exchanges among its own: value v C + ch of a unit is column v of ch
+        tiles, moved = (), ()
+        for i in tl.static_range(C):
+            tiles += (tl.load(source + i * step, keep),)
+        columns = _columns(tiles, LOG)
         if FOLD:
-            tile = tl.load(tokens_ptrs, tokens_keep)
-            tl.store(image_ptrs, tl.permute(tile, (3, 1, 0, 2)), image_keep)
-        else:
-            tile = tl.load(image_ptrs, image_keep)
-            tl.store(tokens_ptrs, tl.permute(tile, (2, 1, 3, 0)), tokens_keep)
+            for i in tl.static_range(C * V):
+                moved += (columns[i % V * C + i // V],)
+            tiles = _tiles(moved, LOG)
+            for i in tl.static_range(C):
+                tl.store(target + i * stride, tiles[i], keep)
+        else:  # one tile, of which the compiler lets neighbouring threads store what is on end
+            for i in tl.static_range(V << PAD):
+                moved += (columns[i % (C * V)],)
+            f = tl.arange(0, V << PAD)[None, :]
+            tl.store(tokens_ptr + tokens_at[:, None] + f, _tiles(moved, LOG + PAD)[0], keep & (f < C * V))
 
 
-def patches_meta(C: int, patch: int) -> dict[str, int]:
-    """A tile of about 2,048 values: BT tokens of BP rows of a patch, BC channels."""
-    BC = block(C, 1, 4)
-    BW = block(patch, 1)
-    BP = min(BW, max(1, 512 // (BW * BC)))
-    return {"BT": max(1, 2048 // (BW * BC * BP)), "BP": BP, "BW": BW, "BC": BC, "num_warps": 4}
+def patches_meta(images: Tensor, tokens: Tensor, patch: int) -> dict[str, int]:
+    """Units as wide as 16 bytes, the patch and the strides allow, and B of them, two to a thread; one where it has
+    more than 4 channels, which take as many registers."""
+    C, H, W = images.shape[1:]
+    apart = (*images.stride()[:3], *tokens.stride()[:2], patch)
+    log, pad = 0, (C - 1).bit_length()
+    if images.stride(3) == tokens.stride(2) == 1 and not (images.data_ptr() | tokens.data_ptr()) % 16:
+        while images.element_size() << log < 16 and 1 << pad + log < 32 and not any(s % (2 << log) for s in apart):
+            log += 1
+    B = block(H * W >> log, 32, 256)
+    return {"LOG": log, "PAD": pad, "B": B, "num_warps": max(1, B // (64 if pad < 3 else 32))}
 
 
 def _move(images: Tensor, tokens: Tensor, patch: int, fold: bool) -> None:
-    N, C, _, W = images.shape
-    J = tokens.shape[1]
+    N, C, H, W = images.shape
     if images.numel() == 0:
         return
-    meta = patches_meta(C, patch)
-    grid = (triton.cdiv(N * J, meta["BT"]), triton.cdiv(patch, meta["BP"]))
+    meta = patches_meta(images, tokens, patch)
+    units = H * W >> meta["LOG"]
+    chunks = triton.cdiv(units, meta["B"])
     with on_device_of(images):
-        _patches_kernel[grid](
-            images, tokens, N * J, J, W // patch, C, *images.stride(), *tokens.stride(), P=patch, FOLD=fold, **meta
-        )
+        _patches_kernel[(N * chunks,)](
+            images, tokens, chunks, units, W // patch, *images.stride(), *tokens.stride(),
+            C=C, P=patch, FOLD=fold, WIDE=units + meta["B"] >= 2**31, **meta,
+        )  # fmt: skip
 
 
 def patchify_fwd(images: Tensor, patch: int) -> Tensor:
@@ -166,11 +215,11 @@ def _tokens_to_images_state_bwd_kernel(
 
 @triton.jit(do_not_specialize=["count", "tiles"])
 def _tokens_to_images_weight_bwd_kernel(
-    d_image_ptr, state_ptr, d_weight_ptr, d_bias_ptr, count, J, side, C, D, tiles,
+    d_image_ptr, state_ptr, partial_ptr, count, J, side, C, D, tiles,
     image_n, image_c, image_h, image_w, state_row, state_col,
     P: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr, LT: tl.constexpr, BP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """A program walks `tiles` blocks of tokens and writes partial sums: d_weight [split, L, D], d_bias [split, L]."""
+    """A program walks `tiles` blocks of tokens and writes partial sums [split, L D + L], of d_weight and of d_bias."""
     split = tl.program_id(0).to(tl.int64)
     first = tl.program_id(1) * LT
     d = (tl.program_id(2) * BD + tl.arange(0, BD)).to(tl.int64)
@@ -186,14 +235,15 @@ def _tokens_to_images_weight_bwd_kernel(
         state = tl.load(state_ptrs, (token < count)[:, None] & (d < D)[None, :], 0.0)  # [BM, BD]
         d_weight = tl.dot(tl.trans(d_patch), state, d_weight, input_precision=PRECISION)
         d_bias += tl.sum(d_patch.to(tl.float32), 0)
-    at = split * C * P * P + output
-    tl.store(d_weight_ptr + at[:, None] * D + d[None, :], d_weight, exists[:, None] & (d < D)[None, :])
+    partial_ptr += split * C * P * P * (D + 1)
+    tl.store(partial_ptr + output[:, None] * D + d[None, :], d_weight, exists[:, None] & (d < D)[None, :])
     if tl.program_id(2) == 0:
-        tl.store(d_bias_ptr + at, d_bias, exists)
+        tl.store(partial_ptr + C * P * P * D + output, d_bias, exists)
 
 
 SPLIT_PROGRAMS = 1024
-"""Programs that share the tokens in the gradient of the weight; fixed, so that the sums have one order everywhere."""
+"""Programs that share the tokens in the gradient of the weight, or fewer, so that their sums take no more memory than
+the tokens; the same on each device, so that the sums have one order everywhere."""
 
 
 def lines_meta(C: int, patch: int) -> dict[str, int]:
@@ -210,12 +260,19 @@ def tokens_to_images_fwd_meta(C: int, patch: int, D: int) -> dict[str, int]:
             "num_warps": 8 if spread else 4, "num_stages": 3}  # fmt: skip
 
 
-def tokens_to_images_bwd_meta(C: int, patch: int, D: int, precision: str, itemsize: int) -> dict[str, int]:
-    """Blocks of both backward kernels."""
-    registers = itemsize == 4 and precision == "ieee"  # no tensor cores: operands come through registers
-    spread = registers or patch > 64
-    return {**lines_meta(C, patch), "BM": 32 if spread else 64, "BD": block(D, 16, 64),
-            "num_warps": 8 if spread else 4, "num_stages": 1 if registers else 2}  # fmt: skip
+def tokens_to_images_bwd_meta(C: int, patch: int, D: int, precision: str, itemsize: int,
+                              of_weight: bool) -> dict[str, int]:
+    """Blocks of either backward kernel. In tf32 small ones: of the tensor cores' two instructions the one for larger
+    blocks wants operands the other way round than they lie."""
+    lines = lines_meta(C, patch)
+    full = itemsize == 4 and precision == "tf32x3"
+    if patch > 64 or full:  # the addresses of long lines, or operands in two halves, take registers
+        return {**lines, "BM": 32, "BD": block(D, 16, 64), "num_warps": 8, "num_stages": 1 if full else 2}
+    half = {"LT": max(lines["LT"] // 2, triton.cdiv(16, lines["BP"])), "BP": lines["BP"]}
+    if itemsize == 4:
+        return {**half, "BM": 32, "BD": block(D, 16, 128), "num_warps": 4, "num_stages": 2}
+    return {**(lines if of_weight else half), "BM": 64, "BD": block(D, 16, 64), "num_warps": 4,
+            "num_stages": 3 if of_weight else 2}  # fmt: skip
 
 
 def tokens_to_images_fwd(state: Tensor, weight: Tensor, bias: Tensor, channels: int, patch: int) -> Tensor:
@@ -250,30 +307,31 @@ def tokens_to_images_bwd(
         )
         return (d_state if d_state is None else cut(d_state, N, J, D),
                 d_weight if d_weight is None else cut(d_weight, L, D), d_bias)  # fmt: skip
-    d_state = torch.zeros(N, J, D, device=state.device, dtype=state.dtype) if need_state else None
-    d_weight = torch.zeros(L, D, device=state.device, dtype=weight.dtype) if need_weight else None
-    d_bias = torch.zeros(L, device=state.device, dtype=weight.dtype) if need_weight else None
+    new, d_weight, d_bias = torch.empty if N * J * L * D else torch.zeros, None, None
+    d_state = new(N, J, D, device=state.device, dtype=state.dtype) if need_state else None
     if N * J * L * D == 0:
-        return d_state, d_weight, d_bias
+        return d_state, *((weight.new_zeros(L, D), weight.new_zeros(L)) if need_weight else (None, None))
     side, precision = math.isqrt(J), dot_precision(state.dtype)
-    meta = tokens_to_images_bwd_meta(C, patch, D, precision, state.element_size())
-    blocks, blocks_d, blocks_l = (triton.cdiv(N * J, meta["BM"]), triton.cdiv(D, meta["BD"]),
-                                  triton.cdiv(C * patch, meta["LT"]))  # fmt: skip
     with on_device_of(state):
         if need_state:
-            _tokens_to_images_state_bwd_kernel[(blocks, blocks_d)](
+            meta = tokens_to_images_bwd_meta(C, patch, D, precision, state.element_size(), of_weight=False)
+            grid = triton.cdiv(N * J, meta["BM"]), triton.cdiv(D, meta["BD"])
+            _tokens_to_images_state_bwd_kernel[grid](
                 d_images, weight, d_state, N * J, J, side, C, D, *d_images.stride(), *weight.stride(),
                 P=patch, PRECISION=precision, **meta,
             )  # fmt: skip
         if need_weight:
             state = state.reshape(-1, D)
-            tiles = triton.cdiv(blocks, max(1, SPLIT_PROGRAMS // (blocks_d * blocks_l)))
+            meta = tokens_to_images_bwd_meta(C, patch, D, precision, state.element_size(), of_weight=True)
+            blocks, blocks_d, blocks_l = (triton.cdiv(N * J, meta["BM"]), triton.cdiv(D, meta["BD"]),
+                                          triton.cdiv(C * patch, meta["LT"]))  # fmt: skip
+            wanted = min(SPLIT_PROGRAMS // (blocks_d * blocks_l), state.nbytes // (4 * L * (D + 1)))
+            tiles = triton.cdiv(blocks, max(1, wanted))
             splits = triton.cdiv(blocks, tiles)
-            partial = torch.empty(splits, L, D, device=state.device, dtype=torch.float32)
-            partial_bias = torch.empty(splits, L, device=state.device, dtype=torch.float32)
+            partial = torch.empty(splits, L * (D + 1), device=state.device, dtype=torch.float32)
             _tokens_to_images_weight_bwd_kernel[(splits, blocks_l, blocks_d)](
-                d_images, state, partial, partial_bias, N * J, J, side, C, D, tiles, *d_images.stride(),
+                d_images, state, partial, N * J, J, side, C, D, tiles, *d_images.stride(),
                 *state.stride(), P=patch, PRECISION=precision, **meta,
             )  # fmt: skip
-            d_weight, d_bias = partial.sum(0).to(weight.dtype), partial_bias.sum(0).to(weight.dtype)
+            d_weight, d_bias = sum_rows(partial, weight.dtype, (L, D), (L,))
     return d_state, d_weight, d_bias

@@ -13,12 +13,12 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = {80: 163 * 1024, 90: 227 * 1024}  # bytes a block may ask for
-SPILLED = {"_freenet_block_fwd_kernel": 128, "_freenet_block_bwd_kernel": 256, "_add_layer_norm_bwd_kernel": 160}
-"""Bytes a thread may spill, 64 where nothing is said. The first two hold whole rows of several matrices at a time, and
-fewer rows would read the weights more often, which costs more than these bytes; the third spills at its widest rows
-alone, 56 with Triton 3.7 and 152 with 3.6. What is left over differs between versions of Triton."""
+SPILLED = {"_freenet_block_fwd_kernel": 320, "_freenet_block_bwd_kernel": 416, "_add_layer_norm_bwd_kernel": 160}
+"""Bytes a thread may spill, 64 where nothing is said. The first two hold whole rows of several matrices at a time: on
+an H200 four warps that spill are faster than eight that do not, as a norm then needs no other warp; the third spills at
+its widest rows alone, 56 with Triton 3.7 and 152 with 3.6. What is left over differs between versions of Triton."""
 WARPS = {"_add_layer_norm_fwd_kernel": 24, "_coo_decode_fwd_kernel": 32, "_coo_decode_bwd_kernel": 48,
-         "_mhsc_coo_fwd_kernel": 28, "_patches_kernel": 16}  # fmt: skip
+         "_mhsc_coo_fwd_kernel": 28, "_patches_kernel": 28}  # fmt: skip
 """Warps that registers and shared memory must leave room for on a multiprocessor, 8 where nothing is said (two for each
 of its schedulers): these move memory, and hide its latency behind one another."""
 
@@ -70,10 +70,7 @@ def test_enough_warps_fit_at_once(table):
 
 
 def test_products_reach_the_tensor_cores(table):
-    """In tf32 and bfloat16 each kernel that multiplies matrices does so there; in full float32 none may."""
-    for row in table:
-        if "float32" in row["case"]:
-            assert not row["mma"] + row["wgmma"], named([row])
+    """Each kernel that multiplies matrices does so there, in full float32 by three products of halves."""
     products = {row["kernel"] for row in table if row["case"].startswith("tf32")}
-    low = [row for row in table if row["kernel"] in products and "float32" not in row["case"]]
-    assert not (missed := [row for row in low if not row["mma"] + row["wgmma"]]), named(missed)
+    rows = [row for row in table if row["kernel"] in products]
+    assert not (missed := [row for row in rows if not row["mma"] + row["wgmma"]]), named(missed)

@@ -46,8 +46,8 @@ def capture(launches: dict, label: str, function: JITFunction, args: tuple, kwar
             attrs[(i,)] = [["tt.divisibility", 16]]
         elif isinstance(value, float):
             signature[p.name] = "fp32"
-        elif value == 1 and not p.do_not_specialize:
-            signature[p.name], constants[(i,)] = "constexpr", 1
+        elif value is None or (value == 1 and not p.do_not_specialize):
+            signature[p.name], constants[(i,)] = "constexpr", value
         else:
             signature[p.name] = "i32" if -(2**31) <= value < 2**31 else "i64"
             if value % 16 == 0 and not p.do_not_specialize:

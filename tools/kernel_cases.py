@@ -97,6 +97,7 @@ def _norms(rows: torch.Tensor, vector: torch.Tensor, label: str) -> Iterator:
 
 def _stored(values: torch.Tensor, index: torch.Tensor, scm: torch.Tensor, saet: torch.Tensor, label: str) -> Iterator:
     J, K = scm.shape[2:]
-    yield label, lambda: coo.coo_decode_fwd(values, index, index, J, K)
+    for check in (False, True):
+        yield label, lambda check=check: coo.coo_decode_fwd(values, index, index, J, K, check)
     yield label, lambda: coo.coo_decode_bwd(scm, index, index)
     yield label, lambda: coo.mhsc_coo_fwd(values, index, index, saet, J)

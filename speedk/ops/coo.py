@@ -156,7 +156,7 @@ _mhsc = dispatch.Op("mhsc_coo", triton=why_not_triton, native=why_not_native)
 def _coo_encode(scm: Tensor, k: int, check: bool, backend: str) -> tuple[Tensor, Tensor, Tensor]:
     _fits_encode(scm, k)
     values, rows, cols = _encoded(scm, k)
-    nan = native.topk(scm, k, values=values, rows=rows, cols=cols)
+    nan = native.topk(scm, k, values=values, rows=rows, cols=cols, check=check)
     if check and nan:
         raise holds_nan()
     return values, rows, cols
@@ -190,7 +190,7 @@ _coo_encode.register_autograd(_encode_backward, setup_context=_encode_save)
 @registered.custom_op("speedk::coo_decode")
 def _coo_decode(values: Tensor, rows: Tensor, cols: Tensor, J: int, K: int, check: bool, backend: str) -> Tensor:
     _fits(values, rows, cols, J, K)
-    dense, bad = dispatch.launchers(backend, "coo").coo_decode_fwd(values, rows, cols, J, K)
+    dense, bad = dispatch.launchers(backend, "coo").coo_decode_fwd(values, rows, cols, J, K, check)
     if check and bad:
         raise _out_of_range(J, K)
     return dense
@@ -240,7 +240,7 @@ _coo_decode_bwd.register_autograd(_decode_double_backward, setup_context=_decode
 @registered.custom_op("speedk::mhsc_coo")
 def _mhsc_coo(values: Tensor, rows: Tensor, cols: Tensor, saet: Tensor, J: int, check: bool, backend: str) -> Tensor:
     fits_mhsc_coo(values, rows, cols, saet, J)
-    features, bad = dispatch.launchers(backend, "coo").mhsc_coo_fwd(values, rows, cols, saet, J)
+    features, bad = dispatch.launchers(backend, "coo").mhsc_coo_fwd(values, rows, cols, saet, J, check)
     if check and bad:
         raise _out_of_range(J, saet.shape[0])
     return features

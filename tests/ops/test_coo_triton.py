@@ -48,6 +48,9 @@ def test_decode(shape, dtype, order):
     exact = forms.coo_decode(values.double(), rows, cols, J, K)
     assert_matches("decode", got, exact.to(dtype), exact)
     assert not bad.item()
+    with poisoned_memory():
+        unchecked, bad = coo.coo_decode_fwd(values, rows, cols, J, K, check=False)
+    assert torch.equal(unchecked, got) and bad is None
     d_dense = randn(N, H, J, K, dtype=dtype, seed=3, layout="transposed")
     with poisoned_memory():
         d_values = coo.coo_decode_bwd(d_dense, rows, cols)
@@ -94,6 +97,7 @@ def test_an_index_out_of_range(index, row, col):
     got, bad = coo.coo_decode_fwd(values, rows, cols, 4, 3)
     assert torch.equal(got, want) and bad.item() == 1
     saet = randn(3, 5)
+    assert torch.equal(coo.coo_decode_fwd(values, rows, cols, 4, 3, check=False)[0], want)
     got, bad = coo.mhsc_coo_fwd(values, rows, cols, saet, 4)
     torch.testing.assert_close(got, forms.mhsc(want, saet))
     assert bad.item() == 1

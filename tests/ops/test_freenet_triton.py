@@ -85,10 +85,45 @@ def test_wide(shape):
     check_backward(d_out, features, state, weights, "branch")
 
 
-def test_backward_in_chunks(monkeypatch):
-    monkeypatch.setattr(freenet, "CHUNK", 70)
-    shape = (9, 25, 20)
-    check_backward(*(randn(*shape, seed=s) for s in (2, 0, 1)), block_weights(20, torch.float32), "branch")
+CHUNKED = [  # each way to take tokens a chunk at a time
+    (20, torch.float32, "branch"),  # the gradients of all weights in the one kernel
+    (48, torch.float32, "branch"),  # those of the matrices by products of their own
+    (70, torch.float16, "sum"),  # the same, with the MLP some columns at a time
+    (70, torch.float32, "sum"),  # one kernel forward, the library's products backward
+    (136, torch.float32, "branch"),  # the library's products both ways
+]
+
+
+@pytest.mark.parametrize(("D", "dtype", "norm"), CHUNKED, ids=str)
+def test_in_chunks(monkeypatch, D, dtype, norm):
+    for most in ("CHUNK", "WIDE_CHUNK", "WIDE_FORWARD"):
+        monkeypatch.setattr(freenet, most, 70)
+    monkeypatch.setattr(freenet, "LEAST", 1)
+    taken = counted(monkeypatch, "narrow"), counted(monkeypatch, "wide")
+    features, state, d_out = (randn(6, 25, D, seed=s, dtype=dtype) for s in range(3))
+    weights = block_weights(D, dtype)
+    check_forward(features, state, weights, norm)
+    check_backward(d_out, features, state, weights, norm)
+    assert sorted(map(len, taken)) == [0, 3]
+
+
+def counted(monkeypatch, name: str) -> list:
+    """The chunks that the backward pass of freenet.`name` is given from here on."""
+    module, chunks = getattr(freenet, name), []
+    given = module.backward_chunk
+    monkeypatch.setattr(module, "backward_chunk", lambda *args: (chunks.append(args), given(*args)))
+    return chunks
+
+
+@pytest.mark.parametrize("D", [1, 136])
+def test_what_stands_beyond_a_row_stays_out_of_float16(D):
+    """Rows that a norm finds all alike have gradients of zero, times 1 / sqrt(eps): beyond them that is infinite."""
+    weights = [torch.zeros_like(w) for w in block_weights(D, torch.float16)]
+    for i in (2, 3, 8):  # norm1_weight, norm1_bias, norm2_weight
+        weights[i] += 1
+    features = randn(1, 3, D, dtype=torch.float16)
+    got = freenet_block_bwd(torch.full_like(features, 100), features, None, tuple(weights), "branch", EPS)
+    assert all(torch.isfinite(t).all() for t in got if t is not None)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

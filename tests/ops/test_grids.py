@@ -7,7 +7,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from speedk.kernels import coo
+from speedk.kernels import _sums, coo
 
 
 class Recorder:
@@ -24,9 +24,9 @@ class Recorder:
 @pytest.mark.parametrize("k", [48, 2_200_000, 20_000_000])
 def test_many_entries(k, monkeypatch):
     grids: list[tuple[int, ...]] = []
-    kernels = [name for name in vars(coo) if name.endswith("_kernel")]
-    for name in kernels:
-        monkeypatch.setattr(coo, name, Recorder(grids))
+    kernels = [(module, name) for module in (coo, _sums) for name in vars(module) if name.endswith("_kernel")]
+    for module, name in kernels:
+        monkeypatch.setattr(module, name, Recorder(grids))
     J, K, D = 8192, 4096, 32
     sizes = (2, 1, k), (2, 1, J, K), (K, D), (2, J, D)
     values, dense, saet, out = (torch.empty(size, device="meta") for size in sizes)

@@ -17,8 +17,11 @@ IMAGES = [  # N, C, H, W, patch
     (5, 1, 8, 8, 4),
     (1, 1, 1, 1, 1),
     (7, 3, 6, 12, 3),  # not square, odd patch
-    (2, 5, 10, 10, 5),  # more channels than a block holds
-    (1, 3, 64, 32, 32),  # rows of a patch in several programs
+    (2, 5, 10, 10, 5),
+    (2, 3, 24, 40, 8),  # a last program that is not full
+    (2, 9, 8, 8, 4),  # as many channels as leave less than 16 bytes to a unit
+    (1, 40, 8, 8, 4),  # a column at a time
+    (1, 3, 64, 32, 32),  # a patch in several programs
     (0, 3, 8, 8, 4),
 ]
 
@@ -42,12 +45,24 @@ def test_strides(layout):
     assert torch.equal(unpatchify_fwd(tokens, 3, 4), forms.unpatchify(tokens, 3, 4))
 
 
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("start", [0, 1, 2, 4])
+def test_views_that_begin_anywhere(start, dtype):
+    """Where addresses or strides are not multiples of 16 bytes, units are narrower."""
+    images = randn(2, 3, 17, 24, dtype=dtype)[:, :, 1:, start:start + 16]
+    assert torch.equal(patchify_fwd(images, 8), forms.patchify(images, 8))
+    tokens = randn(3, 4, 3 * 64 + 8, dtype=dtype)[:, :, start:start + 192]
+    assert torch.equal(unpatchify_fwd(tokens, 3, 8), forms.unpatchify(tokens, 3, 8))
+
+
 TOKENS = [  # N, J, D, C, patch
     (2, 64, 32, 3, 4),
     (1, 9, 70, 3, 8),
     (3, 4, 9, 1, 3),
     (1, 1, 1, 1, 1),
     (2, 4, 130, 5, 5),
+    (2, 4, 48, 3, 1),  # a line of one column, more lines to a program than there are
+    (1, 4, 20, 1, 66),  # lines too long for more than one of a program
     (0, 4, 8, 3, 2),
 ]
 
