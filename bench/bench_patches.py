@@ -35,7 +35,7 @@ def bench_unpatchify(contest, case):
 
     contest("unpatchify", case.name, {"speedk": lambda: unpatchify(tokens, case.channels, case.patch)},
             {"permute": lambda: unpatchify_reference(tokens, case.channels, case.patch), "fold": folded},
-            moved=2 * 4 * tokens.numel())
+            moved=2 * 4 * tokens.numel(), yardsticks={"copy": tokens.clone})
 
 
 @pytest.mark.parametrize("direction", ["fwd", "fwd+bwd"])

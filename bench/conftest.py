@@ -84,8 +84,9 @@ def pytest_collection_modifyitems(config, items):
     for item in items if BENCHMARK else ():
         item.add_marker(pytest.mark.benchmark(timer=_replay.read))
     if config.getoption("--seconds"):
-        order = ["bench_coo", "bench_topk", "bench_patches", "bench_unroll", "bench_freenet"]
-        items.sort(key=lambda item: order.index(item.path.stem) if item.path.stem in order else len(order))
+        order = ["bench_freenet_training", "bench_unroll[", "bench_freenet_coo", "bench_coo", "bench_topk",
+                 "bench_patches"]  # fmt: skip
+        items.sort(key=lambda item: next((i for i, name in enumerate(order) if name in item.nodeid), len(order)))
 
 
 @pytest.fixture(autouse=True)
@@ -116,14 +117,10 @@ def contest(request, benchmark):
         least `rounds` rounds. One contest a bench. `precision` is that of both sides. In place of a peer's call may
         stand why it cannot take part, which the table says; so it does of one that a GPU's memory does not hold."""
         with matmul_precision(precision):
-            peers, absent = _present(peers)
+            apart = apart if precision == "float32" else max(apart, 0.01)
+            peers, absent = _agreeing(op, ours, peers, close or CLOSE[precision], apart)
             calls = {**ours, **peers}
-            first = next(iter({**peers, **ours}.values()))()
-            for name, call in calls.items():
-                agree(f"{op}: {name}", call(), first, close or CLOSE[precision],
-                      apart if precision == "float32" else max(apart, 0.01))
-            del first
-            found = in_turns({**calls, **(yardsticks or {})}, rounds)
+            found = in_turns({**calls, **(yardsticks or {})}, rounds, warm=calls)
             times = {name: min(taken) for name, taken in found.items()}
             peaks = {name: least_peak(call) for name, call in calls.items()} if memory else {}
         roof = max(moved / roofs()["copy"], flops / roofs()[precision])
@@ -150,17 +147,26 @@ def contest(request, benchmark):
     return run
 
 
-def _present(peers: dict[str, Call | str]) -> tuple[dict[str, Call], dict[str, str]]:
-    """Those that can take part, and why the others cannot."""
+def _agreeing(op: str, ours: dict[str, Call], peers: dict[str, Call | str], close: float,
+              apart: float) -> tuple[dict[str, Call], dict[str, str]]:
+    """The peers that can take part, and why the others cannot. Each of them and of ours is called once, and gives what
+    the first peer gives."""
     absent = {name: peer for name, peer in peers.items() if isinstance(peer, str)}
     found = {name: peer for name, peer in peers.items() if name not in absent}
-    for name, call in list(found.items()) if CUDA else ():
+    first = None
+    for name, call in {**found, **ours}.items():
         try:
-            call()
+            if first is None:
+                first = call()
+            else:
+                agree(f"{op}: {name}", call(), first, close, apart)
         except torch.OutOfMemoryError:
+            if name in ours:
+                raise
             absent[name] = "does not fit the memory"
             del found[name]
-        torch.cuda.empty_cache()
+        if name in absent:  # and what the failed call held is gone now
+            torch.cuda.empty_cache()
     return found, absent
 
 

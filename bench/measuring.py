@@ -10,12 +10,15 @@ turns, until two rounds of each agree.
 from __future__ import annotations
 
 import contextlib
+import gc
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 
 import torch
 from peak import peak_bytes
+
+from speedk.distillation import step_replay
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
@@ -74,11 +77,12 @@ def _round(call: Call, wall: float) -> float:
     return statistics.median(samples)
 
 
-def in_turns(calls: dict[str, Call], at_least: int = 3) -> dict[str, list[float]]:
-    """The rounds of each, in seconds, taken in turns."""
-    wall = {name: _wall(call) for name, call in calls.items()}  # the first round warms up
-    if CUDA:
-        wall = {name: _wall(call) for name, call in calls.items()}
+def in_turns(calls: dict[str, Call], at_least: int = 3, warm: Collection[str] = ()) -> dict[str, list[float]]:
+    """The rounds of each, in seconds, taken in turns. Those that are `warm` have been called before."""
+    for name, call in calls.items():
+        if name not in warm:
+            call()
+    wall = {name: _wall(call) if CUDA else 0.0 for name, call in calls.items()}
     rounds: dict[str, list[float]] = {name: [] for name in calls}
     started = time.perf_counter()
 
@@ -102,8 +106,25 @@ def best(calls: dict[str, Call], at_least: int = 3) -> dict[str, float]:
 
 def least_peak(call: Call) -> int | None:
     """Memory that `call` takes beyond what is held already, or None where the system does not say."""
-    peaks = [peak_bytes(call, DEVICE) for _ in range(1 if CUDA else PEAKS)]
+    if CUDA:
+        return _device_peak(call)
+    peaks = [peak_bytes(call, DEVICE) for _ in range(PEAKS)]
     return None if None in peaks else min(peaks)
+
+
+def _device_peak(call: Call) -> int:
+    """With all that `speedk.unroll` needs for its CUDA graphs: a first call records them, in memory of their own where
+    later calls compute, and where the allocator's peak does not see it."""
+    step_replay.forget()
+    gc.collect()
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_allocated()
+    first = peak_bytes(call, DEVICE)
+    gc.collect()
+    idle = sum(segment["total_size"] - segment["allocated_size"] for segment in torch.cuda.memory_snapshot()
+               if tuple(segment.get("segment_pool_id", (0, 0))) != (0, 0))
+    held = torch.cuda.memory_allocated() - before + idle
+    return max(first, held + peak_bytes(call, DEVICE)) if idle else first
 
 
 PRODUCTS = ((8192, 8192, 8192), (4096, 4096, 4096), (79360, 96, 96), (38400, 192, 192)) if CUDA else (

@@ -99,6 +99,29 @@ def test_pytest_benchmark_is_told_what_was_measured(tmp_path):
         assert any(who in words and f"{taken:.2f}" in words for words in printed)
 
 
+@pytest.mark.parametrize("recording", [0, 200])
+def test_the_peak_on_a_gpu_counts_the_memory_of_recordings(bench, monkeypatch, recording):
+    """A recording of 200 holds 30 of it as tensors; the allocator sees neither the rest nor who computes in it."""
+    measuring, held, calls = bench("measuring"), 1000, []
+    peaks = iter([90, 40])
+    segments = [{"total_size": 5000, "allocated_size": held, "segment_pool_id": (0, 0)}]
+
+    def peak_bytes(call, device):
+        call()
+        return next(peaks)
+
+    def call():
+        if recording and not calls:
+            segments.append({"total_size": recording, "allocated_size": 30, "segment_pool_id": (0, 1)})
+        calls.append(call)
+
+    monkeypatch.setattr(measuring, "peak_bytes", peak_bytes)
+    monkeypatch.setattr(measuring.torch.cuda, "memory_allocated", lambda: sum(s["allocated_size"] for s in segments))
+    monkeypatch.setattr(measuring.torch.cuda, "memory_snapshot", lambda: segments)
+    assert measuring._device_peak(call) == (200 + 40 if recording else 90)
+    assert len(calls) == (2 if recording else 1)
+
+
 def test_a_peer_that_is_not_there(bench):
     """The table gives the reason in its row, and no floor takes it for measured."""
     reporting, floors = bench("reporting"), bench("floors")
