@@ -91,12 +91,15 @@ pytest=("$python" -P -c 'import sys, pytest; sys.exit(pytest.main(sys.argv[1:]))
 spread=()
 "$python" -c 'import xdist' 2>/dev/null && spread=(-n 10)  # most of the time goes into compiling kernels, on the CPU
 
-reserve=$((limit * 2 / 9))
-# What is not timed runs together. Sanitizers look at our own kernels, not at PyTorch's; racecheck at no others at all.
-checks=(compile)
-behind compile 240 \
-    sh -c '"$0" tools/compile_kernels.py && "$@" tests/test_compile_offline.py tests/test_compile_cuda.py' \
-    "$python" "${pytest[@]}"
+reserve=$((limit / 3))
+# What is not timed runs together: most of its time goes into compiling, on the CPU. Sanitizers look at our own kernels,
+# not at PyTorch's; racecheck at no others at all. `warm` compiles for the benches what torch.compile is compared at.
+checks=(walk training warm)
+export TORCHINDUCTOR_CACHE_DIR="$site/inductor"
+behind walk 200 "$python" -P tools/walk.py cuda  # each command of the package
+behind training 200 env OMP_NUM_THREADS=2 "${pytest[@]}" tests/augment tests/distillation -k cuda
+behind warm 200 env OMP_NUM_THREADS=2 "${pytest[@]}" ${spread[@]+-n 4} bench/bench_freenet.py \
+    -k "training and not float32"
 if command -v compute-sanitizer >/dev/null; then
     only=()
     for option in --kernel-name --kernel-regex; do
@@ -106,18 +109,17 @@ if command -v compute-sanitizer >/dev/null; then
     done
     for tool in memcheck racecheck; do
         checks+=("$tool")
-        behind "$tool" 240 compute-sanitizer --tool "$tool" --report-api-errors no --error-exitcode 9 \
+        behind "$tool" 200 compute-sanitizer --tool "$tool" --report-api-errors no --error-exitcode 9 \
             ${only[@]+"${only[@]}"} "$python" -P tools/sanitize_cuda.py
     done
 else
     echo "compute-sanitizer is not here: wrong memory accesses were not looked for"
     note compute-sanitizer 0 127
 fi
-part tests 270 env OMP_NUM_THREADS=2 "${pytest[@]}" ${spread[@]+"${spread[@]}"} tests/ops
-part training 90 env OMP_NUM_THREADS=2 "${pytest[@]}" ${spread[@]+"${spread[@]}"} \
-    tests/augment tests/distillation -k cuda
-part walk 75 "$python" -P tools/walk.py cuda  # each command of the package
+part tests 200 env OMP_NUM_THREADS=2 "${pytest[@]}" ${spread[@]+"${spread[@]}"} tests/ops
 collect "${checks[@]}"
+read -r _ code < "$site/logs/warm.end"
+[ "$code" -eq 0 ] || rm -rf "$TORCHINDUCTOR_CACHE_DIR"  # what was killed while it compiled may be broken
 
 reserve=0
 part benches "$limit" "${pytest[@]}" bench/ --save --seconds $(($(left) - 3 * grace))  # who starts must be able to end
