@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from speedk.kernels._launch import block
-from speedk.kernels._tiles import as_operand, gelu, gelu_slope, load_row, load_tile, multiply, store_tile
+from speedk.kernels._tiles import add_sum, as_operand, gelu, gelu_slope, load_row, load_tile, multiply, store_tile
 from speedk.kernels.add_layer_norm import norm_backward, row_statistics
 
 
@@ -82,14 +82,7 @@ def _freenet_block_fwd_kernel(
     y += load_row(fc2_bias_ptr, col, in_col) + hidden.to(tl.float32)
     centred, rstd = row_statistics(y, counts, D, eps)
     y = centred * rstd[:, None] * load_row(norm2_weight_ptr, col, in_col) + load_row(norm2_bias_ptr, col, in_col)
-    out_ptrs = out_ptr + first * ld + row[:, None] * ld + col[None, :]
-    tl.store(out_ptrs, y.to(dtype), in_row[:, None] & in_col[None, :])
-
-
-@triton.jit
-def add_sum(sums_ptr, col, in_col, x, there):
-    """Write the sum of x over its rows, in the columns before `there` added to what is there."""
-    tl.store(sums_ptr + col, tl.load(sums_ptr + col, col < there, 0.0) + tl.sum(x, 0), in_col)
+    store_tile(out_ptr + first * ld, ld, row, in_row, col, in_col, y.to(dtype))
 
 
 @triton.jit

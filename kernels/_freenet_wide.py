@@ -1,4 +1,4 @@
-"""A block whose weights do not fit on chip: CHUNK tokens at a time, few enough to stay in the second-level cache.
+"""A block whose weights do not fit on chip: a chunk of tokens at a time, few enough to stay in the second-level cache.
 
 The products are the library's, which are at the roof for matrices of this size. All between two products is one kernel
 over rows: a norm with what is added before and after it, GELU, and their backward passes with the sums over rows that
@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from speedk.kernels._launch import block
-from speedk.kernels._tiles import as_operand, gelu, gelu_slope, load_row, load_tile, store_tile
+from speedk.kernels._tiles import add_sum, as_operand, gelu, gelu_slope, load_row, load_tile, store_tile
 from speedk.kernels.add_layer_norm import norm_backward, row_statistics
 
 PROGRAMS = 528
@@ -76,11 +76,10 @@ def _rows_norm_bwd_kernel(
         sum_x += x
         x = as_operand(x, counts, d_x_ptr.dtype.element_ty)
         store_tile(d_x_ptr + base, ld, row, in_row, col, in_col, x)
-    sums_ptr += program * 7 * ld + col
-    for_x, for_weight, for_bias = sums_ptr, sums_ptr + ld, sums_ptr + 2 * ld
-    tl.store(for_x, tl.load(for_x, col < there, 0.0) + tl.sum(sum_x, 0), in_col)
-    tl.store(for_weight, tl.load(for_weight, col < there, 0.0) + tl.sum(sum_weight, 0), in_col)
-    tl.store(for_bias, tl.load(for_bias, col < there, 0.0) + tl.sum(sum_bias, 0), in_col)
+    sums_ptr += program * 7 * ld
+    add_sum(sums_ptr, col, in_col, sum_x, there)
+    add_sum(sums_ptr + ld, col, in_col, sum_weight, there)
+    add_sum(sums_ptr + 2 * ld, col, in_col, sum_bias, there)
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -108,8 +107,7 @@ def _rows_gelu_bwd_kernel(d_out_ptr, x_ptr, bias_ptr, sums_ptr, M, ld, tiles, th
         x = load_tile(d_out_ptr + first * ld, ld, row, in_row, col, in_col).to(tl.float32) * gelu_slope(x)
         total += x
         store_tile(x_ptr + first * ld, ld, row, in_row, col, in_col, x.to(x_ptr.dtype.element_ty))
-    sums_ptr += program * 7 * ld + col
-    tl.store(sums_ptr, tl.load(sums_ptr, col < there, 0.0) + tl.sum(total, 0), in_col)
+    add_sum(sums_ptr + program * 7 * ld, col, in_col, total, there)
 
 
 def rows_meta(D: int) -> dict[str, int]:

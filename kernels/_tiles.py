@@ -39,6 +39,12 @@ def store_tile(ptr, ld, row, in_row, col, in_col, x):
 
 
 @triton.jit
+def add_sum(sums_ptr, col, in_col, x, there):
+    """Write the sum of x over its rows, in the columns before `there` added to what is there."""
+    tl.store(sums_ptr + col, tl.load(sums_ptr + col, col < there, 0.0) + tl.sum(x, 0), in_col)
+
+
+@triton.jit
 def as_operand(x, keep, dtype: tl.constexpr):
     """x in `dtype`, for a product whose other operand is zero where not `keep`. What stands there, of no meaning, may
     be infinite in float16, and zero times that is no number."""

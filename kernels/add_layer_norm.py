@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from speedk.kernels._launch import block, on_device_of
+from speedk.kernels._sums import sum_rows
 
 BACKWARD_PROGRAMS = 1024
 """Programs among which the backward kernel divides the rows, each with a partial sum of d_weight and d_bias. Fixed,
@@ -149,5 +150,5 @@ def add_layer_norm_bwd(
             *d_out.stride(), *x.stride(), *residual.stride(), *weight.stride(),
             HAS_RESIDUAL=not plain, SUMS_IN_MEMORY=wide, **meta,
         )  # fmt: skip
-    d_weight, d_bias = (part.sum(0).to(weight.dtype) for part in partial.unbind(1))
+    d_weight, d_bias = sum_rows(partial.view(programs, -1), weight.dtype, (D,), (D,))
     return d_x, d_weight, d_bias

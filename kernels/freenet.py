@@ -26,14 +26,14 @@ CHUNK = 16384
 """Tokens that the backward pass takes at a time, or a few less so that all are alike: enough programs to fill a GPU
 once or twice, and no more memory."""
 
-LEAST = 64
-"""Programs that a chunk has at least, if there are as many: half of an H100's multiprocessors."""
-
 WIDE_CHUNK = 24576
 """The same for a wide block, of which each part is a launch of its own."""
 
 WIDE_FORWARD = 65536
 """The same for its forward pass, which has fewer buffers."""
+
+LEAST = 64
+"""Programs that a chunk has at least, if there are as many: half of an H100's multiprocessors."""
 
 NARROW = 128
 """Values of a token up to which the block is one kernel."""

@@ -307,10 +307,11 @@ def tokens_to_images_bwd(
         )
         return (d_state if d_state is None else cut(d_state, N, J, D),
                 d_weight if d_weight is None else cut(d_weight, L, D), d_bias)  # fmt: skip
-    new, d_weight, d_bias = torch.empty if N * J * L * D else torch.zeros, None, None
-    d_state = new(N, J, D, device=state.device, dtype=state.dtype) if need_state else None
     if N * J * L * D == 0:
-        return d_state, *((weight.new_zeros(L, D), weight.new_zeros(L)) if need_weight else (None, None))
+        return (state.new_zeros(N, J, D) if need_state else None,
+                *((weight.new_zeros(L, D), weight.new_zeros(L)) if need_weight else (None, None)))  # fmt: skip
+    d_state = state.new_empty(N, J, D) if need_state else None
+    d_weight = d_bias = None
     side, precision = math.isqrt(J), dot_precision(state.dtype)
     with on_device_of(state):
         if need_state:
