@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from speedk.distillation import runfiles
+
 
 def distilled_file(path: str | Path) -> Path:
     """`path`, or the distilled file in it where it is a run directory."""
-    inside = Path(path) / "distilled.safetensors"
+    inside = Path(path) / runfiles.DISTILLED
     return inside if inside.is_file() else Path(path)
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from speedk.cli import _options, _testing
+from speedk.distillation import runfiles
 from speedk.errors import ConfigError
 from speedk.files import unwritable, write_atomic
 from speedk.schedule import WHOLE
@@ -61,7 +62,7 @@ def run(args: argparse.Namespace) -> int:
     name = args.dataset or ("digits" if args.data is None else None)
     real = data.load(name, args.data, split=args.split)
     out = args.out or Path("runs") / f"{real.name}-ipc{args.ipc}-{args.method}-seed{args.seed}"
-    path = out / "distilled.safetensors"
+    path = out / runfiles.DISTILLED
     if holds_a_run(out):
         raise ConfigError(f"{out} already holds a distilled file, or a run that makes one; choose another --out")
     try:
@@ -71,7 +72,7 @@ def run(args: argparse.Namespace) -> int:
     rows = coreset.choose(real, args.method, args.ipc, seed=args.seed, network=args.network, epochs=epochs,
                           device=device)
     coreset.save(path, real, rows, args.method, seed=args.seed, network=args.network, epochs=epochs)
-    preview = path.with_name("preview.png")
+    preview = path.with_name(runfiles.PREVIEW)
     write_atomic(preview, _picture(real, rows))
     print(f"{path}: {len(rows):,} {_says(args.method)}, {args.ipc} of each of {real.geometry.classes} classes")
     print(f"{preview}: what was chosen")
@@ -79,7 +80,7 @@ def run(args: argparse.Namespace) -> int:
         from speedk.evaluation import evaluate
 
         print()
-        conclude(evaluate(path, real, protocol="quick", device=device), path.with_name("evaluation.json"))
+        conclude(evaluate(path, real, protocol="quick", device=device), path.with_name(runfiles.EVALUATION))
     else:
         print(f"next: speedk evaluate {path} --protocol quick")
     return 0
@@ -107,10 +108,11 @@ def _says(method: str) -> str:
 
 
 def _picture(real: RealData, rows: Tensor) -> bytes:
-    """PNG: up to ten images of each of up to twenty classes, in the order of their choice."""
+    """PNG, of as many classes and images of each as the preview of a run, in the order of their choice."""
     from speedk import pictures
+    from speedk.distillation.rundir import PREVIEW_CLASSES, PREVIEW_COLUMNS
 
-    classes = min(20, real.geometry.classes)
+    classes = min(PREVIEW_CLASSES, real.geometry.classes)
     images = real.train.images[rows.to(real.train.images.device)].float().cpu() / 255
     each = images.split(len(rows) // real.geometry.classes)
-    return pictures.grid([part[:10] for part in each[:classes]], list(real.class_names))
+    return pictures.grid([part[:PREVIEW_COLUMNS] for part in each[:classes]], list(real.class_names))

@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 from speedk.cli import _options
+from speedk.distillation import runfiles
 
 HELP = "Distil the embedded digits, evaluate the saved file beside its baselines, and draw it: a few minutes on a CPU."
 EPILOG = """\
@@ -51,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
     for name, source in sources.items():
         runs = 1 if name == "whole data set" else args.runs
         print(f"evaluating: {name}", flush=True)
-        beside = source.with_name("evaluation.json") if isinstance(source, Path) else None
+        beside = source.with_name(runfiles.EVALUATION) if isinstance(source, Path) else None
         reports[name] = evaluate(source, real, networks=("convnet",), runs=runs, protocol="quick", device=device,
                                  out=beside)
     rows = [("trained on", "images", "float32 numbers", "accuracy", "runs")]
@@ -67,7 +68,7 @@ def run(args: argparse.Namespace) -> int:
     print(f"distilled in {seconds['speed']:.0f} s (pixels {seconds['pixels']:.0f} s), "
           f"{time.monotonic() - began:.0f} s in all")
     print(f"artifact {files['speed']}: {files['speed'].stat().st_size:,} bytes")
-    print(f"picture  {files['speed'].with_name('preview.png')}")
+    print(f"picture  {files['speed'].with_name(runfiles.PREVIEW)}")
     return 0
 
 

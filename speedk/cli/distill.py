@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from speedk.cli import _options
+from speedk.distillation import runfiles
 from speedk.errors import Interrupted
 
 if TYPE_CHECKING:
@@ -81,7 +82,7 @@ def run(args: argparse.Namespace) -> int:
         from speedk.evaluation import evaluate
 
         print()
-        conclude(evaluate(path, made.real, protocol="quick", device=made.device), path.with_name("evaluation.json"))
+        conclude(evaluate(path, made.real, protocol="quick", device=made.device), path.with_name(runfiles.EVALUATION))
     return 0
 
 
@@ -153,5 +154,5 @@ def _dry_run(made: Plan) -> None:
 def _conclude(made: Plan, path: Path) -> None:
     spent = made.recipe.budget(made.real.geometry)
     print(f"\n{path}: {path.stat().st_size:,} bytes, {spent.counted:,.0f} float32 numbers counted of {spent.allowed:,}")
-    print(f"{path.with_name('preview.png')}: what was distilled")
+    print(f"{path.with_name(runfiles.PREVIEW)}: what was distilled")
     print(f"next: speedk evaluate {path} --protocol quick")

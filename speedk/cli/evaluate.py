@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from speedk.cli import _curves, _options, _testing
 from speedk.cli._files import distilled_file
+from speedk.distillation import runfiles
 from speedk.errors import ConfigError, TrainingError
 from speedk.files import write_atomic
 
@@ -70,10 +71,10 @@ def run(args: argparse.Namespace) -> int:
 
     file = None if args.file is None else distilled_file(args.file)
     if file is not None and file.is_dir():
-        raise ConfigError(f"{file} is a folder without a distilled.safetensors: give a file or a run directory")
+        raise ConfigError(f"{file} is a folder without a {runfiles.DISTILLED}: give a file or a run directory")
     out = args.out
     if out is None and file is not None and file.exists():
-        out = file.with_name("evaluation.json")
+        out = file.with_name(runfiles.EVALUATION)
         _options.check_report(out)
     source, real = _testing.source(file, args)
     if args.whole:

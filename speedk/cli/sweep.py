@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from speedk.distillation.plan import Plan
     from speedk.evaluation.cell import Evaluation
 
+SWEEP = "sweep.jsonl"
 HELP = "Distil and evaluate a grid over recipe fields, and draw accuracy against storage."
 EPILOG = """\
 Each cell is a run directory in DIR; a cell that is finished is not run again, and one that was stopped goes on.
@@ -83,11 +84,11 @@ def run(args: argparse.Namespace) -> int:
         finally:
             bars.close()
         lines.append({"fields": fields, **line})
-        write_atomic(out / "sweep.jsonl", "".join(json.dumps(entry) + "\n" for entry in lines).encode())
-    print(f"\n{_table(lines)}\n\n{out / 'sweep.jsonl'}")
+        write_atomic(out / SWEEP, "".join(json.dumps(entry) + "\n" for entry in lines).encode())
+    print(f"\n{_table(lines)}\n\n{out / SWEEP}")
     _curves.draw(out / "sweep.png", lambda: _picture(lines, plans[0]))
     if earlier or _steps(_varied(grid)):
-        names = _curves.titles([path.resolve().parent.name for path in (out / "sweep.jsonl", *args.compare)])
+        names = _curves.titles([path.resolve().parent.name for path in (out / SWEEP, *args.compare)])
         cells = dict(zip(names, (lines, *earlier), strict=True)) if earlier else {"": lines}
         _curves.draw(out / "time.png", lambda: _time(cells, plans[0]))
     return 0
@@ -160,7 +161,7 @@ def _earlier(path: Path) -> list[dict[str, Any]]:
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror}") from None
     except (ValueError, RecursionError, LookupError, TypeError, AttributeError):
-        raise DataError(f"{path} is not the sweep.jsonl of a sweep") from None
+        raise DataError(f"{path} is not the {SWEEP} of a sweep") from None
     return lines
 
 

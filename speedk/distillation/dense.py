@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from speedk.distillation import checkpoint
+from speedk.distillation import checkpoint, runfiles
 from speedk.distillation.artifact import Distilled
 from speedk.errors import ConfigError
 
@@ -24,7 +24,7 @@ def dense(distilled: Distilled) -> Distilled:
     if not hasattr(stored.spec, "sparse"):
         raise ConfigError(f"{distilled.path} holds {distilled.method}, which stores all that it learns: nothing was "
                           "made sparse")
-    folder = Path(distilled.path).parent / "checkpoints"
+    folder = Path(distilled.path).parent / runfiles.CHECKPOINTS
     found = checkpoint.load_newest(folder, torch.device("cpu"))
     if found is None:
         raise ConfigError(f"there are no checkpoints in {folder}: the entries that the file leaves out are found in "

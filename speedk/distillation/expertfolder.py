@@ -36,6 +36,7 @@ from speedk.geometry import Geometry
 from speedk.precision import PRECISIONS
 
 FORMAT = 1
+IDENTITY_FILE = "experts.json"
 _KINDS = {"str": (str,), "int": (int,), "bool": (bool,), "float": (float, int), "dict[str, Any]": (dict,)}
 _FILE = re.compile(r"expert-(\d{4,})\.safetensors")
 
@@ -140,7 +141,7 @@ class ExpertFolder:
         """The folder `path`, which must be one. Raises ConfigError where it is not."""
         found = _read_identity(Path(path))
         if found is None:
-            raise ConfigError(f"{path} is no folder of experts: it has no experts.json; make one with "
+            raise ConfigError(f"{path} is no folder of experts: it has no {IDENTITY_FILE}; make one with "
                               f"`speedk experts --out {path}`")
         return cls(Path(path), found)
 
@@ -160,9 +161,9 @@ class ExpertFolder:
                 found = _read_identity(path)
                 if found is None:
                     if other := next((entry.name for entry in path.iterdir() if not entry.name.startswith(".")), None):
-                        raise ConfigError(f"{path} holds {one_line(other, 60)} but no experts.json: choose a folder "
+                        raise ConfigError(f"{path} holds {one_line(other, 60)} but no {IDENTITY_FILE}: choose a folder "
                                           "that is new or empty")
-                    write_atomic(path / "experts.json", json.dumps(document, indent=1).encode() + b"\n")
+                    write_atomic(path / IDENTITY_FILE, json.dumps(document, indent=1).encode() + b"\n")
                     found = identity
         if wrong := found.difference(identity):
             raise ConfigError(f"{path} holds experts with {wrong}: choose another folder")
@@ -289,7 +290,7 @@ def _check_buffers(name: str, student: nn.Module, geometry: Geometry) -> None:
 
 def _read_identity(path: Path) -> Identity | None:
     """What experts.json says, or None where there is none."""
-    file = path / "experts.json"
+    file = path / IDENTITY_FILE
     try:
         text = file.read_bytes()
     except (FileNotFoundError, NotADirectoryError):

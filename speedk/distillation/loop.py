@@ -14,7 +14,7 @@ import torch
 
 from speedk import registry
 from speedk.data import RealData
-from speedk.distillation import artifact, checkpoint, objectives, parameterizations, seeds, signals
+from speedk.distillation import artifact, checkpoint, objectives, parameterizations, runfiles, seeds, signals
 from speedk.distillation.objectives.base import ABSURD, Diverged, Objective, Skip, too_high
 from speedk.distillation.parameterizations.base import Parameterization
 from speedk.distillation.recipe import Recipe
@@ -225,7 +225,7 @@ def _iterate(run: Run, folder: RunDir, log, stop: signals.Stop, progress: Progre
 def _finish(run: Run, folder: RunDir, progress: Progress) -> Path:
     if run.objective.skipped:
         progress.say(f"skipped {run.objective.skipped:,} of {run.done:,} iterations, in which the student diverged; "
-                     f"{folder.path / 'log.jsonl'} has which")
+                     f"{folder.path / runfiles.LOG} has which")
     run.synthetic.finalize()
     folder.preview(run.synthetic, run.real)
     artifact.save(folder.artifact, run.synthetic, run.header(folder.chosen))

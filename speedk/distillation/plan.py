@@ -15,7 +15,7 @@ import torch
 
 from speedk import data, networks, registry
 from speedk.data import RealData
-from speedk.distillation import budget, experts, loop, objectives, parameterizations
+from speedk.distillation import budget, experts, loop, objectives, parameterizations, runfiles
 from speedk.distillation import recipe as recipes
 from speedk.distillation.loop import Progress, Run
 from speedk.distillation.objectives import dc
@@ -89,7 +89,7 @@ def plan(dataset: str | None = None, *, data: str | Path | None = None, ipc: int
         raise ConfigError(f"ipc={ipc} must be at least 1")
     changes = _changes(overrides or {}, {"data.ipc": ipc, "run.seed": seed, "objective.steps": steps,
                                          "objective.network": network})
-    stored = Path(out) / "recipe.toml" if out is not None else None
+    stored = Path(out) / runfiles.RECIPE if out is not None else None
     if resume and recipe is None and stored is not None and stored.is_file():
         return _resumed(recipes.read(stored), dataset, data, method, objective, changes, where, Path(out), progress)
     notes: list[str] = []
@@ -108,9 +108,9 @@ def plan(dataset: str | None = None, *, data: str | Path | None = None, ipc: int
     resolved.budget(real.geometry)
     networks.given(resolved.objective.network)
     folder = Path(out) if out is not None else Path("runs") / f"{_run_name(resolved, real)}-seed{resolved.run.seed}"
-    if resume and out is None and (folder / "recipe.toml").is_file():
-        return _resumed(recipes.read(folder / "recipe.toml"), dataset, data, method, objective, changes, where, folder,
-                        progress)
+    if resume and out is None and (folder / runfiles.RECIPE).is_file():
+        return _resumed(recipes.read(folder / runfiles.RECIPE), dataset, data, method, objective, changes, where,
+                        folder, progress)
     if resume:
         why = begun_with(folder) or why
     return Plan(resolved, real, where, folder, why, tuple(notes))

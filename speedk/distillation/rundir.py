@@ -12,12 +12,14 @@ import torch
 from speedk import pictures
 from speedk.data import RealData
 from speedk.distillation import recipe as recipes
+from speedk.distillation import runfiles
 from speedk.distillation.parameterizations.base import Parameterization
 from speedk.distillation.recipe import Recipe
 from speedk.errors import ConfigError
 from speedk.files import locked, sweep, unwritable, write_atomic
 
-OURS = ("recipe.toml", "distilled.safetensors", "log.jsonl", "preview.png", "data.json", "checkpoints", "tensorboard")
+OURS = (runfiles.RECIPE, runfiles.DISTILLED, runfiles.LOG, runfiles.PREVIEW, runfiles.DATA, runfiles.CHECKPOINTS,
+        runfiles.EVENTS)
 PREVIEW_COLUMNS = 10
 PREVIEW_CLASSES = 20
 
@@ -34,8 +36,8 @@ class RunDir:
 
     def __init__(self, path: str | Path, recipe: Recipe, real: RealData, resume: bool, chosen: str = "") -> None:
         self.path, self.recipe, self.real, self.resume, self.chosen = Path(path), recipe, real, resume, chosen
-        self.checkpoints = self.path / "checkpoints"
-        self.artifact = self.path / "distilled.safetensors"
+        self.checkpoints = self.path / runfiles.CHECKPOINTS
+        self.artifact = self.path / runfiles.DISTILLED
 
     def __enter__(self) -> RunDir:
         try:
@@ -62,17 +64,17 @@ class RunDir:
         self.chosen = begun_with(self.path) or self.chosen
         data = {"fingerprint": self.real.fingerprint, "split": self.real.split, "threads": torch.get_num_threads(),
                 "chosen": self.chosen}
-        for name, check in (("recipe.toml", self._same_recipe), ("data.json", lambda: self._same_data(data))):
+        for name, check in ((runfiles.RECIPE, self._same_recipe), (runfiles.DATA, lambda: self._same_data(data))):
             if (self.path / name).exists():
                 check()
             elif any(self.checkpoints.glob("step-*")):  # it was written before the first of them
                 raise ConfigError(f"{self.path} holds checkpoints but no {name}, so what they are of is not known; "
                                   "choose another --out")
-        write_atomic(self.path / "data.json", json.dumps(data, indent=1).encode() + b"\n")
-        write_atomic(self.path / "recipe.toml", recipes.to_toml(self.recipe.to_dict()).encode())
+        write_atomic(self.path / runfiles.DATA, json.dumps(data, indent=1).encode() + b"\n")
+        write_atomic(self.path / runfiles.RECIPE, recipes.to_toml(self.recipe.to_dict()).encode())
 
     def _same_data(self, now: dict[str, object]) -> None:
-        path = self.path / "data.json"
+        path = self.path / runfiles.DATA
         try:
             stored = json.loads(path.read_bytes())
             fingerprint, split = str(stored["fingerprint"]), stored["split"]
@@ -84,7 +86,7 @@ class RunDir:
                               f"now {str(now['fingerprint'])[:12]}, {now['split']})")
 
     def _same_recipe(self) -> None:
-        stored = _flat(recipes.read(self.path / "recipe.toml"))
+        stored = _flat(recipes.read(self.path / runfiles.RECIPE))
         wanted = _flat(self.recipe.to_dict())
         local = [f"objective.{name}" for name in self.recipe.objective.LOCAL]
         # These may change: the steps already made are the same. Where rates fall towards the last step, they are not.
@@ -113,12 +115,12 @@ class RunDir:
         classes = range(min(PREVIEW_CLASSES, real.geometry.classes))
         rows = [(synthetic.classes == label).nonzero()[:PREVIEW_COLUMNS, 0] for label in classes]
         images = [real.normaliser.unit(synthetic.decode(index)[0]).cpu() for index in rows]
-        write_atomic(self.path / "preview.png", pictures.grid(images, list(real.class_names)))
+        write_atomic(self.path / runfiles.PREVIEW, pictures.grid(images, list(real.class_names)))
 
 
 def holds_a_run(path: Path) -> bool:
     """Whether there is anything of a run in the folder `path`."""
-    checkpoints = path / "checkpoints"
+    checkpoints = path / runfiles.CHECKPOINTS
     return any((path / name).exists() for name in OURS if name != checkpoints.name) or (
         checkpoints.is_dir() and any(checkpoints.iterdir()))
 
@@ -126,7 +128,7 @@ def holds_a_run(path: Path) -> bool:
 def begun_with(path: Path) -> str:
     """Why the run in `path` has its objective, as it was said when it began; "" where that is not known."""
     with contextlib.suppress(OSError, ValueError, TypeError, KeyError, RecursionError):
-        return str(json.loads((path / "data.json").read_bytes())["chosen"])
+        return str(json.loads((path / runfiles.DATA).read_bytes())["chosen"])
     return ""
 
 
@@ -137,11 +139,11 @@ class Log(contextlib.AbstractContextManager):
     def __init__(self, folder: Path, done: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        path = folder / "log.jsonl"
+        path = folder / runfiles.LOG
         kept = [line for line in _lines(path) if _step(line) <= done] if path.exists() else []
         write_atomic(path, "".join(kept).encode())
         self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (closed by __exit__)
-        self._events = SummaryWriter(str(folder / "tensorboard"), purge_step=done + 1 if done else None)
+        self._events = SummaryWriter(str(folder / runfiles.EVENTS), purge_step=done + 1 if done else None)
 
     def write(self, step: int, numbers: dict[str, float]) -> None:
         try:

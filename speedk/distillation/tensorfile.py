@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from speedk.distillation import runfiles
 from speedk.errors import ArtifactError
 
 KEY = "speedk"
@@ -62,7 +63,7 @@ def read(path: str | os.PathLike[str]) -> bytes:
     try:
         mode = os.stat(path).st_mode
         if stat.S_ISDIR(mode):
-            inside = Path(path, "distilled.safetensors")
+            inside = Path(path, runfiles.DISTILLED)
             hint = f"; did you mean {inside}?" if inside.is_file() else ""
             raise ArtifactError(f"{os.fspath(path)} is a folder, not a file{hint}")
         if not stat.S_ISREG(mode):

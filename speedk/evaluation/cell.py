@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 import speedk
-from speedk.distillation import artifact, coreset
+from speedk.distillation import artifact, coreset, runfiles
 from speedk.distillation.loop import Progress
 from speedk.distillation.plan import Plan
 from speedk.errors import ArtifactError
@@ -55,7 +55,7 @@ def found(made: Plan, how: Evaluation) -> dict[str, Any] | None:
 def finished(out: Path) -> bool:
     """Whether the run in the directory `out` has made all of its steps."""
     try:
-        return "steps" not in artifact.load(out / "distilled.safetensors").header["objective"]
+        return "steps" not in artifact.load(out / runfiles.DISTILLED).header["objective"]
     except ArtifactError:
         return False
 
@@ -91,7 +91,7 @@ def measure_coreset(real: RealData, method: str, ipc: int, how: Evaluation, out:
     real = real.to(device)
 
     def choose() -> Path:
-        path = out / "distilled.safetensors"
+        path = out / runfiles.DISTILLED
         if not path.exists():
             out.mkdir(parents=True, exist_ok=True)
             rows = coreset.choose(real, method, ipc, seed=seed, epochs=epochs, device=device, progress=bars)
@@ -151,7 +151,7 @@ def _measure(out: Path, real: RealData, device: torch.device | str, what: dict[s
         for result in report["results"]:
             record.add(tests[result["network"]], {**result, "measured": facts})
         report["results"] = [record.result(test) for test in tests.values()]
-        write_atomic(out / "evaluation.json", json.dumps(report, indent=1, ensure_ascii=False).encode() + b"\n")
+        write_atomic(out / runfiles.EVALUATION, json.dumps(report, indent=1, ensure_ascii=False).encode() + b"\n")
     record.write()
     return _line(record, how)
 

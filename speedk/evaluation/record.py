@@ -7,9 +7,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from speedk.distillation import runfiles
 from speedk.files import write_atomic
-
-NAME = "cell.json"
 
 
 class Record:
@@ -20,7 +19,7 @@ class Record:
     """
 
     def __init__(self, out: Path, key: dict[str, Any]) -> None:
-        self._path, self._key = out / NAME, json.loads(json.dumps(key))
+        self._path, self._key = out / runfiles.CELL, json.loads(json.dumps(key))
         document = _read(self._path)
         mine = document if document.get("key") == self._key else {"set": {}, "results": []}
         self.set: dict[str, Any] = mine["set"]
@@ -58,13 +57,13 @@ class Record:
 
 def seconds(out: Path) -> float:
     """What distilling in the run directory `out` has taken, with all of its interruptions."""
-    return float(_read(out / NAME).get("seconds", 0.0))
+    return float(_read(out / runfiles.CELL).get("seconds", 0.0))
 
 
 def spend(out: Path, spent: float) -> None:
     """Add the seconds `spent` to those of the run directory `out`, if there is one."""
     if out.is_dir():
-        _write(out / NAME, {**_read(out / NAME), "seconds": seconds(out) + spent})
+        _write(out / runfiles.CELL, {**_read(out / runfiles.CELL), "seconds": seconds(out) + spent})
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from speedk.distillation import runfiles
 from speedk.errors import DataError
 from speedk.evaluation import sources
 
@@ -28,7 +29,7 @@ def read(path: Path, real: RealData, rate: float | None = None,
     from speedk.distillation import artifact
 
     files = sorted(path.glob("*.safetensors"), key=_natural)
-    files = files or sorted(path.glob("*/distilled.safetensors"), key=lambda file: _natural(file.parent))
+    files = files or sorted(path.glob(f"*/{runfiles.DISTILLED}"), key=lambda file: _natural(file.parent))
     if not files:
         raise DataError(f"{path} holds no distilled files (.safetensors), one for each step")
     known = {name: i for i, name in enumerate(real.class_names)}

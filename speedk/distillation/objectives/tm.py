@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from speedk import memory, networks
 from speedk.distillation import experts, seeds
-from speedk.distillation.expertfolder import ExpertFolder, Identity
+from speedk.distillation.expertfolder import IDENTITY_FILE, ExpertFolder, Identity
 from speedk.distillation.objectives.base import ABSURD, Diverged, Objective, ObjectiveSpec, Skip, too_high
 from speedk.distillation.parameterizations.base import Parameterization, detached
 from speedk.distillation.unroll import dsa_steps, unroll
@@ -191,7 +191,7 @@ class TrajectoryMatching(Objective):
         """Where the experts are or will be, their folder if there is one, and how many are to be used."""
         identity = expert_identity(self.spec, self.real)
         path = Path(self.spec.experts) if self.spec.experts else experts.place(identity)
-        if not (path / "experts.json").exists():
+        if not (path / IDENTITY_FILE).exists():
             if self.spec.experts:
                 raise ConfigError(f"there are no experts in {path}: make them (speedk experts --out {path}), or leave "
                                   "experts= out")
