@@ -25,9 +25,9 @@ from speedk.errors import ConfigError
 from speedk.training import repeatable, separable
 from speedk.workers import Pool
 
-PIECE = 16 * 32 * 32
-"""Pixels (count x height x width) of one thread's piece of a batch: 16 images of 32 x 32, so that a batch of 64 keeps
-four cores busy. Their activations stay in the caches; smaller pieces save no more."""
+GRAPH_PIECE_PIXELS = 16 * 32 * 32
+"""Count x height x width of one thread's piece of a batch, whose graph is differentiated again: 16 images of 32 x 32,
+so that a batch of 64 keeps four cores busy. Their activations stay in the caches; smaller pieces save no more."""
 
 Augment = Callable[[Tensor, int], Tensor]
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -149,7 +149,7 @@ class Training:
               note: bool = False) -> tuple[StepGraph, Tensor]:
         """The graph of a step on `batch`, and the gradient [P]. `note`: its tensors can be asked for."""
         shape, count = batch.augmented.shape, len(batch.labels)
-        rows = max(1, PIECE // batch.augmented[0, 0].numel()) if self.in_pieces else count
+        rows = max(1, GRAPH_PIECE_PIXELS // batch.augmented[0, 0].numel()) if self.in_pieces else count
         parts = list(zip(batch.augmented.detach().split(rows), batch.labels.split(rows), strict=True))
         while len(self._students) < len(parts):
             # Threads must not share a module, as each puts its parameters in; the tensors are shared.

@@ -48,7 +48,7 @@ def replaying(device, monkeypatch):
     """Steps on a device are recorded, by the stand-in where it records nothing itself."""
     step_replay.forget()
     monkeypatch.delenv("SPEEDK_CUDA_GRAPHS", raising=False)
-    monkeypatch.setattr("speedk.distillation.step_graph.PIECE", 1 << 30)
+    monkeypatch.setattr("speedk.distillation.step_graph.GRAPH_PIECE_PIXELS", 1 << 30)
     if device == "cpu":
         monkeypatch.setattr(step_replay, "recorder_of", lambda device: Rerun)
     yield device

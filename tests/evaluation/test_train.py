@@ -72,7 +72,7 @@ def test_the_update_is_sgd_with_a_drop_and_a_fresh_momentum(soft):
 
 
 def test_a_run_depends_on_its_seed_alone(monkeypatch):
-    monkeypatch.setattr(workers, "PIECE", 5 * 64)
+    monkeypatch.setattr(workers, "POOL_PIECE_PIXELS", 5 * 64)
     plan, data = Schedule(epochs=3, batch=16), make_set()
     torch.manual_seed(1)
     runs = fit(plan, data)
@@ -101,7 +101,7 @@ class Noisy(nn.Module):
 
 def test_dropout_is_seeded_too(monkeypatch):
     monkeypatch.setattr(train.networks, "fresh", lambda name, geometry, seed, device: Noisy(geometry).to(device))
-    monkeypatch.setattr(workers, "PIECE", 5 * 64)
+    monkeypatch.setattr(workers, "POOL_PIECE_PIXELS", 5 * 64)
     torch.manual_seed(0)
     first = fit(Schedule(epochs=2, batch=16), make_set(), names=("noisy",))
     torch.manual_seed(0)

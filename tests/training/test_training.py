@@ -29,7 +29,7 @@ def test_pieces_of_a_batch_sum_to_the_batch(name, monkeypatch):
     images = data.batch(torch.arange(20))
     loss = F.cross_entropy(network(images), data.labels, reduction="sum")
     expected = torch.autograd.grad(loss, list(network.parameters()))
-    monkeypatch.setattr(workers, "PIECE", 3 * 64)
+    monkeypatch.setattr(workers, "POOL_PIECE_PIXELS", 3 * 64)
     with Pool(CPU, 2) as pool:
         pieces = training.in_pieces(pool, training.gradients, network, images, data.labels)
     assert len(pieces) == 7
@@ -75,7 +75,7 @@ def test_standardised_batches_have_mean_0_and_deviation_1():
 
 
 def test_accuracy_counts_the_right_answers(monkeypatch):
-    monkeypatch.setattr(workers, "PIECE", 3 * 64)
+    monkeypatch.setattr(workers, "POOL_PIECE_PIXELS", 3 * 64)
 
     class Fixed(nn.Module):
         def forward(self, images):
