@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 
 from speedk.cli import _curves, _options, _testing
 from speedk.cli._files import distilled_file
-from speedk.cli._text import table
 from speedk.errors import ConfigError, TrainingError
 from speedk.files import write_atomic
+from speedk.text import table
 
 if TYPE_CHECKING:
     from speedk.evaluation import ContinualReport

@@ -26,9 +26,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from speedk import evaluate
     from speedk.cli._progress import Bars
-    from speedk.cli._text import table
     from speedk.distillation import plan as plans
     from speedk.evaluation import real_images, whole
+    from speedk.text import table
 
     began = time.monotonic()
     out = args.out or _unused(Path("runs"))

@@ -98,8 +98,8 @@ def _to_go_on(made: Plan, args: argparse.Namespace) -> str:
 
 def _announce(made: Plan, args: argparse.Namespace) -> None:
     """What will be done, before anything starts."""
-    from speedk.cli._text import duration, table
     from speedk.distillation.plan import choose, preparation, trajectory_seconds
+    from speedk.text import duration, table
 
     real, recipe = made.real, made.recipe
     note = f"; {real.note}" if real.note else ""
@@ -138,9 +138,9 @@ def _facts(made: Plan) -> dict:
 
 
 def _dry_run(made: Plan) -> None:
-    from speedk.cli._text import duration
     from speedk.distillation import recipe as recipes
     from speedk.distillation.plan import estimate
+    from speedk.text import duration
 
     print(f"\nrecipe, resolved:\n\n{recipes.to_toml(made.recipe.to_dict())}")
     print(f"budget (float32 numbers):\n{made.recipe.budget(made.real.geometry).table()}\n")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from speedk.cli._text import table
+from speedk.text import table
 
 HELP = "Print what is built, which backend each op takes here, and why not the others."
 EPILOG = """\

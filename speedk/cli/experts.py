@@ -56,12 +56,12 @@ def run(args: argparse.Namespace) -> int:
 
 def _train(args: argparse.Namespace) -> int:
     from speedk.cli._progress import Bars
-    from speedk.cli._text import duration, table
     from speedk.distillation import experts
     from speedk.distillation import plan as plans
     from speedk.distillation import recipe as recipes
     from speedk.distillation.expertfolder import ExpertFolder
     from speedk.distillation.objectives import tm
+    from speedk.text import duration, table
 
     if args.precision != "float32" and args.out is None:
         raise ConfigError(f"--precision {args.precision} is for a folder of your own: say --out, and experts=DIR to "
@@ -110,9 +110,9 @@ def _train(args: argparse.Namespace) -> int:
 
 
 def _info(path: Path) -> int:
-    from speedk.cli._text import table
     from speedk.distillation.expertfolder import ExpertFolder
     from speedk.errors import one_line
+    from speedk.text import table
 
     folder = ExpertFolder.open(path)
     of = folder.identity
@@ -131,7 +131,7 @@ def _info(path: Path) -> int:
 
 def _summary(folder: ExpertFolder) -> str:
     """How many experts have how many epochs, and how good they are."""
-    from speedk.cli._text import table
+    from speedk.text import table
 
     records = [folder.record(number) for number in folder.numbers()]
     if not records:

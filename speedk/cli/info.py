@@ -9,8 +9,8 @@ import textwrap
 from typing import TYPE_CHECKING, Any
 
 from speedk.cli._files import distilled_file
-from speedk.cli._text import table
 from speedk.errors import one_line
+from speedk.text import table
 
 if TYPE_CHECKING:
     from speedk.distillation.artifact import Distilled

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from speedk.cli._text import table
+from speedk.text import table
 
 HELP = "List the recipes that come with speedk, or print one."
 EPILOG = """\

@@ -200,8 +200,8 @@ def _check_changed(target: Target, changed: dict[str, Any]) -> None:
 
 
 def _listing(lines: list[dict[str, Any]]) -> str:
-    from speedk.cli._text import table
     from speedk.evaluation import tables
+    from speedk.text import table
 
     known = {(line["table"], line["row"], line["column"]) for line in lines}
     rows = [("table", "row", "cells", "measured", "run")]

@@ -179,7 +179,7 @@ def _short(fields: dict[str, Any]) -> str:
 
 
 def _listing(plans: list[Plan], grid: list[dict[str, Any]], how: Evaluation) -> str:
-    from speedk.cli._text import table
+    from speedk.text import table
 
     first, varied = plans[0], _varied(grid)
     fixed = _short({name: value for name, value in grid[0].items() if name not in varied})
@@ -199,7 +199,7 @@ def _listing(plans: list[Plan], grid: list[dict[str, Any]], how: Evaluation) -> 
 
 
 def _table(lines: list[dict[str, Any]]) -> str:
-    from speedk.cli._text import table
+    from speedk.text import table
 
     names = [result["network"] for result in lines[0]["results"]]
     varied = _varied([line["fields"] for line in lines])

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from speedk.errors import ConfigError
 from speedk.geometry import Geometry
+from speedk.text import table
 
 
 def index_floats(size: int) -> float:
@@ -42,10 +44,9 @@ class Budget:
 
     def table(self) -> str:
         """The split of the budget, a line a part."""
-        rows = [(name, value) for name, value in self.parts.items()]
-        rows += [("counted", self.counted), ("budget", self.allowed)]
-        width = max(len(name) for name, _ in rows)
-        return "\n".join(f"  {name:<{width}}  {value:>14,.0f}  {value / self.allowed:>7.1%}" for name, value in rows)
+        amounts = [*self.parts.items(), ("counted", self.counted), ("budget", self.allowed)]
+        rows = [(name, f"{value:,.0f}", f"{value / self.allowed:.1%}") for name, value in amounts]
+        return textwrap.indent(table(rows, numbers=(1, 2)), "  ")
 
     def check(self) -> None:
         """Raise ConfigError, with the sum, where more is counted than allowed."""

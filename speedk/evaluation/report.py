@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import math
 import statistics
-from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
+
+from speedk.text import table
 
 if TYPE_CHECKING:
     from speedk.evaluation.robustness import Robustness
@@ -96,7 +97,7 @@ class Report:
         for r in self.results:
             runs = "  ".join("failed" if a is None else f"{a:.2f}" for a in r.accuracies)
             rows.append([r.network, f"{r.parameters:,}", _number(r.mean), _number(r.std), runs])
-        text += ["", _table(rows)]
+        text += ["", table(rows, numbers=(1, 2, 3))]
         text += [f"{r.network}, seed {seed}: {why}" for r in self.results for seed, why in r.failures.items()]
         if self.robustness:
             text += ["", f"corrupted test images, {self.corrupted_by}: the mean of five severities", "",
@@ -126,14 +127,8 @@ def _corrupted(found: list[Robustness]) -> str:
     rows += [[name, *(_number(r.of(name)) for r in found)] for name in found[0].accuracies]
     rows.append([f"mean of all {len(found[0].accuracies)}", *(f"{_number(r.mean)} +- {_number(r.std)}" for r in found)])
     rows.append(["as they are", *(_number(None if r.failed else statistics.fmean(r.clean)) for r in found)])
-    return _table(rows, range(1, len(rows[0])))
+    return table(rows, range(1, len(rows[0])))
 
 
 def _number(value: float | None) -> str:
     return "-" if value is None or not math.isfinite(value) else f"{value:.2f}"
-
-
-def _table(rows: list[list[str]], right: Collection[int] = (1, 2, 3)) -> str:
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return "\n".join("  ".join(cell.rjust(w) if i in right else cell.ljust(w)
-                               for i, (cell, w) in enumerate(zip(row, widths, strict=True))).rstrip() for row in rows)
