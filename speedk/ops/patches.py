@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
+from torch.nn.functional import linear, pad
 
 from speedk.ops import arguments, dispatch, native, registered
 
@@ -65,6 +65,7 @@ def tokens_to_images(state: Tensor, weight: Tensor, bias: Tensor, channels: int,
     Differentiable once (any number of times on the torch backend).
 
     state: [N, J, D] floating, any strides, J a square number; weight: [L, D]; bias: [L]; L = patch * patch * channels.
+    Where D is 0, each patch is the bias.
     Returns [N, C, H, W] with H = W = patch * sqrt(J).
     Raises ValueError where the shapes or dtypes do not fit.
     Backends: Triton, native (CPU, float32), torch.
@@ -78,6 +79,11 @@ def tokens_to_images(state: Tensor, weight: Tensor, bias: Tensor, channels: int,
 
 def tokens_to_images_reference(state: Tensor, weight: Tensor, bias: Tensor, channels: int, patch: int) -> Tensor:
     return unpatchify_reference(linear(state, weight, bias), channels, patch)
+
+
+def _at_least_one(state: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """With a column of zeros where there are no features at all: a kernel multiplies over one at least."""
+    return (state, weight) if state.shape[2] else (pad(state, (0, 1)), pad(weight, (0, 1)))
 
 
 def _fits_patchify(images: Tensor, patch: int) -> None:
@@ -196,7 +202,8 @@ _unpatchify.register_autograd(_unpatchify_backward, setup_context=_unpatchify_sa
 @registered.custom_op("speedk::tokens_to_images")
 def _tokens_to_images(state: Tensor, weight: Tensor, bias: Tensor, channels: int, patch: int, backend: str) -> Tensor:
     _fits_projection(state, weight, bias, channels, patch)
-    return dispatch.launchers(backend, "patches").tokens_to_images_fwd(state, weight, bias, channels, patch)
+    launch = dispatch.launchers(backend, "patches").tokens_to_images_fwd
+    return launch(*_at_least_one(state, weight), bias, channels, patch)
 
 
 @_tokens_to_images.register_fake
@@ -214,7 +221,9 @@ def _tokens_to_images_bwd(d_images: Tensor, state: Tensor, weight: Tensor, patch
     arguments.shaped("d_images", d_images, (state.shape[0], d_images.shape[1], side, side))
     arguments.alike(d_images=d_images, state=state)
     launch = dispatch.launchers(backend, "patches").tokens_to_images_bwd
-    grads = launch(d_images, state, weight, patch, need_state, need_weight)
+    grads = launch(d_images, *_at_least_one(state, weight), patch, need_state, need_weight)
+    if not state.shape[2]:  # without the column again
+        grads = (*(grad if grad is None else grad[..., :0].clone() for grad in grads[:2]), grads[2])
     return tuple(state.new_empty(0) if grad is None else grad for grad in grads)
 
 

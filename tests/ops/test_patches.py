@@ -59,7 +59,7 @@ def test_strides(layout, backend):
 
 @on_backends("tokens_to_images", DEVICES)
 @pytest.mark.parametrize("shape", [(3, 64, 32, 3, 4), (40, 256, 24, 3, 8), (2, 9, 5, 1, 3), (1, 1, 1, 1, 1),
-                                   (0, 4, 8, 3, 2)], ids=str)  # fmt: skip
+                                   (0, 4, 8, 3, 2), (2, 9, 0, 3, 2)], ids=str)  # fmt: skip
 def test_tokens_to_images(shape, device, backend):
     n, j, d, channels, patch = shape
     dtype = torch.float32

@@ -55,6 +55,7 @@ CASES = {  # a function of its inputs, differentiable, of the ops or of `forms`
     "unpatchify": (lambda o, x: o.unpatchify(x, 3, 2), [randn(2, 4, 12)]),
     "tokens_to_images": (lambda o, *x: o.tokens_to_images(*x, 3, 2),
                          [randn(2, 4, 6), randn(12, 6), randn(12, seed=2)]),
+    "no features": (lambda o, *x: o.tokens_to_images(*x, 3, 2), [randn(2, 4, 0), randn(12, 0), randn(12, seed=2)]),
     "coo_decode": (lambda o, v: o.coo_decode(v, ROWS, COLS, 4, 5), [randn(3, 2, 2)]),
     "mhsc_coo": (lambda o, v, s: o.mhsc_coo(v, ROWS, COLS, s, 4), [randn(3, 2, 2), randn(5, 6, seed=1)]),
     "first block": (lambda o, x, *w: o.freenet_block(x, None, BlockWeights(*w)), [randn(3, 4, 6), *block_weights(6)]),
