@@ -196,17 +196,17 @@ class _Recordings:
         try:
             if len(self._found) >= MOST:
                 del self._found[min(self._found, key=lambda key: self._found[key].used)]
-            self._eager[key] = -math.inf
             self._found[key] = made = make()
-            made.used, self._eager[key] = self._steps, EAGER
+            made.used = self._steps
             return made
         except torch.OutOfMemoryError:
             _log.debug("the steps of this student run unrecorded: no memory to record one", exc_info=True)
-            self._eager.update(dict.fromkeys(self._found, -math.inf))
+            self._eager.update(dict.fromkeys((key, *self._found), -math.inf))
             self._found.clear()
             short = True
         except (RuntimeError, _Differs):
             _log.debug("a kind of step runs unrecorded", exc_info=True)
+            self._eager[key] = -math.inf
         finally:
             _recording.release()
         if short:  # and what was recorded of it is gone now

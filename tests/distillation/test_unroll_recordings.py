@@ -276,6 +276,18 @@ def test_labels_are_still_looked_at(device):
         speedk.unroll(student, theta, images, labels + 1, schedule, lr)
 
 
+def test_an_error_of_the_users_says_nothing_of_the_kind(device):
+    student = STUDENTS["convnet"]()
+    leaves, schedule, direction = given(student, device, soft=False, steps=step_replay.EAGER)
+    theta, images, labels, lr = leaves
+    results(student, leaves, [schedule[0]] * step_replay.EAGER, direction)
+    with pytest.raises(ConfigError, match="there is a label"):  # met by the step that is to be recorded
+        speedk.unroll(student, theta, images, labels + 3, schedule[:1], lr)
+    assert not recorded(student)
+    results(student, leaves, schedule[:1], direction)
+    assert len(recorded(student)) == 1
+
+
 def test_recordings_go_with_their_student(device, monkeypatch):
     if device == "cpu":  # where the stand-in would hold what it runs
         monkeypatch.setattr(step_replay, "recorder_of", lambda device: Still)
