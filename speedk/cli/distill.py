@@ -63,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
     made = plans.plan(args.dataset, data=args.data, ipc=args.ipc, method=args.method, objective=args.objective,
                       recipe=args.recipe, out=args.out, seed=args.seed, device=args.device, steps=args.steps,
                       network=args.network, overrides=parse_overrides(args.fields), resume=args.resume, progress=True)
-    _announce(made, args)
+    _announce(made)
     if args.dry_run:
         _dry_run(made)
         return 0
@@ -96,7 +96,7 @@ def _to_go_on(made: Plan, args: argparse.Namespace) -> str:
     return shlex.join(map(str, words))
 
 
-def _announce(made: Plan, args: argparse.Namespace) -> None:
+def _announce(made: Plan) -> None:
     """What will be done, before anything starts."""
     from speedk.distillation.plan import choose, preparation, trajectory_seconds
     from speedk.text import duration, table

@@ -93,7 +93,7 @@ def plan(dataset: str | None = None, *, data: str | Path | None = None, ipc: int
     if resume and recipe is None and stored is not None and stored.is_file():
         return _resumed(recipes.read(stored), dataset, data, method, objective, changes, where, Path(out), progress)
     notes: list[str] = []
-    tables = _tables(dataset, data, ipc, method, recipe, notes)
+    tables = _tables(dataset, data, ipc, method, recipe)
     if dataset is not None and tables.get("data", {}).get("name", dataset) not in ("", dataset):
         raise ConfigError(f"the recipe is for {tables['data']['name']}, not {dataset}")
     chosen, why = choose(objective, where)
@@ -136,7 +136,7 @@ def chosen_device(name: str) -> torch.device:
 
 
 def _tables(dataset: str | None, folder: str | Path | None, ipc: int | None, method: str | None,
-            recipe: str | Path | None, notes: list[str]) -> dict[str, Any]:
+            recipe: str | Path | None) -> dict[str, Any]:
     """The recipe that was asked for, or of the row that was asked for; without a parameterization where none is."""
     if recipe is not None:
         tables = recipes.read(recipe)
