@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils.data import TensorDataset
 
 from speedk import data
+from speedk import ops as ops  # before any file is read: what SPEEDK_BACKEND says wrongly is not the file's fault
 from speedk.distillation import tensorfile
 from speedk.distillation.header import check_format, describe, rebuild, whole
 from speedk.distillation.parameterizations.base import Parameterization

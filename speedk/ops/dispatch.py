@@ -25,6 +25,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
 
+from speedk.errors import ConfigError
+
 BACKENDS = ("triton", "native", "torch")
 WhyNot = Callable[..., "str | None"]
 
@@ -61,13 +63,13 @@ class Op:
         return check(*arguments)
 
     def choose(self, *arguments: object) -> str:
-        """The backend for `arguments`. Raises ValueError where one is forced that cannot take them."""
+        """The backend for `arguments`. Raises ConfigError where one is forced that cannot take them."""
         if _asking and threading.get_ident() in _asking:
             raise _Asked(self, arguments)
         if _forced is not None:
             reason = self.why_not(_forced, *arguments)
             if reason is not None:
-                raise ValueError(f"{self.name} cannot run on the {_forced} backend: {reason}")
+                raise ConfigError(f"{self.name} cannot run on the {_forced} backend: {reason}")
             return _forced
         return self._first(*arguments)
 
@@ -149,7 +151,7 @@ class use_backend:
     def __init__(self, name: str | None) -> None:
         global _forced
         if name is not None and name not in BACKENDS:
-            raise ValueError(f"backend {name!r} is not one of {', '.join(BACKENDS)}")
+            raise ConfigError(f"backend {name!r} is not one of {', '.join(BACKENDS)}")
         self._before, _forced = _forced, name
 
     def __enter__(self) -> use_backend:

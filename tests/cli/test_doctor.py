@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import pytest
 
 from speedk.cli import main
@@ -35,6 +39,16 @@ def test_each_device_is_told_what_it_takes(capsys, monkeypatch):
         assert on_cpu[op].split()[1] == "native"
     assert on_gpu["mhsc"].split()[1] == "triton" and "native: the kernel is for the CPU" in on_gpu["mhsc"]
     assert on_cpu["mhsc"].split()[1] == "native" and "triton: the kernel is for the GPU" in on_cpu["mhsc"]
+
+
+@pytest.mark.parametrize(("value", "message"), [("best", "'best' is not one of triton, native, torch"),
+                                               ("triton", "cannot run on the triton backend")])
+def test_what_the_variable_cannot_force_is_said_in_one_line(value, message, file, tmp_path):
+    words = ["decode", str(file), "--out", str(tmp_path / "out")]
+    done = subprocess.run([sys.executable, "-m", "speedk", *words], capture_output=True, text=True,
+                          env={**os.environ, "SPEEDK_BACKEND": value, "TRITON_INTERPRET": "0"})  # on the CPU
+    assert done.returncode == 1 and done.stderr.startswith("speedk: ") and message in done.stderr
+    assert done.stderr.count("\n") == 1 and "bug" not in done.stderr
 
 
 def test_a_forced_backend_that_cannot_run(capsys):
