@@ -8,6 +8,7 @@ from pathlib import Path
 
 from speedk.cli import _options
 from speedk.distillation import runfiles
+from speedk.errors import ConfigError
 
 HELP = "Distil the embedded digits, evaluate the saved file beside its baselines, and draw it: a few minutes on a CPU."
 EPILOG = """\
@@ -30,6 +31,8 @@ def run(args: argparse.Namespace) -> int:
     from speedk.evaluation import real_images, whole
     from speedk.text import table
 
+    if args.runs < 1:
+        raise ConfigError(f"--runs {args.runs} must be at least 1")
     began = time.monotonic()
     out = args.out or _unused(Path("runs"))
     made = {method: plans.plan("digits", ipc=1, method=method, out=out / method, device=args.device, steps=args.steps)

@@ -22,7 +22,7 @@ from speedk.evaluation import sources
 from speedk.evaluation.evaluate import evaluate
 from speedk.evaluation.record import Record, seconds, spend
 from speedk.files import write_atomic
-from speedk.schedule import WHOLE
+from speedk.schedule import WHOLE, schedule
 
 if TYPE_CHECKING:
     from speedk.data import RealData
@@ -30,7 +30,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """How the finished file is tested: arguments of `speedk.evaluate`."""
+    """How the finished file is tested: arguments of `speedk.evaluate`. Raises ConfigError, before hours of distilling,
+    where no network could be trained that way."""
 
     networks: tuple[str, ...] = ("convnet",)
     runs: int = 5
@@ -39,6 +40,9 @@ class Evaluation:
     seed: int = 0
     standardisation: str | None = None
     precision: str = "float32"
+
+    def __post_init__(self) -> None:
+        schedule(self.protocol, self.standardisation or "mtt", epochs=self.epochs, precision=self.precision)
 
     def tests(self) -> dict[str, dict[str, Any]]:
         """Of each network all that its result depends on, but for the set."""

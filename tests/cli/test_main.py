@@ -198,3 +198,8 @@ def test_help_names_every_plugin_and_data_set(capsys):
         assert cli.main([command, "--help"]) == 0
         words = set(re.findall(r"\w+", capsys.readouterr().out))
         assert not set(known) - words
+
+
+def test_a_demo_of_no_runs_is_refused_before_it_begins(capsys, tmp_path):
+    assert cli.main(["demo", "--runs", "0", "--out", str(tmp_path / "demo")]) == 1
+    assert line(capsys) == "speedk: --runs 0 must be at least 1" and not (tmp_path / "demo").exists()

@@ -91,6 +91,7 @@ def test_a_cell_over_the_budget_needs_to_be_allowed(run, tmp_path, capsys):
     (["kk=2,3"], "no recipe field 'kk'"),
     (["k=2,3", "--networks", "mpl"], "did you mean 'mlp'"),
     (["k=2,3", "--runs", "0"], "there is nothing to run"),
+    (["k=2,3", "--epochs", "0"], "epochs=0 must be at least 1"),
     (["steps=3,4", "--steps", "3"], "steps=4: --steps 3 and steps=4 do not agree"),
     (["objective.steps=3,4", "--steps", "3"], "--steps 3 and objective.steps=4 do not agree"),
     (["k=2,3", "seed=1", "--seed", "2"], "--seed 2 and seed=1 do not agree"),
