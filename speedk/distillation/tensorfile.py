@@ -64,8 +64,8 @@ def read(path: str | os.PathLike[str]) -> bytes:
         mode = os.stat(path).st_mode
         if stat.S_ISDIR(mode):
             inside = Path(path, runfiles.DISTILLED)
-            hint = f"; did you mean {inside}?" if inside.is_file() else ""
-            raise ArtifactError(f"{os.fspath(path)} is a folder, not a file{hint}")
+            hint = f": did you mean {inside}?" if inside.is_file() else f" and holds no {runfiles.DISTILLED}"
+            raise ArtifactError(f"{os.fspath(path)} is a folder{hint}")
         if not stat.S_ISREG(mode):
             raise ArtifactError(f"{os.fspath(path)} is not a regular file")
         return Path(path).read_bytes()

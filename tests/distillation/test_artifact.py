@@ -266,9 +266,9 @@ def test_other_files_are_named(name, tmp_path):
 
 def test_paths_that_are_no_files(tmp_path):
     assert "does not exist" in refused(tmp_path / "none")
-    assert "is a folder" in refused(tmp_path)
+    assert "is a folder and holds no distilled.safetensors" in refused(tmp_path)
     (tmp_path / "distilled.safetensors").write_bytes(b"")
-    assert "did you mean" in refused(tmp_path)
+    assert "is a folder: did you mean" in refused(tmp_path)
     os.mkfifo(tmp_path / "pipe")
     assert "not a regular file" in refused(tmp_path / "pipe")
     assert "cannot read" in refused("a\0b")
