@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from speedk import networks, training
 from speedk.augment import dsa
 from speedk.distillation import seeds
-from speedk.distillation.objectives.base import Objective, ObjectiveSpec
-from speedk.distillation.parameterizations.base import Parameterization, detached
+from speedk.distillation.objectives._classwise import Classwise
+from speedk.distillation.objectives.base import ObjectiveSpec
+from speedk.distillation.parameterizations.base import Parameterization
 from speedk.errors import ConfigError
-from speedk.workers import Pool
 
 LOOPS = ((1, 1, 1), (10, 10, 50), (20, 20, 25), (30, 30, 20), (40, 40, 15), (50, 50, 10))
 """(ipc, outer, inner) of the original."""
@@ -26,9 +26,6 @@ HELD = 4
 
 SHARE = 32
 """Images whose gradient is one piece of work, at least."""
-
-HELD_REAL = 2048
-"""Real images that are held at once, about."""
 
 EPS = 1e-6
 """Added to the product of two rows' lengths, as in the original."""
@@ -73,38 +70,29 @@ def original_steps(ipc: int) -> int:
     return 1000 * Spec().loops(ipc)[0]
 
 
-class GradientMatching(Objective):
+class GradientMatching(Classwise):
     """Sum over classes of the distance (`distance`) between the gradients of the cross-entropy of real and of synthetic
     images, in a student that is trained on the synthetic set between matchings and drawn anew after `outer` of them.
     """
 
     Spec = Spec
     name = "dc"
+    held_real = 2048
 
     def __init__(self, spec: Spec, real, seed: int, device: torch.device) -> None:
         super().__init__(spec, real, seed, device)
-        self._pool = Pool(device)
         self._student: nn.Module | None = None
 
     def step(self, synthetic: Parameterization, step: int) -> dict[str, float]:
-        spec, geometry = self.spec, self.real.geometry
         generator = seeds.generator(self.seed, self.name, step)
-        outer, inner = spec.loops(synthetic.ipc)
-        loss, gradients = 0.0, []
-        with self._pool as pool, networks.twice_differentiable():
-            members = [(synthetic.classes == label).nonzero()[:, 0] for label in range(geometry.classes)]
-            decoded = [images for images, _ in pool.map(detached, [(synthetic, index) for index in members])]
+        outer, inner = self.spec.loops(synthetic.ipc)
+        with self._pool, networks.twice_differentiable():
+            members, decoded = self._decoded(synthetic)
             if step % outer == 0 or self._student is None:
                 self._student = self._fresh(step // outer)
             else:
                 self._train(torch.cat(decoded), synthetic.classes[torch.cat(members)], inner, generator)
-            # A few classes at a time bound the real images that are held.
-            for labels in torch.arange(geometry.classes).split(max(1, HELD_REAL // spec.batch)):
-                for found, gradient in self._match(decoded, labels.tolist(), generator):
-                    loss += float(found)
-                    gradients.append(gradient)
-            synthetic.accumulate(torch.cat(members), torch.cat(gradients), pool=pool)
-        return {"loss": loss}
+            return self._walk(synthetic, members, lambda labels: self._match(decoded, labels, generator))
 
     def _fresh(self, number: int) -> nn.Module:
         return networks.student(self.spec.network, self.real.geometry, seeds.derive(self.seed, "student", number),
@@ -113,11 +101,9 @@ class GradientMatching(Objective):
     def _match(self, decoded: list[Tensor], labels: list[int],
                generator: torch.Generator) -> list[tuple[Tensor, Tensor]]:
         """Loss and gradient of each class of `labels`."""
-        student, spec, pool = self._student, self.spec, self._pool
+        student, pool = self._student, self._pool
         piece = pool.images(self.real.geometry.resolution)
-        real = {label: self.real.sample(label, spec.batch, generator) for label in labels}
-        draws = {label: dsa.draw(1, self.real.geometry, generator, shared=True) if spec.augment else None
-                 for label in labels}
+        real, draws = self._drawn(labels, generator)
         weights = matched(student)
         parts = [(label, part) for label in labels for part in real[label].split(max(SHARE, piece))]
         sums = pool.map(_summed, [(student, weights, part, label, draws[label], piece) for label, part in parts])
@@ -146,9 +132,6 @@ class GradientMatching(Objective):
         if "student" in state:
             self._student = self._fresh(0)
             self._student.load_state_dict(state["student"])
-
-    def artifact_fields(self) -> dict[str, float]:
-        return {"lr": self.spec.lr}
 
 
 def matched(student: nn.Module) -> list[Tensor]:

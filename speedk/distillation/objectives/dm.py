@@ -10,16 +10,13 @@ from torch import Tensor, nn
 from speedk import networks
 from speedk.augment import dsa
 from speedk.distillation import seeds
-from speedk.distillation.objectives.base import Objective, ObjectiveSpec
-from speedk.distillation.parameterizations.base import Parameterization, detached
+from speedk.distillation.objectives._classwise import Classwise
+from speedk.distillation.objectives.base import ObjectiveSpec
+from speedk.distillation.parameterizations.base import Parameterization
 from speedk.errors import ConfigError
-from speedk.workers import Pool
 
 HELD = 4
 """Pieces of a class whose graph is held at once; a class of more is walked twice, a piece at a time."""
-
-HELD_REAL = 4096
-"""Real images that are held at once, about."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +35,7 @@ class Spec(ObjectiveSpec):
         self.check_rates("lr")
 
 
-class DistributionMatching(Objective):
+class DistributionMatching(Classwise):
     """Squared distance of mean embeddings, summed over classes, in a freshly drawn network each step.
 
     For each class the real and the synthetic images get one and the same augmentation with the same parameters.
@@ -46,10 +43,7 @@ class DistributionMatching(Objective):
 
     Spec = Spec
     name = "dm"
-
-    def __init__(self, spec: Spec, real, seed: int, device: torch.device) -> None:
-        super().__init__(spec, real, seed, device)
-        self._pool = Pool(device)
+    held_real = 4096
 
     def step(self, synthetic: Parameterization, step: int) -> dict[str, float]:
         spec, geometry = self.spec, self.real.geometry
@@ -57,35 +51,23 @@ class DistributionMatching(Objective):
         student = networks.student(spec.network, geometry, seeds.derive(self.seed, "student", step), self.device,
                                    features=True, precision=spec.precision)
         student.requires_grad_(False)
-        loss, gradients = 0.0, []
-        with self._pool as pool, torch.no_grad():
-            members = [(synthetic.classes == label).nonzero()[:, 0] for label in range(geometry.classes)]
-            decoded = [images for images, _ in pool.map(detached, [(synthetic, index) for index in members])]
-            # A few classes at a time bound the real images that are held.
-            for labels in torch.arange(geometry.classes).split(max(1, HELD_REAL // spec.batch)):
-                for found, gradient in self._match(student, decoded, labels.tolist(), generator):
-                    loss += float(found)
-                    gradients.append(gradient)
-            synthetic.accumulate(torch.cat(members), torch.cat(gradients), pool=pool)
-        return {"loss": loss}
+        with self._pool, torch.no_grad():
+            members, decoded = self._decoded(synthetic)
+            return self._walk(synthetic, members,
+                              lambda labels: self._match(student, decoded, labels, generator))
 
     def _match(self, student: nn.Module, decoded: list[Tensor], labels: list[int],
                generator: torch.Generator) -> list[tuple[Tensor, Tensor]]:
         """Loss and gradient of each class of `labels`."""
-        spec, pool = self.spec, self._pool
+        pool = self._pool
         piece = pool.images(self.real.geometry.resolution)
-        real = {label: self.real.sample(label, spec.batch, generator) for label in labels}
-        draws = {label: dsa.draw(1, self.real.geometry, generator, shared=True) if spec.augment else None
-                 for label in labels}
+        real, draws = self._drawn(labels, generator)
         parts = [(label, part) for label in labels for part in real[label].split(piece)]
         sums = pool.map(_features, [(student, part, draws[label]) for label, part in parts])
         targets = dict.fromkeys(labels, 0)
         for (label, _), of_part in zip(parts, sums, strict=True):
             targets[label] = targets[label] + of_part / len(real[label])
         return pool.map(_distance, [(student, decoded[label], targets[label], draws[label], piece) for label in labels])
-
-    def artifact_fields(self) -> dict[str, float]:
-        return {"lr": self.spec.lr}
 
 
 def _features(student: nn.Module, images: Tensor, draw: dsa.Draw | None) -> Tensor:

@@ -1,0 +1,55 @@
+"""What the objectives that match class by class have alike."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from speedk.augment import dsa
+from speedk.distillation.objectives.base import Objective
+from speedk.distillation.parameterizations.base import Parameterization, detached
+from speedk.workers import Pool
+
+
+class Classwise(Objective):
+    """A sum over classes, each of which is matched with a batch of its real images. The recipe has `batch`, `augment`
+    and `lr`; a step takes `_decoded` and, in it, `_walk`, whose `match` begins with `_drawn`, all in the pool."""
+
+    held_real: ClassVar[int]
+    """Real images that are held at once, about."""
+
+    def __init__(self, spec, real, seed: int, device: torch.device) -> None:
+        super().__init__(spec, real, seed, device)
+        self._pool = Pool(device)
+
+    def _decoded(self, synthetic: Parameterization) -> tuple[list[Tensor], list[Tensor]]:
+        """Of each class the numbers of its images, and the images."""
+        members = [(synthetic.classes == label).nonzero()[:, 0] for label in range(self.real.geometry.classes)]
+        images = [images for images, _ in self._pool.map(detached, [(synthetic, index) for index in members])]
+        return members, images
+
+    def _walk(self, synthetic: Parameterization, members: list[Tensor],
+              match: Callable[[list[int]], Iterable[tuple[Tensor, Tensor]]]) -> dict[str, float]:
+        """The step's numbers, where `match` gives loss and gradient of each class of a few labels."""
+        loss, gradients = 0.0, []
+        # A few classes at a time bound the real images that are held.
+        for labels in torch.arange(len(members)).split(max(1, self.held_real // self.spec.batch)):
+            for found, gradient in match(labels.tolist()):
+                loss += float(found)
+                gradients.append(gradient)
+        synthetic.accumulate(torch.cat(members), torch.cat(gradients), pool=self._pool)
+        return {"loss": loss}
+
+    def _drawn(self, labels: list[int], generator: torch.Generator
+               ) -> tuple[dict[int, Tensor], dict[int, dsa.Draw | None]]:
+        """Of each class real images, and the augmentation that they and the synthetic ones get."""
+        real = {label: self.real.sample(label, self.spec.batch, generator) for label in labels}
+        draws = {label: dsa.draw(1, self.real.geometry, generator, shared=True) if self.spec.augment else None
+                 for label in labels}
+        return real, draws
+
+    def artifact_fields(self) -> dict[str, float]:
+        return {"lr": self.spec.lr}
