@@ -9,14 +9,13 @@ from pathlib import Path
 
 import numpy as np
 
-from speedk.data.part import Encoded, Part
+from speedk.data.part import BLOCK, Encoded, Part
 from speedk.errors import DataError
 
 SUFFIXES = frozenset((".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".dib", ".gif", ".webp", ".tif", ".tiff",
                       ".ppm", ".pgm", ".pbm", ".pnm", ".avif", ".jp2", ".tga"))
 """Of the files that are images; others in a class folder are left alone."""
 _ANNOTATIONS = "val_annotations.txt"
-_BLOCK = 256
 
 
 class ClassFolders(Part):
@@ -104,5 +103,5 @@ def _images(folder: Path) -> Iterator[Path]:
 
 
 def _file_blocks(paths: Sequence[Path], root: Path) -> Iterator[list[Encoded]]:
-    for start in range(0, len(paths), _BLOCK):
-        yield [(str(path.relative_to(root)), path) for path in paths[start:start + _BLOCK]]
+    for start in range(0, len(paths), BLOCK):
+        yield [(str(path.relative_to(root)), path) for path in paths[start:start + BLOCK]]

@@ -11,13 +11,12 @@ import numpy as np
 
 from speedk.data.catalogue import Hub
 from speedk.data.parquet import encoded, read_parquet
-from speedk.data.part import Encoded, Part, Rows, number_labels
+from speedk.data.part import BLOCK, Encoded, Part, Rows, number_labels
 from speedk.errors import DataError, one_line
 
 if TYPE_CHECKING:
     import datasets
 
-_BLOCK = 256
 
 
 class HubRows(Rows):
@@ -30,8 +29,8 @@ class HubRows(Rows):
 
     def blocks(self) -> Iterator[list[Encoded]]:
         table = self.dataset.select_columns(self.image).with_format("arrow")
-        for start in range(0, len(self.rows), _BLOCK):
-            rows = self.rows[start:start + _BLOCK]
+        for start in range(0, len(self.rows), BLOCK):
+            rows = self.rows[start:start + BLOCK]
             column = table[rows.tolist()].column(0).combine_chunks()
             found = encoded(column, np.arange(len(rows)), "", 0)
             yield [(f"{self.title} row {row}", data) for row, (_, data) in zip(rows.tolist(), found, strict=True)]

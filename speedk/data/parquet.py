@@ -12,12 +12,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from speedk.data.part import Encoded, Part, Rows, number_labels
+from speedk.data.part import BLOCK, Encoded, Part, Rows, number_labels
 from speedk.errors import DataError, one_line
 
 IMAGE_COLUMNS = ("image", "img", "images", "jpg", "png")
 LABEL_COLUMNS = ("label", "fine_label", "labels", "class", "cls")
-_BLOCK = 256
 _SHARD = re.compile(r"(?P<stem>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})(?P<rest>.*)\.parquet", re.IGNORECASE)
 _ARROW_ERRORS = (pa.ArrowException, OSError)
 
@@ -48,7 +47,7 @@ class ParquetRows(Rows):
         return self.rows[low:high] - first
 
     def _group(self, file: pq.ParquetFile, path: Path, group: int, first: int) -> Iterator[list[Encoded]]:
-        for batch in file.iter_batches(_BLOCK, row_groups=[group], columns=[self.image]):
+        for batch in file.iter_batches(BLOCK, row_groups=[group], columns=[self.image]):
             taken = self._taken(first, batch.num_rows)
             if taken.size:
                 yield encoded(batch.column(0), taken, f"{path.name} row", first)

@@ -9,6 +9,9 @@ import numpy as np
 
 from speedk.errors import DataError
 
+BLOCK = 256
+"""Images that a reader hands on at a time, about."""
+
 Encoded = tuple[str, "bytes | Path | None"]
 """Where an image lies, in words for a message, and its bytes or its file; None where the row holds none."""
 
@@ -32,7 +35,7 @@ class Part:
         raise NotImplementedError
 
     def blocks(self) -> Iterator[list[Encoded]]:
-        """All images in order, a few hundred at a time, so that no more than a block is in memory."""
+        """All images in order, about BLOCK at a time, so that no more than a block is in memory."""
         raise NotImplementedError
 
 

@@ -81,7 +81,7 @@ def test_shards_in_a_folder_for_each_part(tmp_path):
 
 @pytest.mark.parametrize("block", [4, 256])
 def test_cut_takes_the_rows_of_the_classes_across_shards_groups_and_blocks(tmp_path, monkeypatch, block):
-    monkeypatch.setattr(parquet, "_BLOCK", block)
+    monkeypatch.setattr(parquet, "BLOCK", block)
     labels = np.random.default_rng(0).integers(0, 7, 40)
     images = [encode(picture(i)) for i in range(40)]
     files = [write_parquet(tmp_path / f"{i}.parquet", labels[i * 20:i * 20 + 20].tolist(),
