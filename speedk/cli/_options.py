@@ -48,7 +48,8 @@ def add_evaluation(parser: argparse.ArgumentParser, protocol: str) -> None:
     """How networks are trained and tested, with the default `protocol`."""
     parser.add_argument("--runs", metavar="N", type=int, default=5, help="fresh networks of each kind (default: 5)")
     parser.add_argument("--protocol", choices=(*PROTOCOLS,), default=protocol,
-                        help=f"1,001 epochs (paper), or 200 (default: {protocol})")
+                        help=f"epochs: {', '.join(f'{of.epochs:,} ({name})' for name, of in PROTOCOLS.items())}; "
+                        f"default: {protocol}")
     parser.add_argument("--precision", choices=PRECISIONS, default="float32", help="of the networks' "
                         "convolutions and matrix products; bf16 is faster and not the published protocol (default: "
                         "float32)")

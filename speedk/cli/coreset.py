@@ -46,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", metavar="DIR", type=Path, help="where the file goes (default: a folder under runs/)")
     parser.add_argument("--seed", metavar="S", type=int, default=0, help="of everything random (default: 0)")
     parser.add_argument("--network", metavar="NAME", default="convnet", help="that is trained (default: convnet)")
-    parser.add_argument("--epochs", metavar="N", type=int, help="of its training (default: 50)")
+    parser.add_argument("--epochs", metavar="N", type=int, help=f"of its training (default: {WHOLE.epochs})")
     _options.add_device(parser)
     parser.add_argument("--evaluate", action="store_true", help="evaluate the file at the end (protocol quick)")
 

@@ -139,7 +139,7 @@ def _facts(made: Plan) -> dict:
 
 def _dry_run(made: Plan) -> None:
     from speedk.distillation import recipe as recipes
-    from speedk.distillation.plan import estimate
+    from speedk.distillation.plan import ESTIMATE_STEPS, estimate
     from speedk.text import duration
 
     print(f"\nrecipe, resolved:\n\n{recipes.to_toml(made.recipe.to_dict())}")
@@ -147,7 +147,7 @@ def _dry_run(made: Plan) -> None:
     measured = estimate(made)
     steps = made.recipe.objective.steps
     print(f"time    about {duration(measured.seconds(steps))}: the start {duration(measured.start_seconds)}, then "
-          f"{steps:,} steps of {duration(measured.step_seconds)} (measured over 3)")
+          f"{steps:,} steps of {duration(measured.step_seconds)} (measured over {ESTIMATE_STEPS})")
     print(f"memory  peak of {measured.peak_bytes / 2**30:.2f} GiB so far on {made.device}, the data among it")
 
 

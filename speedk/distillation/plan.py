@@ -27,6 +27,9 @@ PAPER_OBJECTIVE = "tm"
 INNER_STEP = 5.0
 """Of trajectory matching: its time in training steps on as many images, measured on a CPU."""
 
+ESTIMATE_STEPS = 3
+"""Outer steps that `estimate` measures."""
+
 MEANS_STEPS = 2000
 """Outer steps of distribution matching where no recipe is shipped for a row: what most of the shipped ones have."""
 
@@ -264,8 +267,8 @@ class Estimate:
         return self.start_seconds + steps * self.step_seconds
 
 
-def estimate(made: Plan, steps: int = 3) -> Estimate:
-    """Run the start and `steps` outer iterations of `made` for a moment, and throw them away."""
+def estimate(made: Plan) -> Estimate:
+    """Run the start of `made` for a moment and a few outer iterations, and throw them away."""
     if made.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     run = Run(made.recipe, made.real, made.device)
@@ -286,7 +289,7 @@ def estimate(made: Plan, steps: int = 3) -> Estimate:
         (first, done, total), (last, reached, _) = seen[0], seen[-1]
         start = first - began + (last - first) / max(1, reached - done) * total
     times = []
-    for _ in range(steps + 1):
+    for _ in range(ESTIMATE_STEPS + 1):
         began = time.perf_counter()
         skipped = "loss" not in run.advance()
         times.append((skipped, time.perf_counter() - began))  # one that is skipped is cheap, and counts for nothing
