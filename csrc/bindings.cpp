@@ -51,15 +51,17 @@ struct Net {
   Decoder decoder;
 
   Net(int64_t N, int64_t J, int64_t D, int64_t R, int64_t C, int64_t patch, int64_t columns, bool sum,
-      uintptr_t features, const std::vector<uintptr_t>& addresses, int threads) {
-    require(N >= 0 && D >= 0 && C >= 0 && patch > 0, "a decoder has a negative size");
+      uintptr_t features, int64_t H, int64_t K, uintptr_t scm, uintptr_t saet, const std::vector<uintptr_t>& addresses,
+      int threads) {
+    require(N >= 0 && D >= 0 && C >= 0 && patch > 0 && K >= 0, "a decoder has a negative size");
     require(J == columns * columns, "the patches of a decoder do not make a square");
     require(R >= 0 && R <= kMaxBlocks, "a decoder has 0 to 64 blocks");
+    require(H > 0 ? D % H == 0 : H == 0 && K == 0, "a decoder has features, or codes of D / H values a head");
     require(static_cast<int64_t>(addresses.size()) == R * kBlockTensors + 2,
             "a decoder has ten weights a block and two");
     for (const uintptr_t address : addresses) weights.push_back(at<const float>(address));
-    decoder = {N,     J,       D,   patch * patch * C,         R,              C,
-               patch, columns, sum, at<const float>(features), weights.data(), threads};
+    decoder = {N,   J,       D,   patch * patch * C, R, C, patch, columns, sum, at<const float>(features),
+               {Dtype::float32, N, H, J, K, D, at(scm), at(saet), threads}, weights.data(), threads};
   }
   Net(const Net&) = delete;
 };
@@ -70,6 +72,8 @@ PYBIND11_MODULE(_native, m) {
   m.doc() = "C++ kernels of speedk; use them through speedk.ops.";
   const py::call_guard<py::gil_scoped_release> released;
   m.def("isa", [] { return isa_name(); });
+  m.def("matrix_unit", &matrix_unit);
+  m.def("use_matrix_unit", &use_matrix_unit);
   m.def("parallel_backend", [] { return parallel_backend(); });
 #ifdef SPEEDK_CUDA
   m.attr("cuda") = true;
@@ -79,6 +83,7 @@ PYBIND11_MODULE(_native, m) {
   py::class_<Topk>(m, "Topk").def(py::init(&topk));
   m.attr("topk_entries") = kMaxEntries;
   m.attr("decoder_blocks") = kMaxBlocks;
+  m.attr("decoder_least_for_unit") = kLeastForUnit;
   m.def("topk", [](const Topk& job) { return SPEEDK_CALL(topk, job); }, released);
 #ifdef SPEEDK_CUDA
   m.def("topk_cuda", [](const Topk& job, uintptr_t nan, uintptr_t stream) {
@@ -116,17 +121,19 @@ PYBIND11_MODULE(_native, m) {
   }, released);
 
   py::class_<Net>(m, "Net")
-      .def(py::init<int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, bool, uintptr_t,
-                    const std::vector<uintptr_t>&, int>())
-      .def_property_readonly("kept", [](const Net& net) { return kept_values(net.decoder); })
+      .def(py::init<int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, bool, uintptr_t, int64_t, int64_t,
+                    uintptr_t, uintptr_t, const std::vector<uintptr_t>&, int>())
+      .def_property_readonly("kept", [](const Net& net) {
+        return kept_of(net.decoder, net.decoder.N * net.decoder.J);
+      })
       .def_property_readonly("parts", [](const Net& net) { return decoder_parts(net.decoder); });
   m.def("decode", [](const Net& net, uintptr_t images, uintptr_t kept) {
     SPEEDK_CALL(decode, net.decoder, at<float>(images), at<float>(kept));
   }, released);
-  m.def("decode_backward", [](const Net& net, uintptr_t d_images, uintptr_t kept, uintptr_t d_features,
+  m.def("decode_backward", [](const Net& net, uintptr_t d_images, uintptr_t kept, uintptr_t d_inputs, bool learned,
                               uintptr_t d_weights, uintptr_t partial) {
-    SPEEDK_CALL(decode_backward, net.decoder, at<const float>(d_images), at<const float>(kept), at<float>(d_features),
-                at<float>(d_weights), at<float>(partial));
+    SPEEDK_CALL(decode_backward, net.decoder, at<const float>(d_images), at<const float>(kept), at<float>(d_inputs),
+                learned, at<float>(d_weights), at<float>(partial));
   }, released);
 
   py::class_<Patches>(m, "Patches").def(py::init([](int element_bytes, int64_t N, int64_t C, int64_t rows,

@@ -3,6 +3,8 @@
 #include <cstring>
 #include <initializer_list>
 
+#include "amx.h"
+#include "codes.h"
 #include "gemm.h"
 #include "layer_norm.h"
 #include "memory.h"
@@ -12,145 +14,239 @@ namespace speedk {
 namespace SPEEDK_ISA {
 namespace {
 
-constexpr int64_t kTokens = 64;  // of a block: 12 to 52 KiB for each array of it; weights are read once a block
+constexpr int64_t kTokens = 128;  // of a block: the weights are read once a block, from beyond the second cache if they are large
 constexpr int W = kWidth<float>;
 
-enum Weight { proj_w, proj_b, norm1_w, norm1_b, fc1_w, fc1_b, fc2_w, fc2_b, norm2_w, norm2_b };
+enum Matrix { proj, fc1, fc2 };
+enum Vector { proj_b, norm1_w, norm1_b, fc1_b, fc2_b, norm2_w, norm2_b };
+constexpr int kMatrixAt[] = {0, 4, 6}, kVectorAt[] = {1, 2, 3, 5, 7, 8, 9};  // among a block's tensors
+constexpr int kMatrices = 3, kVectors = 7;
 
 // Rows of arrays that products read are padded: to whole vectors, and by one more, so that rows of 256 or 512 values do
 // not all fall into the same cache sets. Values beyond D are zero throughout.
 int64_t padded(int64_t width) { return (width + 15) / 16 * 16 + 16; }
+int64_t whole(int64_t width) { return (width + W - 1) / W * W; }
+int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 
 // Within the kernel a token's values lie channel by channel, row by row, as an image's do, and move in whole rows.
 // Which value of a token the l-th of these is.
 int64_t in_token(const Decoder& net, int64_t l) {
   return l % (net.patch * net.patch) * net.C + l / (net.patch * net.patch);
 }
-// The same of a place among the gradients of all weights, the last of which are those of the final projection.
+// Where of all gradients the i-th goes that a part adds up: the weights as they are but for the final projection's
+// order, and then the SAETs, here head by head.
 int64_t in_weights(const Decoder& net, int64_t i) {
-  const int64_t last = i - net.R * block_weights(net), matrix = net.L * net.D;
-  if (last < 0) return i;
-  if (last >= matrix) return i - last + matrix + in_token(net, last - matrix);
-  return i - last + in_token(net, last / net.D) * net.D + last % net.D;
+  const int64_t matrix = net.L * net.D;
+  int64_t at = i - net.R * block_weights(net);
+  const int64_t base = i - at;
+  if (at < 0) return i;
+  if (at < matrix) return base + in_token(net, at / net.D) * net.D + at % net.D;
+  if (at < matrix + net.L) return base + matrix + in_token(net, at - matrix);
+  at -= matrix + net.L;
+  const int64_t K = net.codes.K, d = net.D / net.codes.H;
+  return base + matrix + net.L + at % (K * d) / d * net.D + at / (K * d) * d + at % d;
 }
 
-// The weights as products read them: transposed for the way forward, as they are for the way back, which goes through
-// the first layer of each MLP once more.
-struct Packed {
-  explicit Packed(const Decoder& net, bool backward)
-      : net(net), ld(padded(net.D)), ld_out(padded(net.L)),
-        memory(net.R * (4 * net.D * ld + 7 * ld) + net.D * ld_out + ld_out + net.L * ld) {
-    const int64_t square = net.D * ld;
-    float* next = memory;
+// The weights as products read them: transposed for the way forward, as they are for the way back.
+template <class Products> struct Packed {
+  using Right = typename Products::Right;
+
+  Packed(const Decoder& net, bool backward)
+      : net(net), ld(padded(net.D)), ld_out(padded(net.L)), backward(backward), pools(net.codes, backward),
+        memory(net.R * (kMatrices * (backward ? 2 : 1) * net.D * ld + kVectors * ld) + net.L * net.D +
+               (net.D + 1) * ld_out + net.L * ld),
+        sides(net.R * kMatrices * (backward ? 2 : 1) * Products::room(net.D, net.D) +
+              Products::room(net.L, net.D) + Products::room(net.D, net.L)),
+        next(memory), next_side(sides) {
     for (int64_t r = 0; r < net.R; ++r) {
-      for (int w : {proj_w, fc1_w, fc2_w}) {
-        if (backward) plain[r][w] = copy(next, weight(r, w), net.D, net.D, ld);
-        else turned[r][w] = turn(next, weight(r, w), net.D, net.D, ld);
-        next += square;
+      const float* const* tensors = net.weights + r * kBlockTensors;
+      for (int m = 0; m < kMatrices; ++m) {
+        const float* matrix = tensors[kMatrixAt[m]];
+        turned[r][m] = side(turn(matrix, net.D, ld), ld, net.D, net.D);
+        if (backward) plain[r][m] = side(copy(matrix, net.D, net.D, ld), ld, net.D, net.D);
       }
-      if (backward) {
-        turned[r][fc1_w] = turn(next, weight(r, fc1_w), net.D, net.D, ld);
-        next += square;
-      }
-      for (int w : {proj_b, norm1_w, norm1_b, fc1_b, fc2_b, norm2_w, norm2_b}) {
-        plain[r][w] = copy(next, weight(r, w), 1, net.D, ld);
-        next += ld;
-      }
+      for (int v = 0; v < kVectors; ++v) vectors[r][v] = copy(tensors[kVectorAt[v]], 1, net.D, ld);
     }
-    const Buffer<float> ordered(net.L * (net.D + 1));
+    const float* const* last = net.weights + net.R * kBlockTensors;
+    float* ordered = next;
+    next += net.L * net.D;
     for (int64_t l = 0; l < net.L; ++l) {
-      const float* out = net.weights[net.R * kBlockTensors] + in_token(net, l) * net.D;
-      for (int64_t i = 0; i < net.D; ++i) ordered[l * net.D + i] = out[i];
-      ordered[net.L * net.D + l] = net.weights[net.R * kBlockTensors + 1][in_token(net, l)];
+      std::memcpy(ordered + l * net.D, last[0] + in_token(net, l) * net.D, static_cast<size_t>(net.D) * sizeof(float));
     }
     if (backward) {
-      out_plain = copy(next, ordered, net.L, net.D, ld);
-    } else {
-      out_turned = turn(next, ordered, net.L, net.D, ld_out);
-      out_bias = copy(next + net.D * ld_out, ordered + net.L * net.D, 1, net.L, ld_out);
+      out_plain = side(copy(ordered, net.L, net.D, ld), ld, net.L, net.D);
+      return;
     }
+    out_turned = side(turn(ordered, net.L, ld_out), ld_out, net.D, net.L);
+    for (int64_t l = 0; l < ld_out; ++l) next[l] = l < net.L ? last[1][in_token(net, l)] : 0.0f;
+    out_bias = next;
   }
 
-  const float* weight(int64_t r, int w) const { return net.weights[r * kBlockTensors + w]; }
+  const Decoder& net;
+  const int64_t ld, ld_out;
+  const bool backward;
+  const Pools<Products> pools;
+  Right turned[kMaxBlocks][kMatrices], plain[kMaxBlocks][kMatrices], out_turned, out_plain;
+  const float* vectors[kMaxBlocks][kVectors];
+  const float* out_bias = nullptr;
 
-  static float* copy(float* to, const float* from, int64_t rows, int64_t width, int64_t stride) {
+ private:
+  const float* copy(const float* from, int64_t rows, int64_t width, int64_t stride) {
+    float* to = next;
+    next += rows * stride;
     for (int64_t r = 0; r < rows; ++r) {
       for (int64_t i = 0; i < stride; ++i) to[r * stride + i] = i < width ? from[r * width + i] : 0.0f;
     }
     return to;
   }
-  static float* turn(float* to, const float* from, int64_t rows, int64_t width, int64_t stride) {
-    for (int64_t i = 0; i < width; ++i) {
-      for (int64_t r = 0; r < stride; ++r) to[i * stride + r] = r < rows ? from[r * width + i] : 0.0f;
+  // [D, stride] from the transpose of [rows, D].
+  const float* turn(const float* from, int64_t rows, int64_t stride) {
+    float* to = next;
+    next += net.D * stride;
+    for (int64_t i = 0; i < net.D; ++i) {
+      for (int64_t r = 0; r < stride; ++r) to[i * stride + r] = r < rows ? from[r * net.D + i] : 0.0f;
     }
     return to;
   }
+  Right side(const float* matrix, int64_t stride, int64_t depth, int64_t columns) {
+    const Right right = Products::right(next_side, matrix, stride, depth, columns);
+    next_side += Products::room(columns, depth);
+    return right;
+  }
 
-  const Decoder& net;
-  int64_t ld, ld_out;
   Buffer<float> memory;
-  const float* turned[kMaxBlocks][kBlockTensors];
-  const float* plain[kMaxBlocks][kBlockTensors];
-  const float *out_turned = nullptr, *out_bias = nullptr, *out_plain = nullptr;
+  Buffer<typename Products::Scratch> sides;
+  float* next;
+  typename Products::Scratch* next_side;
 };
-
-// y = x w + b over `rows` rows; widths in values, strides a whole number of vectors.
-void affine(int64_t rows, int64_t in, int64_t out, const float* x, int64_t ldx, const float* w, int64_t ldw,
-            const float* b, float* y, int64_t ldy) {
-  gemm<false>(rows, (out + W - 1) / W * W, in, x, ldx, 1, w, ldw, y, ldy, b);
-}
 
 // What a block of tokens leaves behind in one recurrent block; all [kTokens, ld] but the scales [kTokens].
 struct Trace {
-  float *normalised1, *hidden, *before, *active, *normalised2, *scale1, *scale2;
+  float *normalised1, *hidden, *slope, *active, *normalised2, *scale1, *scale2;
 };
-constexpr int64_t kTraceArrays = 5;
 
-// The first layer of the MLP: fills `before` and `active` from `hidden`; for the way back `before` becomes GELU's
-// slope.
-template <bool backward> void first_layer(const Packed& p, int64_t r, int64_t rows, const Trace& t) {
-  const int64_t D = p.net.D, ld = p.ld, wide = (D + W - 1) / W * W;
-  affine(rows, D, D, t.hidden, ld, p.turned[r][fc1_w], ld, p.plain[r][fc1_b], t.before, ld);
+// Memory of one thread: for the way forward alone, or for both.
+template <class Products> struct Workspace {
+  using Scratch = typename Products::Scratch;
+
+  // Zeros, as padding is read by products and never written.
+  explicit Workspace(const Packed<Products>& p)
+      : traces(p.backward ? p.net.R : 1), memory(values(p), true), sides(2 * row_room(p) + 2 * column_room(p)) {
+    const int64_t array = kTokens * p.ld;
+    float* next = memory;
+    const auto take = [&next](int64_t count) {
+      float* taken = next;
+      next += count;
+      return taken;
+    };
+    for (int64_t r = 0; r < traces; ++r) {
+      Trace& t = trace[r];
+      for (float** field : {&t.normalised1, &t.hidden, &t.slope, &t.active, &t.normalised2}) *field = take(array);
+      t.scale1 = take(kTokens);
+      t.scale2 = take(kTokens);
+    }
+    for (float** field : {&x, &state[0], &state[1]}) *field = take(array);
+    tokens = take(kTokens * p.ld_out);
+    if (p.backward) {
+      for (float** field : {&d, &d_x, &a, &b}) *field = take(array);
+      piece = take(kTokens * p.net.codes.K);
+    }
+    left = sides;
+    x_left = left + row_room(p);
+    right = x_left + row_room(p);
+    x_right = right + column_room(p);
+  }
+
+  static int64_t values(const Packed<Products>& p) {
+    const int64_t array = kTokens * p.ld, traces = p.backward ? p.net.R : 1;
+    return traces * (5 * array + 2 * kTokens) + (p.backward ? 7 : 3) * array +
+           kTokens * (p.ld_out + (p.backward ? p.net.codes.K : 0));
+  }
+  static int64_t row_room(const Packed<Products>& p) {
+    const int64_t widest = larger(p.net.D, p.net.L);
+    return larger(p.pools.left_room(kTokens), larger(Products::room(kTokens, widest), Products::room(widest, kTokens)));
+  }
+  static int64_t column_room(const Packed<Products>& p) {
+    return larger(p.pools.right_room(kTokens), Products::room(p.net.D, kTokens));
+  }
+
+  int64_t traces;
+  Buffer<float> memory;
+  Buffer<Scratch> sides;
+  Trace trace[kMaxBlocks];
+  float *x, *state[2], *tokens, *d, *d_x, *a, *b, *piece;
+  Scratch *left, *x_left, *right, *x_right;
+};
+
+// Calls f(n, j, count, at) for the runs of one image's tokens among those from `first` on: `count` from j on of image n.
+template <class F> void each_image(const Decoder& net, int64_t first, int64_t rows, F f) {
+  for (int64_t at = 0; at < rows;) {
+    const int64_t n = (first + at) / net.J, j = (first + at) % net.J;
+    const int64_t count = net.J - j < rows - at ? net.J - j : rows - at;
+    f(n, j, count, at);
+    at += count;
+  }
+}
+
+// Where the features of these tokens lie, and the width of their rows: `features`, or in w.x.
+struct Features {
+  const float* at;
+  int64_t ld;
+};
+template <class Products>
+Features features_of(const Packed<Products>& p, int64_t first, int64_t rows, const Workspace<Products>& w) {
+  if (has_features(p.net)) return {p.net.features + first * p.net.D, p.net.D};
+  each_image(p.net, first, rows, [&](int64_t n, int64_t j, int64_t count, int64_t at) {
+    p.pools.features(n, j, count, w.x + at * p.ld, p.ld, w.left);
+  });
+  return {w.x, p.ld};
+}
+
+// The first layer of the MLP: fills `active` from `hidden`, and `slope` for the way back.
+template <class Products>
+void first_layer(const Packed<Products>& p, int64_t r, int64_t rows, bool keeps, const Trace& t,
+                 const Workspace<Products>& w) {
+  const int64_t D = p.net.D, ld = p.ld, wide = whole(D);
+  Products::multiply(rows, wide, Products::rows(w.left, t.hidden, ld, rows, D), p.turned[r][fc1], t.slope, ld,
+                     p.vectors[r][fc1_b]);
   for (int64_t i = 0; i < rows; ++i) {
     for (int64_t c = i * ld; c < i * ld + wide; c += W) {
-      const Floats before = load(t.before + c), cdf = normal_cdf(before);
-      store(t.active + c, before * cdf);
-      if (backward) store(t.before + c, gelu_slope(before, cdf));
+      const Floats before_gelu = load(t.slope + c), cdf = normal_cdf(before_gelu);
+      store(t.active + c, before_gelu * cdf);
+      if (keeps) store(t.slope + c, gelu_slope(before_gelu, cdf));
     }
   }
 }
 
-// One recurrent block on `rows` tokens: reads features x and `state` (null for the first), fills the trace; its
-// `hidden` ends as the state that is handed on, and what is only kept for the way back is left out unless `keeps`.
-void forward_block(const Packed& p, int64_t r, int64_t rows, const float* x, int64_t ldx, const float* state,
-                   bool keeps, const Trace& t) {
-  const int64_t D = p.net.D, ld = p.ld, wide = (D + W - 1) / W * W;
-  const auto& turned = p.turned[r];
-  const auto& plain = p.plain[r];
-  affine(rows, D, D, x, ldx, turned[proj_w], ld, plain[proj_b], t.hidden, ld);
+// One recurrent block: reads the features and `before`, the state it is given (null for the first); writes its state to
+// `after`, and to the trace what else is normalised if `normalised`, and the slopes if `slopes`.
+template <class Products>
+void forward_block(const Packed<Products>& p, int64_t r, int64_t rows, const typename Products::Left& x,
+                   const float* before, float* after, bool normalised, bool slopes, const Trace& t,
+                   const Workspace<Products>& w) {
+  const int64_t D = p.net.D, ld = p.ld, wide = whole(D);
+  const auto& matrices = p.turned[r];
+  const auto& vectors = p.vectors[r];
+  Products::multiply(rows, wide, x, matrices[proj], t.hidden, ld, vectors[proj_b]);
   for (int64_t i = 0; i < rows; ++i) {
-    float* hidden = t.hidden + i * ld;
-    const float* added = state ? state + i * ld : nullptr;
-    if (added && p.net.sum) {
-      for (int64_t c = 0; c < wide; c += W) store(hidden + c, load(hidden + c) + load(added + c));
-      added = nullptr;
-    }
-    t.scale1[i] = norm_row(hidden, keeps ? t.normalised1 + i * ld : nullptr, plain[norm1_w], plain[norm1_b], added, D);
+    const float* state = before ? before + i * ld : nullptr;
+    t.scale1[i] = norm_row(t.hidden + i * ld, p.net.sum ? state : nullptr, normalised ? t.normalised1 + i * ld : nullptr,
+                           vectors[norm1_w], vectors[norm1_b], p.net.sum ? nullptr : state, D);
   }
-  first_layer<false>(p, r, rows, t);
-  gemm<true>(rows, wide, D, t.active, ld, 1, turned[fc2_w], ld, t.hidden, ld, plain[fc2_b]);
+  first_layer(p, r, rows, slopes, t, w);
+  Products::multiply(rows, wide, Products::rows(w.left, t.active, ld, rows, D), matrices[fc2], after, ld,
+                     vectors[fc2_b]);
   for (int64_t i = 0; i < rows; ++i) {
-    t.scale2[i] = norm_row(t.hidden + i * ld, keeps ? t.normalised2 + i * ld : nullptr, plain[norm2_w], plain[norm2_b],
-                           nullptr, D);
+    t.scale2[i] = norm_row(after + i * ld, t.hidden + i * ld, normalised ? t.normalised2 + i * ld : nullptr,
+                           vectors[norm2_w], vectors[norm2_b], nullptr, D);
   }
 }
 
-// The part of a trace that is kept, D values a token and not padded: written to `kept`.
-void keep(const Packed& p, int64_t rows, const Trace& t, float* kept, bool stream) {
-  const int64_t D = p.net.D;
+// Writes the part of a trace that is kept, D values a token and not padded, to `kept`.
+void keep(const Decoder& net, int64_t ld, int64_t rows, const Trace& t, float* kept, bool stream) {
   for (const float* array : {t.normalised1, t.normalised2}) {
-    for (int64_t i = 0; i < rows; ++i, kept += D) {
-      write_out(kept, array + i * p.ld, D * static_cast<int64_t>(sizeof(float)), stream);
+    for (int64_t i = 0; i < rows; ++i, kept += net.D) {
+      write_out(kept, array + i * ld, net.D * static_cast<int64_t>(sizeof(float)), stream);
     }
   }
   for (const float* scale : {t.scale1, t.scale2}) {
@@ -158,46 +254,43 @@ void keep(const Packed& p, int64_t rows, const Trace& t, float* kept, bool strea
   }
 }
 
-// What a norm's result was: its weight times what it normalised, plus its bias.
-Floats normed(const float* normalised, const float* w, const float* b) { return load(normalised) * load(w) + load(b); }
-
-// Reads what was kept of block r from `kept`, and fills the rest of its trace as the way forward did; in place of the
-// MLP's values before GELU stand the slopes there. `kept` is of all blocks of these tokens.
-void retrace(const Packed& p, int64_t r, int64_t rows, const float* kept, const Trace& t) {
-  const int64_t D = p.net.D, ld = p.ld, wide = (D + W - 1) / W * W, row = D * static_cast<int64_t>(sizeof(float));
-  const auto& plain = p.plain[r];
-  const int64_t one = kept_of_block(p.net, rows);
-  const float* own = kept + r * one;
+// What forward_block did, from the part of its trace that was kept.
+template <class Products>
+void retrace_block(const Packed<Products>& p, int64_t r, int64_t rows, const float* kept, const float* before,
+                   float* after, const Trace& t, const Workspace<Products>& w) {
+  const int64_t D = p.net.D, ld = p.ld, wide = whole(D), row = D * static_cast<int64_t>(sizeof(float));
+  const auto& vectors = p.vectors[r];
   for (int64_t i = 0; i < rows; ++i) {
-    std::memcpy(t.normalised1 + i * ld, own + i * D, static_cast<size_t>(row));
-    std::memcpy(t.normalised2 + i * ld, own + (rows + i) * D, static_cast<size_t>(row));
-    t.scale1[i] = own[2 * rows * D + i];
-    t.scale2[i] = own[2 * rows * D + rows + i];
-  }
-  const bool adds = r > 0 && !p.net.sum;  // LN1(P) + Z, with Z the state before
-  for (int64_t i = 0; i < rows; ++i) {
-    float* hidden = t.hidden + i * ld;
-    if (adds) std::memcpy(hidden, own - one + (rows + i) * D, static_cast<size_t>(row));
+    std::memcpy(t.normalised1 + i * ld, kept + i * D, static_cast<size_t>(row));
+    std::memcpy(t.normalised2 + i * ld, kept + (rows + i) * D, static_cast<size_t>(row));
+    t.scale1[i] = kept[2 * rows * D + i];
+    t.scale2[i] = kept[2 * rows * D + rows + i];
     for (int64_t c = 0; c < wide; c += W) {
-      const Floats state =
-          adds ? normed(hidden + c, p.plain[r - 1][norm2_w] + c, p.plain[r - 1][norm2_b] + c) : Floats{};
-      store(hidden + c, normed(t.normalised1 + i * ld + c, plain[norm1_w] + c, plain[norm1_b] + c) + state);
+      const int64_t at = i * ld + c;
+      const Floats hidden = load(t.normalised1 + at) * load(vectors[norm1_w] + c) + load(vectors[norm1_b] + c);
+      store(t.hidden + at, before && !p.net.sum ? hidden + load(before + at) : hidden);
+      store(after + at, load(t.normalised2 + at) * load(vectors[norm2_w] + c) + load(vectors[norm2_b] + c));
     }
   }
-  first_layer<true>(p, r, rows, t);
+  first_layer(p, r, rows, true, t, w);
 }
 
-// The last state, from what was kept of the last block.
-void last_state(const Packed& p, int64_t rows, const float* kept, float* state) {
-  const int64_t D = p.net.D, r = p.net.R - 1, wide = (D + W - 1) / W * W;
-  const float* normalised = kept + r * kept_of_block(p.net, rows) + rows * D;
-  for (int64_t i = 0; i < rows; ++i) {
-    float* to = state + i * p.ld;
-    std::memcpy(to, normalised + i * D, static_cast<size_t>(D) * sizeof(float));
-    for (int64_t c = 0; c < wide; c += W) {
-      store(to + c, normed(to + c, p.plain[r][norm2_w] + c, p.plain[r][norm2_b] + c));
-    }
+// All blocks; returns the last state, which without blocks is the features, and the width of its rows. Fills `kept`, if
+// not null; for the way back `trace`s it all, from what was `known`, if that is not null.
+template <class Products>
+Features forward(const Packed<Products>& p, int64_t rows, const Features& x, const typename Products::Left& x_left,
+                 float* kept, bool stream, const float* known, const Workspace<Products>& w) {
+  const int64_t one = kept_of_block(p.net, rows);
+  const float* state = nullptr;
+  for (int64_t r = 0; r < p.net.R; ++r) {
+    float* after = w.state[r % 2];
+    const Trace& t = w.trace[p.backward ? r : 0];
+    if (known) retrace_block(p, r, rows, known + r * one, state, after, t, w);
+    else forward_block(p, r, rows, x_left, state, after, kept || p.backward, p.backward, t, w);
+    if (kept) keep(p.net, p.ld, rows, t, kept + r * one, stream);
+    state = after;
   }
+  return state ? Features{state, p.ld} : x;
 }
 
 // Copies the values of tokens from their places in the images, or to them.
@@ -222,37 +315,11 @@ void move_tokens(const Decoder& net, int64_t first, int64_t rows, float* tokens,
   else move_tokens<to_images>(net, first, rows, tokens, ld, images, net.patch);
 }
 
-// Memory of one thread: `traces` of them, and extra arrays [kTokens, ld].
-struct Workspace {
-  // Zeros, as padding is read by products and never written.
-  Workspace(const Packed& p, int64_t traces, int64_t arrays)
-      : memory(kTokens * (traces * (kTraceArrays * p.ld + 2) + arrays * p.ld + p.ld_out), true) {
-    const int64_t array = kTokens * p.ld;
-    float* next = memory;
-    for (int64_t r = 0; r < traces; ++r) {
-      for (float** field :
-           {&trace[r].normalised1, &trace[r].hidden, &trace[r].before, &trace[r].active, &trace[r].normalised2}) {
-        *field = next;
-        next += array;
-      }
-      trace[r].scale1 = next;
-      trace[r].scale2 = next + kTokens;
-      next += 2 * kTokens;
-    }
-    for (int64_t a = 0; a < arrays; ++a, next += array) extra[a] = next;
-    tokens = next;
-  }
-
-  Buffer<float> memory;
-  Trace trace[2];
-  float* extra[4];
-  float* tokens;  // [kTokens, ld_out]
-};
-
 // d_w [out, in] += d^T x, d_b [out] += the sum of the rows of d.
-void add_outer(int64_t rows, int64_t out, int64_t in, const float* d, int64_t ldd, const float* x, int64_t ldx,
-               float* d_w, float* d_b) {
-  gemm<true>(out, in, rows, d, 1, ldd, x, ldx, d_w, in);
+template <class Products>
+void add_outer(int64_t rows, int64_t out, int64_t in, const float* d, int64_t ldd, const typename Products::Right& x,
+               float* d_w, float* d_b, const Workspace<Products>& w) {
+  Products::add_product(out, in, Products::columns(w.left, d, ldd, rows, out), x, d_w, in);
   for (int64_t i = 0; i < out; i += W) {
     Floats sum{};
     for (int64_t t = 0; t < rows; ++t) sum += load(d + t * ldd + i);
@@ -261,99 +328,111 @@ void add_outer(int64_t rows, int64_t out, int64_t in, const float* d, int64_t ld
   }
 }
 
-// The way back through one block: `d` [rows, ld] is the gradient of its state and becomes that of the state before.
-// Adds to d_x [rows, ld], which the last block begins, and to the weights' gradients at `g`.
-void backward_block(const Packed& p, int64_t r, int64_t rows, const float* x, int64_t ldx, const Trace& t, float* d,
-                    float* d_x, float* a, float* b, float* g) {
-  const int64_t D = p.net.D, ld = p.ld, wide = (D + W - 1) / W * W, square = D * D;
-  const auto& plain = p.plain[r];
-  float *proj = g, *proj_bias = proj + square, *n1 = proj_bias + D, *n1_bias = n1 + D, *fc1 = n1_bias + D,
-        *fc1_bias = fc1 + square, *fc2 = fc1_bias + D, *fc2_bias = fc2 + square, *n2 = fc2_bias + D, *n2_bias = n2 + D;
+// The way back through one block: w.d is the gradient of its state and becomes that of the state before. Adds to w.d_x,
+// which the last block begins, and to the weights' gradients at `g`.
+template <class Products>
+void backward_block(const Packed<Products>& p, int64_t r, int64_t rows, const typename Products::Right& x,
+                    const Workspace<Products>& w, float* g) {
+  const int64_t D = p.net.D, ld = p.ld, wide = whole(D), square = D * D;
+  const Trace& t = w.trace[r];
+  const auto& matrices = p.plain[r];
+  const auto& vectors = p.vectors[r];
+  const auto right = [&](const float* from) { return Products::right(w.right, from, ld, rows, D); };
+  const auto left = [&](const float* from) { return Products::rows(w.left, from, ld, rows, D); };
+  float *g_proj = g, *g_proj_b = g_proj + square, *g_norm1 = g_proj_b + D, *g_norm1_b = g_norm1 + D,
+        *g_fc1 = g_norm1_b + D, *g_fc1_b = g_fc1 + square, *g_fc2 = g_fc1_b + D, *g_fc2_b = g_fc2 + square,
+        *g_norm2 = g_fc2_b + D, *g_norm2_b = g_norm2 + D;
   for (int64_t i = 0; i < rows; ++i) {
-    float* row = d + i * ld;
-    norm_row_backward(row, row, t.normalised2 + i * ld, plain[norm2_w], t.scale2[i], n2, n2_bias, D);
+    float* row = w.d + i * ld;
+    norm_row_backward(row, row, t.normalised2 + i * ld, vectors[norm2_w], t.scale2[i], g_norm2, g_norm2_b, D);
   }
-  add_outer(rows, D, D, d, ld, t.active, ld, fc2, fc2_bias);
-  gemm<false>(rows, wide, D, d, ld, 1, plain[fc2_w], ld, a, ld);
+  add_outer(rows, D, D, w.d, ld, right(t.active), g_fc2, g_fc2_b, w);
+  Products::multiply(rows, wide, left(w.d), matrices[fc2], w.a, ld);
   for (int64_t i = 0; i < rows; ++i) {
-    for (int64_t c = 0; c < wide; c += W) {
-      store(a + i * ld + c, load(a + i * ld + c) * load(t.before + i * ld + c));
-    }
+    for (int64_t c = i * ld; c < i * ld + wide; c += W) store(w.a + c, load(w.a + c) * load(t.slope + c));
   }
-  add_outer(rows, D, D, a, ld, t.hidden, ld, fc1, fc1_bias);
-  gemm<true>(rows, wide, D, a, ld, 1, plain[fc1_w], ld, d, ld);
+  add_outer(rows, D, D, w.a, ld, right(t.hidden), g_fc1, g_fc1_b, w);
+  Products::add_product(rows, wide, left(w.a), matrices[fc1], w.d, ld);
   for (int64_t i = 0; i < rows; ++i) {
-    norm_row_backward(d + i * ld, b + i * ld, t.normalised1 + i * ld, plain[norm1_w], t.scale1[i], n1, n1_bias, D);
-    for (int64_t c = 0; r > 0 && p.net.sum && c < wide; c += W) store(d + i * ld + c, load(b + i * ld + c));
+    norm_row_backward(w.d + i * ld, w.b + i * ld, t.normalised1 + i * ld, vectors[norm1_w], t.scale1[i], g_norm1,
+                      g_norm1_b, D);
+    for (int64_t c = i * ld; r > 0 && p.net.sum && c < i * ld + wide; c += W) store(w.d + c, load(w.b + c));
   }
-  add_outer(rows, D, D, b, ld, x, ldx, proj, proj_bias);
-  if (r == p.net.R - 1) gemm<false>(rows, wide, D, b, ld, 1, plain[proj_w], ld, d_x, ld);
-  else gemm<true>(rows, wide, D, b, ld, 1, plain[proj_w], ld, d_x, ld);
+  add_outer(rows, D, D, w.b, ld, x, g_proj, g_proj_b, w);
+  if (r == p.net.R - 1) Products::multiply(rows, wide, left(w.b), matrices[proj], w.d_x, ld);
+  else Products::add_product(rows, wide, left(w.b), matrices[proj], w.d_x, ld);
 }
 
-}  // namespace
-
-void decode(const Decoder& net, float* images, float* kept) {
-  const Packed p(net, false);
-  const int64_t kept_bytes = kept ? kept_values(net) * static_cast<int64_t>(sizeof(float)) : 0;
+template <class Products> void decode_by(const Decoder& net, float* images, float* kept) {
+  const Packed<Products> p(net, false);
+  const int64_t tokens = net.N * net.J, blocks = (tokens + kTokens - 1) / kTokens;
+  const int64_t row = net.D * static_cast<int64_t>(sizeof(float));
+  const int64_t bytes = tokens * net.L * static_cast<int64_t>(sizeof(float));
+  const int64_t kept_bytes = kept ? kept_of(net, tokens) * static_cast<int64_t>(sizeof(float)) : 0;
   const bool stream = kept_bytes > kStreamBytes;
   if (stream) prefer_large_pages(kept, kept_bytes);
-  const int64_t tokens = net.N * net.J, blocks = (tokens + kTokens - 1) / kTokens;
-  const int64_t bytes = tokens * net.L * static_cast<int64_t>(sizeof(float));
   if (bytes > kStreamBytes) prefer_large_pages(images, bytes);
-  parallel_for(net.threads, blocks, 4, [&](int64_t begin, int64_t end) {
-    Workspace w(p, 2, 0);  // a block reads the state of the one before: two traces, in turns
+  parallel_for(net.threads, blocks, 2, [&](int64_t begin, int64_t end) {
+    const Workspace<Products> w(p);
+    const typename Products::Unit unit;
     for (int64_t block = begin; block < end; ++block) {
       const int64_t first = block * kTokens, rows = first + kTokens < tokens ? kTokens : tokens - first;
-      const float* x = net.features + first * net.D;
-      const float* state = nullptr;
-      float* const next = kept ? kept + net.R * kept_of_block(net, first) : nullptr;
-      for (int64_t r = 0; r < net.R; ++r) {
-        const Trace& trace = w.trace[r % 2];
-        forward_block(p, r, rows, x, net.D, state, kept != nullptr, trace);
-        if (kept) keep(p, rows, trace, next + r * kept_of_block(net, rows), stream);
-        state = trace.hidden;
+      float* own = kept ? kept + kept_of(net, first) : nullptr;
+      const Features x = features_of(p, first, rows, w);
+      for (int64_t i = 0; own && !has_features(net) && i < rows; ++i, own += net.D) {
+        write_out(own, x.at + i * x.ld, row, stream);
       }
-      affine(rows, net.D, net.L, state ? state : x, state ? p.ld : net.D, p.out_turned, p.ld_out, p.out_bias, w.tokens,
-             p.ld_out);
+      const auto x_left = Products::rows(w.x_left, x.at, x.ld, rows, net.D);
+      const Features last = forward(p, rows, x, x_left, own, stream, nullptr, w);
+      const auto state = last.at == x.at ? x_left : Products::rows(w.left, last.at, last.ld, rows, net.D);
+      Products::multiply(rows, whole(net.L), state, p.out_turned, w.tokens, p.ld_out, p.out_bias);
       move_tokens<true>(net, first, rows, w.tokens, p.ld_out, images);
     }
     finish_stream(stream);
   });
 }
 
-void decode_backward(const Decoder& net, const float* d_images, const float* kept, float* d_features, float* d_weights,
-                     float* partial) {
-  const Packed p(net, true);
+template <class Products>
+void decode_backward_by(const Decoder& net, const float* d_images, const float* kept, float* d_inputs, bool learned,
+                        float* d_weights, float* partial) {
+  const Packed<Products> p(net, true);
+  const Mhsc& codes = net.codes;
   const int64_t D = net.D, ld = p.ld, tokens = net.N * net.J, blocks = (tokens + kTokens - 1) / kTokens;
-  const int64_t one = block_weights(net), count = all_weights(net);
-  const int64_t row = D * static_cast<int64_t>(sizeof(float));
-  const bool stream = tokens * row > kStreamBytes;
-  if (stream) prefer_large_pages(d_features, tokens * row);
-  const int64_t parts = decoder_parts(net), wide = (D + W - 1) / W * W;
+  const int64_t one = block_weights(net), count = all_weights(net), row = D * static_cast<int64_t>(sizeof(float));
+  const int64_t bytes = has_features(net) ? tokens * row : tokens * codes.H * codes.K * static_cast<int64_t>(sizeof(float));
+  const bool stream = d_inputs && bytes > kStreamBytes;
+  if (stream) prefer_large_pages(d_inputs, bytes);
+  const int64_t parts = decoder_parts(net), wide = whole(D);
   parallel_for(net.threads, parts, 1, [&](int64_t begin, int64_t end) {
-    Workspace w(p, 1, 4);
-    const Trace& trace = w.trace[0];
-    float *d = w.extra[0], *d_x = w.extra[1];
+    const Workspace<Products> w(p);
+    const typename Products::Unit unit;
     for (int64_t part = begin; part < end; ++part) {
-      float* sums = partial + part * count;
+      float *sums = partial + part * count, *last = sums + net.R * one, *saet = last + net.L * (D + 1);
       for (int64_t i = 0; i < count; ++i) sums[i] = 0;
       for (int64_t block = blocks * part / parts; block < blocks * (part + 1) / parts; ++block) {
         const int64_t first = block * kTokens, rows = first + kTokens < tokens ? kTokens : tokens - first;
-        const float* x = net.features + first * D;
-        const float* own = kept + net.R * kept_of_block(net, first);
-        if (net.R) last_state(p, rows, own, trace.hidden);
+        const float* known = kept ? kept + kept_of(net, first) : nullptr;
+        const Features x = known && !has_features(net) ? Features{known, D} : features_of(p, first, rows, w);
+        if (known && !has_features(net)) known += rows * D;
+        const auto x_left = known ? typename Products::Left{} : Products::rows(w.x_left, x.at, x.ld, rows, D);
+        const auto x_right = Products::right(w.x_right, x.at, x.ld, rows, D);
+        const Features state = forward(p, rows, x, x_left, nullptr, false, known, w);
         move_tokens<false>(net, first, rows, w.tokens, p.ld_out, const_cast<float*>(d_images));
-        float* last = sums + net.R * one;
-        add_outer(rows, net.L, D, w.tokens, p.ld_out, net.R ? trace.hidden : x, net.R ? ld : D, last, last + net.L * D);
-        gemm<false>(rows, wide, net.L, w.tokens, p.ld_out, 1, p.out_plain, ld, d, ld);
-        for (int64_t r = net.R - 1; r >= 0; --r) {
-          retrace(p, r, rows, own, trace);
-          backward_block(p, r, rows, x, D, trace, d, d_x, w.extra[2], w.extra[3], sums + r * one);
+        add_outer(rows, net.L, D, w.tokens, p.ld_out,
+                  net.R ? Products::right(w.right, state.at, state.ld, rows, D) : x_right, last, last + net.L * D, w);
+        float* d_x = net.R ? w.d_x : w.d;
+        Products::multiply(rows, wide, Products::rows(w.left, w.tokens, p.ld_out, rows, net.L), p.out_plain, w.d, ld);
+        for (int64_t r = net.R - 1; r >= 0; --r) backward_block(p, r, rows, x_right, w, sums + r * one);
+        for (int64_t i = 0; d_inputs && has_features(net) && i < rows; ++i) {
+          write_out(d_inputs + (first + i) * D, d_x + i * ld, row, stream);
         }
-        for (int64_t i = 0; i < rows; ++i) {
-          write_out(d_features + (first + i) * D, (net.R ? d_x : d) + i * ld, row, stream);
-        }
+        if (has_features(net) || !(d_inputs || learned)) continue;
+        each_image(net, first, rows, [&](int64_t n, int64_t j, int64_t some, int64_t at) {
+          for (int64_t h = 0, d = D / codes.H; h < codes.H; ++h) {
+            p.pools.gradients(h, n, j, some, d_x + at * ld + h * d, ld, d_inputs,
+                              learned ? saet + h * codes.K * d : nullptr, w.left, w.right, w.piece, stream);
+          }
+        });
       }
     }
     finish_stream(stream);
@@ -365,6 +444,23 @@ void decode_backward(const Decoder& net, const float* d_images, const float* kep
       d_weights[in_weights(net, i)] = sum;
     }
   });
+}
+
+}  // namespace
+
+void decode(const Decoder& net, float* images, float* kept) {
+#ifdef SPEEDK_AMX
+  if (matrix_unit() && net.D >= kLeastForUnit) return decode_by<MatrixUnit>(net, images, kept);
+#endif
+  decode_by<Vectors<float>>(net, images, kept);
+}
+
+void decode_backward(const Decoder& net, const float* d_images, const float* kept, float* d_inputs, bool learned,
+                     float* d_weights, float* partial) {
+#ifdef SPEEDK_AMX
+  if (matrix_unit() && net.D >= kLeastForUnit) return decode_backward_by<MatrixUnit>(net, d_images, kept, d_inputs, learned, d_weights, partial);
+#endif
+  decode_backward_by<Vectors<float>>(net, d_images, kept, d_inputs, learned, d_weights, partial);
 }
 
 }  // namespace SPEEDK_ISA

@@ -81,5 +81,38 @@ void gemm(int64_t M, int64_t N, int64_t K, const T* A, int64_t am, int64_t ak, c
   }
 }
 
+// The sides of a product, and the product, as the kernels ask for them: here in the floating-point type itself, so that
+// a side is where the matrix lies. csrc/amx.h has the same for a processor's matrix unit, which reads a form of its own.
+template <class T> struct Vectors {
+  using Value = T;
+  using Scratch = T;
+  struct Unit {
+    ~Unit() {}  // used by being there
+  };
+  struct Left {
+    const T* at;
+    int64_t row, step, depth;
+  };
+  struct Right {
+    const T* at;
+    int64_t ld;
+  };
+  // How many of Scratch a side takes in its own form.
+  static constexpr int64_t room(int64_t, int64_t) { return 0; }
+  // Rows that are x's [rows, depth], or x's columns, x being [depth, columns].
+  static Left rows(Scratch*, const T* x, int64_t ld, int64_t, int64_t depth) { return {x, ld, 1, depth}; }
+  static Left columns(Scratch*, const T* x, int64_t ld, int64_t depth, int64_t) { return {x, 1, ld, depth}; }
+  // x [depth, columns]
+  static Right right(Scratch*, const T* x, int64_t ld, int64_t, int64_t) { return {x, ld}; }
+  // C [M, N] = left right + bias [N] where there is one, or C += left right.
+  static void multiply(int64_t M, int64_t N, const Left& left, const Right& right, T* C, int64_t ldc,
+                       const T* bias = nullptr) {
+    gemm<false>(M, N, left.depth, left.at, left.row, left.step, right.at, right.ld, C, ldc, bias);
+  }
+  static void add_product(int64_t M, int64_t N, const Left& left, const Right& right, T* C, int64_t ldc) {
+    gemm<true>(M, N, left.depth, left.at, left.row, left.step, right.at, right.ld, C, ldc);
+  }
+};
+
 }  // namespace
 }  // namespace speedk

@@ -25,6 +25,11 @@ template <int64_t value> struct Fixed {
 int isa();
 const char* isa_name();
 
+// Whether products of float32 take the matrix unit (csrc/amx.h): this processor has one, the system lets the process use
+// it, SPEEDK_AMX is not 0 in the environment, and use_matrix_unit(false) was not called last. Returns what holds now.
+bool matrix_unit();
+bool use_matrix_unit(bool wanted);
+
 #if defined(SPEEDK_X86)
 #define SPEEDK_DECLARE(signature)   \
   namespace baseline { signature; } \

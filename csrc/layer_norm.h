@@ -9,15 +9,23 @@ namespace {
 
 constexpr float kEps = 1e-6f;  // EPS of speedk/ops/freenet_block.py
 
-// LayerNorm of one row of D values, in place: y becomes normalised w + b (+ `added`, where that is not null), and
-// `normalised`, where that is not null, what it is scaled from. Returns 1 / standard deviation.
-inline float norm_row(float* y, float* normalised, const float* w, const float* b, const float* added, int64_t D) {
+// LayerNorm of one row of D values (plus `residual`), in place: y becomes normalised w + b (plus `added`), and
+// `normalised` what it is scaled from; each of these may be null. Returns 1 / standard deviation.
+inline float norm_row(float* y, const float* residual, float* normalised, const float* w, const float* b,
+                      const float* added, int64_t D) {
   constexpr int W = kWidth<float>;
   Floats total{};
   int64_t i = 0;
-  for (; i + W <= D; i += W) total += load(y + i);
+  for (; i + W <= D; i += W) {
+    const Floats value = residual ? load(y + i) + load(residual + i) : load(y + i);
+    if (residual) store(y + i, value);
+    total += value;
+  }
   float mean = sum_of<float>(total);
-  for (; i < D; ++i) mean += y[i];
+  for (; i < D; ++i) {
+    if (residual) y[i] += residual[i];
+    mean += y[i];
+  }
   mean /= static_cast<float>(D);
   Floats squares{};
   for (i = 0; i + W <= D; i += W) {

@@ -1,5 +1,7 @@
 #include "mhsc.h"
 
+#include "amx.h"
+#include "codes.h"
 #include "gemm.h"
 #include "memory.h"
 #include "parallel.h"
@@ -10,25 +12,20 @@ namespace {
 
 constexpr int64_t kRows = 32;  // of codes, taken at a time: they stay in the first cache for both products
 
-template <class T> void forward(const Mhsc& s, T* out) {
-  const auto* scm = static_cast<const T*>(s.scm);
-  const auto* saet = static_cast<const T*>(s.saet);
-  const int64_t d = s.D / s.H, bytes = s.J * s.D * static_cast<int64_t>(sizeof(T));
-  // Heads apart, so that the rows of one head's tokens are neighbours and never compete for a cache set.
-  const Buffer<T> pools(s.K * s.D);
-  for (int64_t h = 0; h < s.H; ++h) {
-    for (int64_t k = 0; k < s.K; ++k) {
-      for (int64_t i = 0; i < d; ++i) pools[(h * s.K + k) * d + i] = saet[k * s.D + h * d + i];
-    }
-  }
+template <class Products> void forward(const Mhsc& s, void* to) {
+  using T = typename Products::Value;
+  auto* out = static_cast<T*>(to);
+  const int64_t bytes = s.J * s.D * static_cast<int64_t>(sizeof(T));
+  const Pools<Products> pools(s, false);
   const bool stream = s.N * bytes > kStreamBytes;
   if (stream) prefer_large_pages(out, s.N * bytes);
   parallel_for(s.threads, s.N, (int64_t{1} << 18) / (bytes + 1) + 1, [&](int64_t begin, int64_t end) {
     const Buffer<T> features(s.J * s.D);
+    const Buffer<typename Products::Scratch> left(pools.left_room(kRows));
+    const typename Products::Unit unit;
     for (int64_t n = begin; n < end; ++n) {
-      for (int64_t h = 0; h < s.H; ++h) {
-        gemm<false>(s.J, d, s.K, scm + (n * s.H + h) * s.J * s.K, s.K, 1, pools + h * s.K * d, d, features + h * d,
-                    s.D);
+      for (int64_t j = 0; j < s.J; j += kRows) {
+        pools.features(n, j, s.J - j < kRows ? s.J - j : kRows, features + j * s.D, s.D, left);
       }
       write_out(out + n * s.J * s.D, features, bytes, stream);
     }
@@ -36,35 +33,24 @@ template <class T> void forward(const Mhsc& s, T* out) {
   });
 }
 
-template <class T> void backward(const Mhsc& s, const T* d_out, T* d_scm, T* d_saet, T* partial) {
-  const auto* scm = static_cast<const T*>(s.scm);
-  const auto* saet = static_cast<const T*>(s.saet);
-  const int64_t d = s.D / s.H, matrix = s.J * s.K;
-  const Buffer<T> turned(s.K * s.D);  // [D, K]
-  for (int64_t k = 0; k < s.K; ++k) {
-    for (int64_t i = 0; i < s.D; ++i) turned[i * s.K + k] = saet[k * s.D + i];
-  }
-  const int64_t all = s.N * s.H * matrix * static_cast<int64_t>(sizeof(T));
+template <class T> void backward(const Mhsc& s, const void* from, void* to_scm, void* to_saet, void* parts) {
+  const auto* d_out = static_cast<const T*>(from);
+  auto *d_scm = static_cast<T*>(to_scm), *d_saet = static_cast<T*>(to_saet), *partial = static_cast<T*>(parts);
+  const int64_t d = s.D / s.H;
+  const Pools<Vectors<T>> pools(s, true);
+  const int64_t all = s.N * s.H * s.J * s.K * static_cast<int64_t>(sizeof(T));
   const bool stream = d_scm && all > kStreamBytes;
   if (stream) prefer_large_pages(d_scm, all);
   parallel_for(s.threads, kMhscParts * s.H, 1, [&](int64_t begin, int64_t end) {
-    const Buffer<T> memory(kRows * s.K);
-    T* const piece = memory;
+    const Buffer<T> piece(kRows * s.K);
     for (int64_t task = begin; task < end; ++task) {
       const int64_t part = task / s.H, h = task % s.H;
       T* sum = d_saet ? partial + part * s.K * s.D + h * s.K * d : nullptr;  // [H, K, d] within a part
       for (int64_t i = 0; sum && i < s.K * d; ++i) sum[i] = 0;
       for (int64_t n = s.N * part / kMhscParts; n < s.N * (part + 1) / kMhscParts; ++n) {
         for (int64_t j = 0; j < s.J; j += kRows) {
-          const int64_t rows = s.J - j < kRows ? s.J - j : kRows, at = (n * s.H + h) * matrix + j * s.K;
-          const int64_t bytes = rows * s.K * static_cast<int64_t>(sizeof(T));
-          const T* gradient = d_out + (n * s.J + j) * s.D + h * d;
-          if (sum) prefetch(scm + at, bytes);  // read across its rows, which no processor foresees
-          if (d_scm) {
-            gemm<false>(rows, s.K, d, gradient, s.D, 1, turned + h * d * s.K, s.K, piece, s.K);
-            write_out(d_scm + at, piece, bytes, stream);
-          }
-          if (sum) gemm<true>(s.K, d, rows, scm + at, 1, s.K, gradient, s.D, sum, d);
+          pools.gradients(h, n, j, s.J - j < kRows ? s.J - j : kRows, d_out + (n * s.J + j) * s.D + h * d, s.D, d_scm,
+                          sum, nullptr, nullptr, piece, stream);
         }
       }
     }
@@ -86,18 +72,17 @@ template <class T> void backward(const Mhsc& s, const T* d_out, T* d_scm, T* d_s
 }  // namespace
 
 void mhsc(const Mhsc& job, void* out) {
-  if (job.dtype == Dtype::float32) forward(job, static_cast<float*>(out));
-  else forward(job, static_cast<double*>(out));
+#ifdef SPEEDK_AMX
+  // Of fewer tokens its forms cost more than its products save, as they do on the way back.
+  if (job.dtype == Dtype::float32 && matrix_unit() && job.K >= 32) return forward<MatrixUnit>(job, out);
+#endif
+  if (job.dtype == Dtype::float32) forward<Vectors<float>>(job, out);
+  else forward<Vectors<double>>(job, out);
 }
 
 void mhsc_backward(const Mhsc& job, const void* d_out, void* d_scm, void* d_saet, void* partial) {
-  if (job.dtype == Dtype::float32) {
-    backward(job, static_cast<const float*>(d_out), static_cast<float*>(d_scm), static_cast<float*>(d_saet),
-             static_cast<float*>(partial));
-  } else {
-    backward(job, static_cast<const double*>(d_out), static_cast<double*>(d_scm), static_cast<double*>(d_saet),
-             static_cast<double*>(partial));
-  }
+  if (job.dtype == Dtype::float32) backward<float>(job, d_out, d_scm, d_saet, partial);
+  else backward<double>(job, d_out, d_scm, d_saet, partial);
 }
 
 }  // namespace SPEEDK_ISA

@@ -13,7 +13,7 @@ from speedk.ops.coo import fits_mhsc_coo, mhsc_coo
 from speedk.ops.coo import why_not_triton as why_not_mhsc_coo
 from speedk.ops.freenet_block import NORMS, BlockWeights, fits_block, freenet_block, freenet_block_reference
 from speedk.ops.freenet_block import why_not_triton as why_not_block
-from speedk.ops.mhsc import fits_mhsc, mhsc
+from speedk.ops.mhsc import fits_mhsc, mhsc, mhsc_reference
 from speedk.ops.mhsc import why_not_triton as why_not_mhsc
 from speedk.ops.patches import patch_length, square_side, tokens_to_images, tokens_to_images_reference
 from speedk.ops.patches import why_not_triton_product as why_not_product
@@ -39,12 +39,13 @@ def freenet(scm: Tensor, saet: Tensor, weights: FReeNetWeights) -> Tensor:
 
     scm: [N, H, J, K]; saet: [K, D]. Returns [N, C, H, W], in the space the data were normalised to (not [0, 1]).
     Raises ValueError where shapes or dtypes do not fit.
-    Backends: Triton, native (CPU, float32: all blocks in one pass over the tokens), torch.
+    Backends: Triton, native (CPU, float32: codes, blocks and projection in one pass over the tokens), torch.
     """
     fits_mhsc(scm, saet)
     _fits_weights(scm.shape[2], saet, weights)
-    backend = _op.choose(saet, weights, scm)
-    return _decode(mhsc(scm, saet), weights, backend)
+    if _op.choose(saet, weights, scm) == "native":
+        return _natively(scm, saet, weights)
+    return _decode(mhsc(scm, saet), weights)
 
 
 @dispatch.public
@@ -57,14 +58,19 @@ def freenet_coo(values: Tensor, rows: Tensor, cols: Tensor, saet: Tensor, weight
     fits_mhsc_coo(values, rows, cols, saet, weights.patches)
     _fits_weights(weights.patches, saet, weights)
     backend = _coo.choose(saet, weights, values, rows, cols)
-    return _decode(mhsc_coo(values, rows, cols, saet, weights.patches, check=check), weights, backend)
+    features = mhsc_coo(values, rows, cols, saet, weights.patches, check=check)
+    return _natively(features, None, weights) if backend == "native" else _decode(features, weights)
 
 
-def _decode(features: Tensor, weights: FReeNetWeights, backend: str) -> Tensor:
-    if backend == "native":
-        tensors = [tensor for block in weights.blocks for tensor in block] + [weights.weight, weights.bias]
-        keep = torch.is_grad_enabled() and any(t.requires_grad for t in (features, *tensors))
-        return _freenet(features, tensors, weights.channels, weights.patch, weights.norm == "sum", keep)[0]
+def _natively(inputs: Tensor, saet: Tensor | None, weights: FReeNetWeights) -> Tensor:
+    tensors = [tensor for block in weights.blocks for tensor in block] + [weights.weight, weights.bias]
+    learned = torch.is_grad_enabled() and any(t.requires_grad for t in (inputs, *_given(saet), *tensors))
+    # A matrix unit finds all of it again sooner than as much memory is handed out.
+    keep = learned and not (native.matrix_unit() and weights.weight.shape[1] >= NATIVE_LEAST_FOR_UNIT)
+    return _freenet(inputs, saet, tensors, weights.channels, weights.patch, weights.norm == "sum", keep)[0]
+
+
+def _decode(features: Tensor, weights: FReeNetWeights) -> Tensor:
     state = None
     for block in weights.blocks:
         state = freenet_block(features, state, block, weights.norm)
@@ -83,14 +89,18 @@ def _fits_weights(J: int, saet: Tensor, weights: FReeNetWeights) -> None:
     _fits_last(J, weights.weight, weights.bias, weights.channels, weights.patch, saet=saet)
 
 
-def _fits(features: Tensor, tensors: list[Tensor], channels: int, patch: int) -> None:
+def _fits(inputs: Tensor, saet: Tensor | None, tensors: list[Tensor], channels: int, patch: int) -> None:
     """The same for the registered op, whose `tensors` are ten of each block and the final two."""
-    if features.ndim != 3 or len(tensors) % 10 != 2:
-        raise ValueError(f"features must be [N, J, D] and weights ten of each block and two, got "
-                         f"{tuple(features.shape)} and {len(tensors)}")
+    if saet is None and inputs.ndim != 3:
+        raise ValueError(f"without SAETs the inputs must be features [N, J, D], got {tuple(inputs.shape)}")
+    if saet is not None:
+        fits_mhsc(inputs, saet)
+    if len(tensors) % 10 != 2:
+        raise ValueError(f"weights must be ten of each block and two, got {len(tensors)}")
+    tokens = {"features": inputs} if saet is None else {"saet": saet}
     for start in range(0, len(tensors) - 2, 10):
-        fits_block(tensors[start:start + 10], features=features)
-    _fits_last(features.shape[1], *tensors[-2:], channels, patch, features=features)
+        fits_block(tensors[start:start + 10], **tokens)
+    _fits_last(inputs.shape[-2], *tensors[-2:], channels, patch, **tokens)
 
 
 def _fits_last(J: int, weight: Tensor, bias: Tensor, channels: int, patch: int, **tokens: Tensor) -> None:
@@ -105,6 +115,9 @@ def _fits_last(J: int, weight: Tensor, bias: Tensor, channels: int, patch: int, 
 
 NATIVE_BLOCKS = 64
 """Blocks of a decoder that the native kernel takes."""
+
+NATIVE_LEAST_FOR_UNIT = 64
+"""D from which on the native kernel takes its products to a matrix unit, where there is one."""
 
 
 def why_not_native(saet: Tensor, weights: FReeNetWeights, *codes: Tensor) -> str | None:
@@ -127,65 +140,83 @@ _coo = dispatch.Op("freenet_coo", triton=why_not_triton, native=why_not_native)
 
 
 @registered.custom_op("speedk::freenet")
-def _freenet(features: Tensor, weights: list[Tensor], channels: int, patch: int, sum_norm: bool,
+def _freenet(inputs: Tensor, saet: Tensor | None, weights: list[Tensor], channels: int, patch: int, sum_norm: bool,
              keep: bool) -> tuple[Tensor, Tensor]:
-    _fits(features, weights, channels, patch)
-    return native.decode_fwd(features, weights, channels, patch, sum_norm, keep)
+    """The images from codes [N, H, J, K] and SAETs, or from the features [N, J, D] that they make, and None; and what
+    the way back need not find once more."""
+    _fits(inputs, saet, weights, channels, patch)
+    return native.decode_fwd(inputs, saet, weights, channels, patch, sum_norm, keep)
 
 
 @_freenet.register_fake
-def _(features: Tensor, weights: list[Tensor], channels: int, patch: int, sum_norm: bool,
+def _(inputs: Tensor, saet: Tensor | None, weights: list[Tensor], channels: int, patch: int, sum_norm: bool,
       keep: bool) -> tuple[Tensor, Tensor]:
-    n, j, _ = features.shape
-    side = square_side(j) * patch
-    return features.new_empty(n, channels, side, side), features.new_empty(_kept(features, weights) if keep else 0)
+    side = square_side(inputs.shape[-2]) * patch
+    return (inputs.new_empty(inputs.shape[0], channels, side, side),
+            inputs.new_empty(_kept(inputs, saet, weights) if keep else 0))
 
 
-def _kept(features: Tensor, weights: list[Tensor]) -> int:
-    """How many values the way back needs; the kernel says the same."""
-    n, j, d = features.shape
-    return len(weights) // len(BlockWeights._fields) * n * j * (2 * d + 2)
+def _kept(inputs: Tensor, saet: Tensor | None, weights: list[Tensor]) -> int:
+    """How many values are kept for the way back; the kernel says the same."""
+    tokens = inputs.shape[0] * inputs.shape[-2]
+    d = inputs.shape[-1] if saet is None else saet.shape[1]
+    return tokens * (len(weights) // len(BlockWeights._fields) * (2 * d + 2) + (0 if saet is None else d))
 
 
 @registered.custom_op("speedk::freenet_bwd")
-def _freenet_bwd(d_images: Tensor, kept: Tensor, features: Tensor, weights: list[Tensor], channels: int, patch: int,
-                 sum_norm: bool) -> tuple[Tensor, Tensor]:
-    _fits(features, weights, channels, patch)
-    n, j, _ = features.shape
-    side = square_side(j) * patch
-    arguments.shaped("d_images", d_images, (n, channels, side, side))
-    arguments.shaped("kept", kept, (_kept(features, weights),))
-    arguments.alike(features=features, d_images=d_images, kept=kept)
-    return native.decode_bwd(d_images, kept, features, weights, channels, patch, sum_norm)
+def _freenet_bwd(d_images: Tensor, kept: Tensor, inputs: Tensor, saet: Tensor | None, weights: list[Tensor],
+                 channels: int, patch: int, sum_norm: bool, need_inputs: bool,
+                 need_saet: bool) -> tuple[Tensor, Tensor]:
+    _fits(inputs, saet, weights, channels, patch)
+    side = square_side(inputs.shape[-2]) * patch
+    arguments.shaped("d_images", d_images, (inputs.shape[0], channels, side, side))
+    if kept.numel():
+        arguments.shaped("kept", kept, (_kept(inputs, saet, weights),))
+    arguments.alike(inputs=inputs, d_images=d_images, kept=kept)
+    d_inputs, d_weights = native.decode_bwd(d_images, kept, inputs, saet, weights, channels, patch, sum_norm,
+                                            need_inputs, need_saet)  # fmt: skip
+    return inputs.new_empty(0) if d_inputs is None else d_inputs, d_weights
 
 
 @_freenet_bwd.register_fake
-def _(d_images: Tensor, kept: Tensor, features: Tensor, weights: list[Tensor], channels: int, patch: int,
-      sum_norm: bool) -> tuple[Tensor, Tensor]:
-    return features.new_empty(features.shape), features.new_empty(sum(w.numel() for w in weights))
+def _(d_images: Tensor, kept: Tensor, inputs: Tensor, saet: Tensor | None, weights: list[Tensor], channels: int,
+      patch: int, sum_norm: bool, need_inputs: bool, need_saet: bool) -> tuple[Tensor, Tensor]:
+    return (inputs.new_empty(inputs.shape if need_inputs else 0),
+            inputs.new_empty(sum(t.numel() for t in [*weights, *_given(saet)])))
+
+
+def _given(saet: Tensor | None) -> list[Tensor]:
+    return [] if saet is None else [saet]
 
 
 def _save(ctx, inputs, output) -> None:
-    features, weights, *ctx.settings, keep = inputs
-    if not keep:
-        raise ValueError("freenet has to be called with keep=True where gradients follow")
-    ctx.save_for_backward(output[1], features, *weights)
+    first, saet, weights, *ctx.settings, _ = inputs
+    ctx.coded = saet is not None
+    ctx.needs = first.requires_grad, ctx.coded and saet.requires_grad
+    ctx.save_for_backward(output[1], first, *weights, *_given(saet))
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx, d_images: Tensor, _: None):
-    kept, features, *weights = ctx.saved_tensors
+    kept, inputs, *tensors = ctx.saved_tensors
+    weights, saet = (tensors[:-1], tensors[-1]) if ctx.coded else (tensors, None)
     if dispatch.batched(d_images):
-        reference = functools.partial(_freenet_reference, *ctx.settings)
-        d_features, *d_weights = dispatch.gradients_in_torch(reference, [features, *weights], d_images)
-        return d_features, d_weights, None, None, None, None
-    d_features, d_weights = _freenet_bwd(d_images, kept, features, weights, *ctx.settings)
-    # Copies: a view would keep the gradients of all weights alive, in memory and in a file that one is saved to.
-    pieces = torch.split_with_sizes_copy(d_weights, [w.numel() for w in weights])
-    return d_features, [piece.view(w.shape) for piece, w in zip(pieces, weights)], None, None, None, None
+        reference = functools.partial(_freenet_reference, ctx.coded, *ctx.settings)
+        d_inputs, *pieces = dispatch.gradients_in_torch(reference, [inputs, *tensors], d_images)
+    else:
+        d_inputs, d_weights = _freenet_bwd(d_images, kept, inputs, saet, weights, *ctx.settings, *ctx.needs)
+        # Copies: a view would keep the gradients of all weights alive, in memory and in a file that one is saved to.
+        pieces = torch.split_with_sizes_copy(d_weights, [t.numel() for t in tensors])
+        pieces = [piece.view(t.shape) for piece, t in zip(pieces, tensors)]
+        d_inputs = d_inputs if ctx.needs[0] else None
+    d_saet = pieces.pop() if ctx.coded else None
+    return d_inputs, d_saet, pieces, None, None, None, None
 
 
-def _freenet_reference(channels: int, patch: int, sum_norm: bool, features: Tensor, *weights: Tensor) -> Tensor:
+def _freenet_reference(coded: bool, channels: int, patch: int, sum_norm: bool, inputs: Tensor,
+                       *tensors: Tensor) -> Tensor:
+    weights = tensors[:-1] if coded else tensors
+    features = mhsc_reference(inputs, tensors[-1]) if coded else inputs
     state = None
     for start in range(0, len(weights) - 2, 10):
         block = BlockWeights(*weights[start:start + 10])

@@ -153,40 +153,55 @@ def unpatchify_fwd(tokens: Tensor, channels: int, patch: int, width: int, out: T
     return out
 
 
-def decode_fwd(features: Tensor, weights: list[Tensor], channels: int, patch: int, sum_norm: bool,
-               keep: bool) -> tuple[Tensor, Tensor]:
-    """Images [N, C, H, W] from features [N, J, D], and what `decode_bwd` needs (empty unless `keep`).
+@torch.compiler.assume_constant_result
+def matrix_unit() -> bool:
+    """Whether the kernels take float32 products to a matrix unit (AMX) of this processor."""
+    return native().matrix_unit()
+
+
+def decode_fwd(inputs: Tensor, saet: Tensor | None, weights: list[Tensor], channels: int, patch: int,
+               sum_norm: bool, keep: bool) -> tuple[Tensor, Tensor]:
+    """Images [N, C, H, W] from codes [N, H, J, K] and SAETs [K, D], or from features [N, J, D] and None; and what
+    `decode_bwd` need not find once more, if `keep` (else empty).
 
     `weights` are ten of each block, then the final two.
     """
-    features, weights = features.contiguous(), [w.contiguous() for w in weights]
-    n, j, _ = features.shape
-    side = _side(j) * patch
-    images = features.new_empty(n, channels, side, side)
-    net = _net(features, weights, channels, patch, sum_norm)
-    kept = features.new_empty(net.kept if keep else 0)
+    inputs, weights = inputs.contiguous(), [w.contiguous() for w in weights]
+    saet = None if saet is None else saet.contiguous()
+    side = _side(inputs.shape[-2]) * patch
+    images = inputs.new_empty(inputs.shape[0], channels, side, side)
+    net = _net(inputs, saet, weights, channels, patch, sum_norm)
+    kept = inputs.new_empty(net.kept if keep else 0)
     native().decode(net, images.data_ptr(), kept.data_ptr())
     return images, kept
 
 
-def decode_bwd(d_images: Tensor, kept: Tensor, features: Tensor, weights: list[Tensor], channels: int, patch: int,
-               sum_norm: bool) -> tuple[Tensor, Tensor]:
-    """d_features, and the gradients of all weights laid end to end."""
-    d_images, features = d_images.contiguous(), features.contiguous()
-    weights = [w.contiguous() for w in weights]
-    net = _net(features, weights, channels, patch, sum_norm)
-    d_features = torch.empty_like(features)
-    d_weights = features.new_empty(sum(w.numel() for w in weights))
-    partial = features.new_empty(net.parts, d_weights.numel())
-    native().decode_backward(net, d_images.data_ptr(), kept.data_ptr(), d_features.data_ptr(), d_weights.data_ptr(),
-                             partial.data_ptr())  # fmt: skip
-    return d_features, d_weights
+def decode_bwd(d_images: Tensor, kept: Tensor, inputs: Tensor, saet: Tensor | None, weights: list[Tensor],
+               channels: int, patch: int, sum_norm: bool, need_inputs: bool = True,
+               need_saet: bool = True) -> tuple[Tensor | None, Tensor]:
+    """The gradient of `inputs`, None where not needed, and those of all weights and of the SAETs, laid end to end; the
+    last are zeros where not needed."""
+    d_images, inputs, weights = d_images.contiguous(), inputs.contiguous(), [w.contiguous() for w in weights]
+    saet = None if saet is None else saet.contiguous()
+    net = _net(inputs, saet, weights, channels, patch, sum_norm)
+    d_inputs = torch.empty_like(inputs) if need_inputs else None
+    d_weights = inputs.new_empty(sum(w.numel() for w in weights) + (0 if saet is None else saet.numel()))
+    partial = inputs.new_empty(net.parts, d_weights.numel())
+    native().decode_backward(net, d_images.data_ptr(), kept.data_ptr(), address(d_inputs),
+                             need_saet and saet is not None, d_weights.data_ptr(), partial.data_ptr())
+    return d_inputs, d_weights
 
 
-def _net(features: Tensor, weights: list[Tensor], channels: int, patch: int, sum_norm: bool):
-    _takes(features, (torch.float32,))
-    n, j, d = features.shape
-    return native().Net(n, j, d, len(weights) // 10, channels, patch, _side(j), sum_norm, features.data_ptr(),
+def _net(inputs: Tensor, saet: Tensor | None, weights: list[Tensor], channels: int, patch: int, sum_norm: bool):
+    _takes(inputs, (torch.float32,))
+    if saet is None:
+        n, j, d = inputs.shape
+        source = inputs.data_ptr(), 0, 0, 0, 0
+    else:
+        n, h, j, k = inputs.shape
+        d = saet.shape[1]
+        source = 0, h, k, inputs.data_ptr(), saet.data_ptr()
+    return native().Net(n, j, d, len(weights) // 10, channels, patch, _side(j), sum_norm, *source,
                         [w.data_ptr() for w in weights], torch.get_num_threads())  # fmt: skip
 
 
@@ -196,20 +211,20 @@ def _side(patches: int) -> int:
 
 def tokens_to_images_fwd(state: Tensor, weight: Tensor, bias: Tensor, channels: int, patch: int) -> Tensor:
     """unpatchify(state @ weight.T + bias): a decoder without blocks."""
-    return decode_fwd(state, [weight, bias], channels, patch, False, False)[0]
+    return decode_fwd(state, None, [weight, bias], channels, patch, False, False)[0]
 
 
 def tokens_to_images_bwd(d_images: Tensor, state: Tensor, weight: Tensor, patch: int, need_state: bool = True,
                          need_weight: bool = True) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """d_state [N, J, D], d_weight [L, D] and d_bias [L], None where not needed (the last two together): one pass over
     the tokens finds them all, and what is not needed is not copied."""
-    bias = weight.new_empty(weight.shape[0])  # of no consequence to the gradients, and nothing is kept
-    channels = d_images.shape[1]
-    d_state, d_weights = decode_bwd(d_images, weight, state, [weight, bias], channels, patch, False)
+    bias = weight.new_empty(weight.shape[0])  # of no consequence to the gradients
+    nothing, channels = state.new_empty(0), d_images.shape[1]
+    d_state, d_weights = decode_bwd(d_images, nothing, state, None, [weight, bias], channels, patch, False, need_state)
     if not need_weight:
         return d_state, None, None
     d_weight, d_bias = d_weights[:weight.numel()].reshape(weight.shape).clone(), d_weights[weight.numel():].clone()
-    return d_state if need_state else None, d_weight, d_bias
+    return d_state, d_weight, d_bias
 
 
 def _norm_act_pool(x: Tensor, weight: Tensor, bias: Tensor, eps: float, like: torch.memory_format):

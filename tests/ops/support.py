@@ -48,6 +48,28 @@ LAYOUTS = ["plain", "transposed", "sliced", "expanded"]
 
 
 @contextlib.contextmanager
+def products_by(unit: bool):
+    """The native kernels take float32 products to the processor's matrix unit, where it has one, or to its vectors."""
+    before = dispatch.native().matrix_unit()
+    try:
+        yield dispatch.native().use_matrix_unit(unit)
+    finally:
+        dispatch.native().use_matrix_unit(before)
+
+
+def _has_unit() -> bool:
+    if dispatch.native() is None:
+        return False
+    with products_by(True) as found:
+        return found
+
+
+has_unit = pytest.mark.skipif(not _has_unit(), reason="the extension is not built, or this processor has no AMX")
+BY_EACH_UNIT = pytest.mark.parametrize("unit", [pytest.param(True, marks=has_unit, id="matrix unit"),
+                                                pytest.param(False, marks=built, id="vectors")])
+
+
+@contextlib.contextmanager
 def poisoned_memory():
     """Fill what `torch.empty` hands out with NaN (or the largest integer), so that an element left unwritten shows."""
     before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory

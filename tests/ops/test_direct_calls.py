@@ -12,7 +12,7 @@ BLOCK = [torch.randn(6, 6) if i in (0, 4, 6) else torch.randn(6) for i in range(
 WEIGHTS = [*BLOCK, torch.randn(12, 6), torch.randn(12)]
 INDEX = torch.zeros(2, 3, 2, dtype=torch.uint8)
 SCM, SAET, VALUES, FEATURES = torch.randn(2, 3, 4, 5), torch.randn(5, 6), torch.randn(2, 3, 2), torch.randn(2, 4, 6)
-IMAGES, KEPT, X, ROW = torch.randn(2, 3, 4, 4), torch.randn(2 * 4 * 14), torch.randn(2, 3, 5, 4), torch.randn(3)
+IMAGES, KEPT, X, ROW = torch.randn(2, 3, 4, 4), torch.randn(2 * 4 * 20), torch.randn(2, 3, 5, 4), torch.randn(3)
 POOLED, STATISTIC, P, LR = torch.randn(2, 3, 2, 2), torch.randn(2, 3), torch.randn(7), torch.tensor(0.1)
 
 CALLS = {  # what goes together, and which of it does not go with the rest once it is a column or an entry shorter
@@ -32,8 +32,8 @@ CALLS = {  # what goes together, and which of it does not go with the rest once 
                               [0, 1, 2, 3, 4, 5, 6, 7, 8]),
     "freenet_block": ([FEATURES, FEATURES, BLOCK, "sum"], [0, 1]),
     "freenet_block_bwd": ([FEATURES, FEATURES, FEATURES, BLOCK, "sum"], [0, 1, 2]),
-    "freenet": ([FEATURES, WEIGHTS, 3, 2, False, True], [0]),
-    "freenet_bwd": ([IMAGES, KEPT, FEATURES, WEIGHTS, 3, 2, False], [0, 1, 2]),
+    "freenet": ([SCM, SAET, WEIGHTS, 3, 2, False, True], [0, 1]),
+    "freenet_bwd": ([IMAGES, KEPT, SCM, SAET, WEIGHTS, 3, 2, False, True, True], [0, 1, 2, 3]),
     "unroll_step": ([P, P, P, LR, 0.5, "native"], [0, 1, 2]),
     "unroll_step_adjoint": ([P, P, P, LR, 0.5, "native"], [0, 1, 2]),
 }  # fmt: skip
@@ -70,10 +70,13 @@ def test_numbers_that_do_not_go_with_the_tensors():
         lambda: ops.patchify(torch.ones(1, 1, 4, 4, dtype=torch.uint8), 2, "native"),
         lambda: ops.coo_decode(VALUES, INDEX.to(torch.uint16), INDEX, 4, 5, True, "native"),
         lambda: ops.coo_decode(VALUES, INDEX.long(), INDEX.long(), 4, 5, True, "native"),
-        lambda: ops.freenet(FEATURES.double(), [w.double() for w in WEIGHTS], 3, 2, False, True),
-        lambda: ops.freenet(torch.randn(2, 5, 6), WEIGHTS, 3, 2, False, True),
-        lambda: ops.freenet(FEATURES, WEIGHTS[:-1], 3, 2, False, True),
-        lambda: ops.freenet(FEATURES, WEIGHTS, 3, 0, False, True),
+        lambda: ops.freenet(FEATURES.double(), None, [w.double() for w in WEIGHTS], 3, 2, False, True),
+        lambda: ops.freenet(FEATURES[..., 1:], None, WEIGHTS, 3, 2, False, True),
+        lambda: ops.freenet(torch.randn(2, 5, 6), None, WEIGHTS, 3, 2, False, True),
+        lambda: ops.freenet(SCM, None, WEIGHTS, 3, 2, False, True),
+        lambda: ops.freenet(FEATURES, SAET, WEIGHTS, 3, 2, False, True),
+        lambda: ops.freenet(SCM, SAET, WEIGHTS[:-1], 3, 2, False, True),
+        lambda: ops.freenet(SCM, SAET, WEIGHTS, 3, 0, False, True),
     ):
         with pytest.raises(ValueError):
             call()
@@ -96,9 +99,11 @@ def test_patches_that_make_no_square(backend):
 def test_the_extension_refuses_sizes_of_its_own():
     native = dispatch.native()
     for refused in (
-        lambda: native.Net(1, 5, 8, 0, 3, 4, 2, False, 0, [0, 0], 1),
-        lambda: native.Net(1, 4, 8, 1, 3, 4, 2, False, 0, [0, 0], 1),
-        lambda: native.Net(1, 4, 8, 65, 3, 4, 2, False, 0, [0] * 652, 1),
+        lambda: native.Net(1, 5, 8, 0, 3, 4, 2, False, 0, 0, 0, 0, 0, [0, 0], 1),
+        lambda: native.Net(1, 4, 8, 1, 3, 4, 2, False, 0, 0, 0, 0, 0, [0, 0], 1),
+        lambda: native.Net(1, 4, 8, 65, 3, 4, 2, False, 0, 0, 0, 0, 0, [0] * 652, 1),
+        lambda: native.Net(1, 4, 8, 0, 3, 4, 2, False, 0, 3, 5, 0, 0, [0, 0], 1),
+        lambda: native.Net(1, 4, 8, 0, 3, 4, 2, False, 0, 0, 5, 0, 0, [0, 0], 1),
         lambda: native.Topk(0, 0, 1, 2, 2, 5, 0, 0, 0, 0, 0, 0, 1),
         lambda: native.Topk(0, 0, 1, 2, 257, 5, 0, 0, 0, 1, 1, 1, 1),
         lambda: native.Entries(0, 0, 0, 0, 8, 1, 1, 1, 1),

@@ -7,7 +7,17 @@ import math
 import forms
 import pytest
 import torch
-from support import DEVICES, assert_matches, built, compiles, on_backends, poisoned_memory
+from support import (
+    BY_EACH_UNIT,
+    DEVICES,
+    assert_matches,
+    built,
+    compiles,
+    has_unit,
+    on_backends,
+    poisoned_memory,
+    products_by,
+)
 
 from speedk.ops import (
     BlockWeights,
@@ -20,9 +30,11 @@ from speedk.ops import (
     mhsc,
     native,
     sparsify,
+    tokens_to_images,
     use_backend,
 )
-from speedk.ops.freenet import NATIVE_BLOCKS, _freenet, _freenet_bwd, _kept
+from speedk.ops.freenet import NATIVE_BLOCKS, NATIVE_LEAST_FOR_UNIT, _freenet, _freenet_bwd, _kept, _natively
+from speedk.ops.patches import tokens_to_images_reference
 
 SHAPES = [  # N, H, J, K, D, R, patch, channels
     (3, 2, 64, 16, 32, 1, 4, 3),  # CIFAR-10, 1 image per class
@@ -31,6 +43,12 @@ SHAPES = [  # N, H, J, K, D, R, patch, channels
     (40, 1, 4, 5, 16, 2, 2, 1),
     (1, 1, 1, 1, 1, 1, 1, 1),
     (0, 2, 4, 3, 8, 2, 2, 3),
+]
+
+WIDE = [  # of the same, enough for the matrix unit
+    (7, 5, 49, 19, 65, 2, 3, 2),  # no side of a product a multiple of its tiles, images across blocks of tokens
+    (3, 2, 64, 96, 192, 3, 4, 3),  # deeper than it goes at a time
+    (2, 3, 256, 40, 96, 1, 8, 3),  # an image in several blocks of tokens
 ]
 
 
@@ -114,13 +132,43 @@ def test_values_and_gradients(shape, norm, device, backend):
         assert_matches(f"{shape} tensor {i}", *triple)
 
 
-@on_backends("freenet")
-def test_without_gradients_nothing_is_kept(backend):
-    scm, saet, weights = make(SHAPES[1])
-    with use_backend(backend), torch.no_grad():
-        plain = freenet(scm, saet, weights)
-    with use_backend(backend):
-        assert torch.equal(plain, freenet(scm.requires_grad_(), saet, weights).detach())
+@BY_EACH_UNIT
+@pytest.mark.parametrize("keeps", [True, False], ids=["kept", "found again"])
+@pytest.mark.parametrize("norm", ["branch", "sum"])
+@pytest.mark.parametrize("shape", WIDE, ids=str)
+def test_each_way_of_the_native_decoder(shape, norm, keeps, unit, monkeypatch):
+    """Products by the matrix unit or by vectors; and for the way back everything kept, or found once more."""
+    inputs, side = make(shape, norm), math.isqrt(shape[2]) * shape[6]
+    d_images = torch.randn(shape[0], shape[7], side, side)
+    monkeypatch.setattr(native, "matrix_unit", lambda: not keeps)
+    with use_backend("native"), products_by(unit), poisoned_memory():
+        got = run(freenet, *inputs, d_images)
+        plain = freenet(*inputs[:2], inputs[2])
+        features = run(from_features, *inputs, d_images)
+    library, exact = run(forms.freenet, *inputs, d_images), run(by_the_paper, *inputs, d_images, torch.float64)
+    assert torch.equal(plain, got[0])
+    for i, (one, other, *pair) in enumerate(zip(got, features, library, exact)):
+        assert_matches(f"tensor {i}", one, *pair)
+        assert_matches(f"tensor {i} by way of the features", other, *pair)
+
+
+def from_features(scm, saet, weights):
+    """The native decoder of features that mhsc made, as `freenet_coo` calls it."""
+    return _natively(mhsc(scm, saet), None, weights)
+
+
+@has_unit
+def test_the_matrix_unit_is_as_exact_at_any_scale():
+    """The pieces of a float32 have its range, down to where bfloat16 has no more digits left."""
+    _, _, weights = make(WIDE[0])
+    state, weight = torch.randn(5, 49, 65), weights.weight
+    for scale in (1e-25, 1e-10, 1e10, 1e18):
+        with use_backend("native"), products_by(True):
+            got = tokens_to_images(state * scale, weight * scale, torch.zeros(18), 2, 3)
+        exact = tokens_to_images_reference((state * scale).double(), (weight * scale).double(),
+                                           torch.zeros(18).double(), 2, 3)
+        library = tokens_to_images_reference(state * scale, weight * scale, torch.zeros(18), 2, 3)
+        assert_matches(f"times {scale}", got, library, exact)
 
 
 @on_backends("freenet")
@@ -136,8 +184,9 @@ def test_from_stored_entries(backend):
 
 
 @on_backends("freenet")
-def test_the_same_bits_on_any_number_of_threads(backend):
-    inputs = make((40, 2, 16, 8, 32, 2, 2, 3))
+@pytest.mark.parametrize("width", [32, 64])
+def test_the_same_bits_on_any_number_of_threads(backend, width):
+    inputs = make((40, 2, 16, 8, width, 2, 2, 3))
     found, before = set(), torch.get_num_threads()
     try:
         for threads in (1, 2, 3, 4):
@@ -190,16 +239,21 @@ def test_gradcheck_and_double_precision(norm):
 
 
 @built
+@pytest.mark.parametrize("source", ["codes", "features"])
 @pytest.mark.parametrize("layout", ["plain", "expanded"])
-def test_opcheck(layout):
+def test_opcheck(layout, source):
     scm, saet, weights = make((3, 2, 4, 3, 6, 2, 2, 3))
-    features = mhsc(scm, saet)
+    inputs = (scm, saet) if source == "codes" else (mhsc(scm, saet), None)
     flat = [t for b in weights.blocks for t in b] + [weights.weight, weights.bias]
-    _, kept = _freenet(features, flat, 3, 2, False, True)
     d_images = torch.ones(()).expand(3, 3, 4, 4) if layout == "expanded" else torch.randn(3, 3, 4, 4)
-    torch.library.opcheck(_freenet_bwd, (d_images, kept, features, flat, 3, 2, False))
-    features, flat = features.requires_grad_(), [t.requires_grad_() for t in flat]
-    torch.library.opcheck(_freenet, (features, flat, 3, 2, False, True))
+    for keep in (True, False):
+        _, kept = _freenet(*inputs, flat, 3, 2, False, keep)
+        torch.library.opcheck(_freenet_bwd, (d_images, kept, *inputs, flat, 3, 2, False, keep, keep))
+    for leaf in (*inputs, *flat):
+        if leaf is not None:
+            leaf.requires_grad_()
+    for keep in (True, False):
+        torch.library.opcheck(_freenet, (*inputs, flat, 3, 2, False, keep))
 
 
 @on_backends("freenet")
@@ -235,6 +289,8 @@ def test_refusals():
 @built
 def test_what_the_native_decoder_takes_and_keeps_is_said_alike_on_both_sides():
     assert dispatch.native().decoder_blocks == NATIVE_BLOCKS
+    assert dispatch.native().decoder_least_for_unit == NATIVE_LEAST_FOR_UNIT
     for blocks in (0, 1, 3):
-        features, weights = torch.zeros(2, 9, 8), [torch.zeros(8)] * (len(BlockWeights._fields) * blocks + 2)
-        assert native._net(features, weights, 3, 4, False).kept == _kept(features, weights)
+        weights = [torch.zeros(8)] * (len(BlockWeights._fields) * blocks + 2)
+        for inputs in ((torch.zeros(2, 9, 8), None), (torch.zeros(2, 4, 9, 5), torch.zeros(5, 8))):
+            assert native._net(*inputs, weights, 3, 4, False).kept == _kept(*inputs, weights)

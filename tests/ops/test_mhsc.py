@@ -5,7 +5,18 @@ from __future__ import annotations
 import forms
 import pytest
 import torch
-from support import DEVICES, LAYOUTS, assert_matches, built, compiles, on_backends, poisoned_memory, strided
+from support import (
+    BY_EACH_UNIT,
+    DEVICES,
+    LAYOUTS,
+    assert_matches,
+    built,
+    compiles,
+    on_backends,
+    poisoned_memory,
+    products_by,
+    strided,
+)
 
 from speedk.ops import mhsc, use_backend
 from speedk.ops.mhsc import _mhsc, _mhsc_bwd
@@ -39,6 +50,18 @@ def test_values_and_gradients(shape, dtype, device, backend):
     with use_backend(backend), poisoned_memory():
         got = run(mhsc, *inputs, dtype, device)
     library, exact = run(forms.mhsc, *inputs, dtype, device), run(forms.mhsc, *inputs, torch.float64)
+    for name, *triple in zip(("features", "d_scm", "d_saet"), got, library, exact):
+        assert_matches(name, *triple)
+
+
+@BY_EACH_UNIT
+@pytest.mark.parametrize("shape", [(2, 6, 64, 64, 192), (2, 3, 7, 37, 33), (3, 1, 45, 130, 40)], ids=str)
+def test_products_by_each_unit(shape, unit):
+    n, h, j, k, d = shape
+    inputs = torch.randn(n, h, j, k), torch.randn(k, d), torch.randn(n, j, d)
+    with use_backend("native"), products_by(unit), poisoned_memory():
+        got = run(mhsc, *inputs, torch.float32)
+    library, exact = run(forms.mhsc, *inputs, torch.float32), run(forms.mhsc, *inputs, torch.float64)
     for name, *triple in zip(("features", "d_scm", "d_saet"), got, library, exact):
         assert_matches(name, *triple)
 

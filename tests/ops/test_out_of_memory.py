@@ -18,8 +18,10 @@ CALLS = {
     "mhsc, before its threads": "n.mhsc(n.Mhsc(0, 2, 1, 1, 1 << 40, 1024, 0, 0, 2), 0)",
     "mhsc": "n.mhsc(n.Mhsc(0, 2, 1, 1 << 40, 1, 1024, 0, row, 2), 0)",
     "mhsc_backward": "n.mhsc_backward(n.Mhsc(0, 16, 1, 1, 1 << 25, 1, 0, row, 2), 0, row, 0, 0)",
-    "decode": "n.decode(n.Net(1, 1, 1 << 20, 1, 1, 1, 1, False, 0, [0] * 12, 2), 0, 0)",
-    "decode_backward": "n.decode_backward(n.Net(1, 1, 1 << 20, 1, 1, 1, 1, False, 0, [0] * 12, 2), 0, 0, 0, 0, 0)",
+    "decode": "n.decode(n.Net(1, 1, 1 << 20, 1, 1, 1, 1, False, row, 0, 0, 0, 0, [0] * 12, 2), 0, 0)",
+    "decode, of codes": "n.decode(n.Net(1, 1, 1 << 20, 1, 1, 1, 1, False, 0, 1, 1 << 20, 0, 0, [0] * 12, 2), 0, 0)",
+    "decode_backward": "n.decode_backward(n.Net(1, 1, 1 << 20, 1, 1, 1, 1, False, row, 0, 0, 0, 0, [0] * 12, 2), "
+                       "0, 0, 0, True, 0, 0)",
     "topk": "n.topk(n.Topk(0, 0, 2, 1 << 15, 1 << 14, 1, 0, 0, 0, 0, 0, 0, 2))",
 }
 SCRIPT = """
