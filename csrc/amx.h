@@ -5,8 +5,8 @@
 //
 // Both sides of a product are tiles, of 16 rows of 16 pairs: tile (block, slab) of the left holds 16 of its rows and 32
 // of the depth, that of the right 32 of the depth and 16 of its columns. The unit takes any order of the depth that is
-// the same on both sides: value i is a pair with value i + 16 here, as vectors are put together. Three pieces follow each
-// other, the leading one first. What is past the edges is zero.
+// the same on both sides: value i is a pair with value i + 16 here, as vectors are put together. Three pieces follow
+// each other, the leading one first. What is past the edges is zero.
 #pragma once
 #include <cstdint>
 
@@ -39,7 +39,7 @@ SPEEDK_SHARED int64_t room_for_tiles(int64_t side, int64_t depth) {
   return tiles_for(side, kTileSide) * tiles_for(depth, kTileDepth) * kPieces * kTile;
 }
 
-// What the unit's instructions read, compilers do not know to be read: all that was written stands in memory after this.
+// What the unit's instructions read, compilers do not know to be read: what was written stands in memory after this.
 SPEEDK_SHARED void written(const void* memory) { __asm__ volatile("" : : "r"(memory) : "memory"); }
 
 // Tells this thread's matrix unit the shape of its tiles, and lets go of them in the end.

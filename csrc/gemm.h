@@ -81,8 +81,8 @@ void gemm(int64_t M, int64_t N, int64_t K, const T* A, int64_t am, int64_t ak, c
   }
 }
 
-// The sides of a product, and the product, as the kernels ask for them: here in the floating-point type itself, so that
-// a side is where the matrix lies. csrc/amx.h has the same for a processor's matrix unit, which reads a form of its own.
+// The sides of a product, and the product, as kernels ask for them: here in the floating-point type itself, so that a
+// side is where its matrix lies. csrc/amx.h has the same for a processor's matrix unit, which reads a form of its own.
 template <class T> struct Vectors {
   using Value = T;
   using Scratch = T;

@@ -25,9 +25,10 @@ template <int64_t value> struct Fixed {
 int isa();
 const char* isa_name();
 
-// Whether products of float32 take the matrix unit (csrc/amx.h): this processor has one, the system lets the process use
-// it, SPEEDK_AMX is not 0 in the environment, and use_matrix_unit(false) was not called last. Returns what holds now.
+// Whether products of float32 may take the matrix unit (csrc/amx.h): the processor has one, the system lets this
+// process use it, and it is wanted, as by default, unless SPEEDK_AMX is 0 in the environment.
 bool matrix_unit();
+// Wants it or not from here on, and returns what matrix_unit() then says.
 bool use_matrix_unit(bool wanted);
 
 #if defined(SPEEDK_X86)
