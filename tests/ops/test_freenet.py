@@ -158,6 +158,18 @@ def from_features(scm, saet, weights):
 
 
 @has_unit
+def test_the_matrix_unit_is_shared_with_the_library():
+    """Each thread's unit has one setting of tiles; PyTorch's own products of bfloat16 want another."""
+    scm, saet, weights = make((64, 3, 64, 16, 96, 1, 4, 3))
+    convolution, x = torch.nn.Conv2d(64, 64, 3, padding=1).bfloat16(), torch.randn(16, 64, 16, 16).bfloat16()
+    with use_backend("native"), products_by(True), torch.no_grad():
+        images, features = freenet(scm, saet, weights), convolution(x)
+        for _ in range(5):
+            assert torch.equal(freenet(scm, saet, weights), images)
+            assert torch.equal(convolution(x), features)
+
+
+@has_unit
 def test_the_matrix_unit_is_as_exact_at_any_scale():
     """The pieces of a float32 have its range, down to where bfloat16 has no more digits left."""
     _, _, weights = make(WIDE[0])
