@@ -25,13 +25,13 @@ struct Trace {
   float *normalised1, *hidden, *slope, *active, *normalised2, *scale1, *scale2;
 };
 
-// Memory of one thread: for the way forward alone, or for both.
+// Memory of one thread: for the way forward alone, or for both; and so many traces.
 template <class Products> struct Workspace {
   using Scratch = typename Products::Scratch;
 
   // Zeros, as padding is read by products and never written.
-  explicit Workspace(const Packed<Products>& p)
-      : traces(p.backward ? p.net.R : 1), memory(values(p), true), sides(2 * row_room(p) + 2 * column_room(p)) {
+  Workspace(const Packed<Products>& p, int64_t traces)
+      : memory(values(p, traces), true), sides(2 * row_room(p) + 2 * column_room(p)) {
     const int64_t array = kTokens * p.ld;
     float* next = memory;
     const auto take = [&next](int64_t count) {
@@ -57,8 +57,8 @@ template <class Products> struct Workspace {
     x_right = right + column_room(p);
   }
 
-  static int64_t values(const Packed<Products>& p) {
-    const int64_t array = kTokens * p.ld, traces = p.backward ? p.net.R : 1;
+  static int64_t values(const Packed<Products>& p, int64_t traces) {
+    const int64_t array = kTokens * p.ld;
     return traces * (5 * array + 2 * kTokens) + (p.backward ? 7 : 3) * array +
            kTokens * (p.ld_out + (p.backward ? p.net.codes.K : 0));
   }
@@ -70,7 +70,6 @@ template <class Products> struct Workspace {
     return larger(p.pools.right_room(kTokens), Products::room(p.net.D, kTokens));
   }
 
-  int64_t traces;
   Buffer<float> memory;
   Buffer<Scratch> sides;
   Trace trace[kMaxBlocks];
@@ -155,40 +154,55 @@ void keep(const Decoder& net, int64_t ld, int64_t rows, const Trace& t, float* k
   }
 }
 
-// What forward_block did, from the part of its trace that was kept.
+// The state of block r, from what was `known` of these tokens' blocks.
 template <class Products>
-void retrace_block(const Packed<Products>& p, int64_t r, int64_t rows, const float* kept, const float* before,
-                   float* after, const Trace& t, const Workspace<Products>& w) {
-  const int64_t D = p.net.D, ld = p.ld, wide = whole(D), row = D * static_cast<int64_t>(sizeof(float));
+void known_state(const Packed<Products>& p, int64_t r, int64_t rows, const float* known, float* state) {
+  const int64_t D = p.net.D, wide = whole(D);
+  const float* normalised = known + r * kept_of_block(p.net, rows) + rows * D;
   const auto& vectors = p.vectors[r];
   for (int64_t i = 0; i < rows; ++i) {
-    std::memcpy(t.normalised1 + i * ld, kept + i * D, static_cast<size_t>(row));
-    std::memcpy(t.normalised2 + i * ld, kept + (rows + i) * D, static_cast<size_t>(row));
-    t.scale1[i] = kept[2 * rows * D + i];
-    t.scale2[i] = kept[2 * rows * D + rows + i];
+    float* to = state + i * p.ld;
+    std::memcpy(to, normalised + i * D, static_cast<size_t>(D) * sizeof(float));
+    for (int64_t c = 0; c < wide; c += W) {
+      store(to + c, load(to + c) * load(vectors[norm2_w] + c) + load(vectors[norm2_b] + c));
+    }
+  }
+}
+
+// The trace of block r, as forward_block left it, from what was `known`.
+template <class Products>
+void retrace_block(const Packed<Products>& p, int64_t r, int64_t rows, const float* known, const Trace& t,
+                   const Workspace<Products>& w) {
+  const int64_t D = p.net.D, ld = p.ld, wide = whole(D), row = D * static_cast<int64_t>(sizeof(float));
+  const float* own = known + r * kept_of_block(p.net, rows);
+  const auto& vectors = p.vectors[r];
+  const bool adds = r > 0 && !p.net.sum;  // LN1(P) + Z, with Z the state before
+  if (adds) known_state(p, r - 1, rows, known, t.hidden);
+  for (int64_t i = 0; i < rows; ++i) {
+    std::memcpy(t.normalised1 + i * ld, own + i * D, static_cast<size_t>(row));
+    std::memcpy(t.normalised2 + i * ld, own + (rows + i) * D, static_cast<size_t>(row));
+    t.scale1[i] = own[2 * rows * D + i];
+    t.scale2[i] = own[2 * rows * D + rows + i];
     for (int64_t c = 0; c < wide; c += W) {
       const int64_t at = i * ld + c;
-      const Floats hidden = load(t.normalised1 + at) * load(vectors[norm1_w] + c) + load(vectors[norm1_b] + c);
-      store(t.hidden + at, before && !p.net.sum ? hidden + load(before + at) : hidden);
-      store(after + at, load(t.normalised2 + at) * load(vectors[norm2_w] + c) + load(vectors[norm2_b] + c));
+      const Floats normed = load(t.normalised1 + at) * load(vectors[norm1_w] + c) + load(vectors[norm1_b] + c);
+      store(t.hidden + at, adds ? normed + load(t.hidden + at) : normed);
     }
   }
   first_layer(p, r, rows, true, t, w);
 }
 
 // All blocks; returns the last state, which without blocks is the features, and the width of its rows. Fills `kept`, if
-// not null; for the way back `trace`s it all, from what was `known`, if that is not null.
+// not null; for the way back, a trace of each block.
 template <class Products>
 Features forward(const Packed<Products>& p, int64_t rows, const Features& x, const typename Products::Left& x_left,
-                 float* kept, bool stream, const float* known, const Workspace<Products>& w) {
-  const int64_t one = kept_of_block(p.net, rows);
+                 float* kept, bool stream, const Workspace<Products>& w) {
   const float* state = nullptr;
   for (int64_t r = 0; r < p.net.R; ++r) {
     float* after = w.state[r % 2];
     const Trace& t = w.trace[p.backward ? r : 0];
-    if (known) retrace_block(p, r, rows, known + r * one, state, after, t, w);
-    else forward_block(p, r, rows, x_left, state, after, kept || p.backward, p.backward, t, w);
-    if (kept) keep(p.net, p.ld, rows, t, kept + r * one, stream);
+    forward_block(p, r, rows, x_left, state, after, kept || p.backward, p.backward, t, w);
+    if (kept) keep(p.net, p.ld, rows, t, kept + r * kept_of_block(p.net, rows), stream);
     state = after;
   }
   return state ? Features{state, p.ld} : x;
@@ -233,9 +247,8 @@ void add_outer(int64_t rows, int64_t out, int64_t in, const float* d, int64_t ld
 // which the last block begins, and to the weights' gradients at `g`.
 template <class Products>
 void backward_block(const Packed<Products>& p, int64_t r, int64_t rows, const typename Products::Right& x,
-                    const Workspace<Products>& w, float* g) {
+                    const Trace& t, const Workspace<Products>& w, float* g) {
   const int64_t D = p.net.D, ld = p.ld, wide = whole(D), square = D * D;
-  const Trace& t = w.trace[r];
   const auto& matrices = p.plain[r];
   const auto& vectors = p.vectors[r];
   const auto right = [&](const float* from) { return Products::right(w.right, from, ld, rows, D); };
@@ -274,7 +287,7 @@ template <class Products> void decode_by(const Decoder& net, float* images, floa
   if (stream) prefer_large_pages(kept, kept_bytes);
   if (bytes > kStreamBytes) prefer_large_pages(images, bytes);
   parallel_for(net.threads, blocks, 2, [&](int64_t begin, int64_t end) {
-    const Workspace<Products> w(p);
+    const Workspace<Products> w(p, 1);
     const typename Products::Unit unit;
     for (int64_t block = begin; block < end; ++block) {
       const int64_t first = block * kTokens, rows = first + kTokens < tokens ? kTokens : tokens - first;
@@ -284,7 +297,7 @@ template <class Products> void decode_by(const Decoder& net, float* images, floa
         write_out(own, x.at + i * x.ld, row, stream);
       }
       const auto x_left = Products::rows(w.x_left, x.at, x.ld, rows, net.D);
-      const Features last = forward(p, rows, x, x_left, own, stream, nullptr, w);
+      const Features last = forward(p, rows, x, x_left, own, stream, w);
       const auto state = last.at == x.at ? x_left : Products::rows(w.left, last.at, last.ld, rows, net.D);
       Products::multiply(rows, whole(net.L), state, p.out_turned, w.tokens, p.ld_out, p.out_bias);
       move_tokens<true>(net, first, rows, w.tokens, p.ld_out, images);
@@ -306,7 +319,7 @@ void decode_backward_by(const Decoder& net, const float* d_images, const float* 
   if (stream) prefer_large_pages(d_inputs, bytes);
   const int64_t parts = decoder_parts(net), wide = whole(D);
   parallel_for(net.threads, parts, 1, [&](int64_t begin, int64_t end) {
-    const Workspace<Products> w(p);
+    const Workspace<Products> w(p, kept ? 1 : net.R);
     const typename Products::Unit unit;
     for (int64_t part = begin; part < end; ++part) {
       float *sums = partial + part * count, *last = sums + net.R * one, *saet = last + net.L * (D + 1);
@@ -318,13 +331,19 @@ void decode_backward_by(const Decoder& net, const float* d_images, const float* 
         if (known && !has_features(net)) known += rows * D;
         const auto x_left = known ? typename Products::Left{} : Products::rows(w.x_left, x.at, x.ld, rows, D);
         const auto x_right = Products::right(w.x_right, x.at, x.ld, rows, D);
-        const Features state = forward(p, rows, x, x_left, nullptr, false, known, w);
+        Features state{w.state[0], ld};
+        if (!known) state = forward(p, rows, x, x_left, nullptr, false, w);
+        else if (net.R) known_state(p, net.R - 1, rows, known, w.state[0]);
         move_tokens<false>(net, first, rows, w.tokens, p.ld_out, const_cast<float*>(d_images));
         add_outer(rows, net.L, D, w.tokens, p.ld_out,
                   net.R ? Products::right(w.right, state.at, state.ld, rows, D) : x_right, last, last + net.L * D, w);
         float* d_x = net.R ? w.d_x : w.d;
         Products::multiply(rows, wide, Products::rows(w.left, w.tokens, p.ld_out, rows, net.L), p.out_plain, w.d, ld);
-        for (int64_t r = net.R - 1; r >= 0; --r) backward_block(p, r, rows, x_right, w, sums + r * one);
+        for (int64_t r = net.R - 1; r >= 0; --r) {
+          const Trace& trace = w.trace[known ? 0 : r];
+          if (known) retrace_block(p, r, rows, known, trace, w);
+          backward_block(p, r, rows, x_right, trace, w, sums + r * one);
+        }
         for (int64_t i = 0; d_inputs && has_features(net) && i < rows; ++i) {
           write_out(d_inputs + (first + i) * D, d_x + i * ld, row, stream);
         }
