@@ -29,9 +29,9 @@ struct Trace {
 template <class Products> struct Workspace {
   using Scratch = typename Products::Scratch;
 
-  // Zeros, as padding is read by products and never written.
+  // Zeros, as padding is read by products, and nothing else is written to it.
   Workspace(const Packed<Products>& p, int64_t traces)
-      : memory(values(p, traces), true), sides(2 * row_room(p) + 2 * column_room(p)) {
+      : memory(values(p, traces), true), sides(left_room(p) + Products::room(kTokens, p.net.D) + 2 * right_room(p)) {
     const int64_t array = kTokens * p.ld;
     float* next = memory;
     const auto take = [&next](int64_t count) {
@@ -52,9 +52,9 @@ template <class Products> struct Workspace {
       piece = take(kTokens * p.net.codes.K);
     }
     left = sides;
-    x_left = left + row_room(p);
-    right = x_left + row_room(p);
-    x_right = right + column_room(p);
+    x_left = left + left_room(p);
+    right = x_left + Products::room(kTokens, p.net.D);
+    x_right = right + right_room(p);
   }
 
   static int64_t values(const Packed<Products>& p, int64_t traces) {
@@ -62,11 +62,11 @@ template <class Products> struct Workspace {
     return traces * (5 * array + 2 * kTokens) + (p.backward ? 7 : 3) * array +
            kTokens * (p.ld_out + (p.backward ? p.net.codes.K : 0));
   }
-  static int64_t row_room(const Packed<Products>& p) {
+  static int64_t left_room(const Packed<Products>& p) {
     const int64_t widest = larger(p.net.D, p.net.L);
     return larger(p.pools.left_room(kTokens), larger(Products::room(kTokens, widest), Products::room(widest, kTokens)));
   }
-  static int64_t column_room(const Packed<Products>& p) {
+  static int64_t right_room(const Packed<Products>& p) {
     return larger(p.pools.right_room(kTokens), Products::room(p.net.D, kTokens));
   }
 
@@ -371,7 +371,7 @@ void decode_backward_by(const Decoder& net, const float* d_images, const float* 
 
 void decode(const Decoder& net, float* images, float* kept) {
 #ifdef SPEEDK_AMX
-  if (matrix_unit() && net.D >= kLeastForUnit) return decode_by<MatrixUnit>(net, images, kept);
+  if (by_unit(net)) return decode_by<MatrixUnit>(net, images, kept);
 #endif
   decode_by<Vectors<float>>(net, images, kept);
 }
@@ -379,9 +379,7 @@ void decode(const Decoder& net, float* images, float* kept) {
 void decode_backward(const Decoder& net, const float* d_images, const float* kept, float* d_inputs, bool learned,
                      float* d_weights, float* partial) {
 #ifdef SPEEDK_AMX
-  if (matrix_unit() && net.D >= kLeastForUnit) {
-    return decode_backward_by<MatrixUnit>(net, d_images, kept, d_inputs, learned, d_weights, partial);
-  }
+  if (by_unit(net)) return decode_backward_by<MatrixUnit>(net, d_images, kept, d_inputs, learned, d_weights, partial);
 #endif
   decode_backward_by<Vectors<float>>(net, d_images, kept, d_inputs, learned, d_weights, partial);
 }

@@ -30,6 +30,7 @@ struct Decoder {
 };
 
 SPEEDK_SHARED bool has_features(const Decoder& net) { return net.codes.H == 0; }
+SPEEDK_SHARED bool by_unit(const Decoder& net) { return matrix_unit() && net.D >= kLeastForUnit; }
 SPEEDK_SHARED int64_t block_weights(const Decoder& net) { return 3 * net.D * net.D + 7 * net.D; }
 // What has a gradient but the codes or features: the weights, and then the SAETs [K, D].
 SPEEDK_SHARED int64_t all_weights(const Decoder& net) {

@@ -51,11 +51,15 @@ template <class Products> struct Packed {
     for (int64_t r = 0; r < net.R; ++r) {
       const float* const* tensors = net.weights + r * kBlockTensors;
       for (int m = 0; m < kMatrices; ++m) {
-        const float* matrix = tensors[kMatrixAt[m]];
-        turned[r][m] = side(turn(matrix, net.D, ld), ld, net.D, net.D);
-        if (backward) plain[r][m] = side(copy(matrix, net.D, net.D, ld), ld, net.D, net.D);
+        turned[r][m] = side(turn(tensors[kMatrixAt[m]], net.D, ld), ld, net.D, net.D);
       }
       for (int v = 0; v < kVectors; ++v) vectors[r][v] = copy(tensors[kVectorAt[v]], 1, net.D, ld);
+    }
+    for (int64_t r = net.R - 1; backward && r >= 0; --r) {  // in the order of their use, as are the turned ones
+      for (int m = kMatrices - 1; m >= 0; --m) {
+        const float* matrix = net.weights[r * kBlockTensors + kMatrixAt[m]];
+        plain[r][m] = side(copy(matrix, net.D, net.D, ld), ld, net.D, net.D);
+      }
     }
     const float* const* last = net.weights + net.R * kBlockTensors;
     float* ordered = next;

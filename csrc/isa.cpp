@@ -4,7 +4,7 @@
 #include <cstdlib>
 #include <cstring>
 
-#if defined(SPEEDK_X86) && defined(__linux__)
+#if defined(SPEEDK_KNOWS_AMX) && defined(__linux__)
 #include <cpuid.h>
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -31,7 +31,7 @@ namespace {
 
 // Linux hands the unit's registers, 8 KiB a thread, to those processes that ask.
 bool has_matrix_unit() {
-#if defined(SPEEDK_X86) && defined(__linux__)
+#if defined(SPEEDK_KNOWS_AMX) && defined(__linux__)
   constexpr unsigned bfloat16 = 1u << 22, tiles = 1u << 24;
   constexpr long ask_for = 0x1023, tile_data = 18;
   unsigned a = 0, b = 0, c = 0, d = 0;
@@ -50,8 +50,9 @@ std::atomic<bool> matrix_unit_wanted{[] {
 }  // namespace
 
 bool matrix_unit() {
+  if (!matrix_unit_wanted) return false;  // and the system is not asked: the process's signal stacks stay small
   static const bool found = has_matrix_unit();
-  return matrix_unit_wanted && found;
+  return found;
 }
 
 bool use_matrix_unit(bool wanted) {

@@ -25,6 +25,11 @@ template <int64_t value> struct Fixed {
 int isa();
 const char* isa_name();
 
+// Compilers that know AMX.
+#if defined(SPEEDK_X86) && (defined(__clang__) ? __clang_major__ >= 12 : defined(__GNUC__) && __GNUC__ >= 11)
+#define SPEEDK_KNOWS_AMX
+#endif
+
 // Whether products of float32 may take the matrix unit (csrc/amx.h): the processor has one, the system lets this
 // process use it, and it is wanted, as by default, unless SPEEDK_AMX is 0 in the environment.
 bool matrix_unit();

@@ -181,7 +181,8 @@ def decode_bwd(d_images: Tensor, kept: Tensor, inputs: Tensor, saet: Tensor | No
                need_saet: bool = True) -> tuple[Tensor | None, Tensor]:
     """The gradient of `inputs`, None where not needed, and those of all weights and of the SAETs, laid end to end; the
     last are zeros where not needed."""
-    d_images, inputs, weights = d_images.contiguous(), inputs.contiguous(), [w.contiguous() for w in weights]
+    d_images, kept, inputs = d_images.contiguous(), kept.contiguous(), inputs.contiguous()
+    weights = [w.contiguous() for w in weights]
     saet = None if saet is None else saet.contiguous()
     net = _net(inputs, saet, weights, channels, patch, sum_norm)
     d_inputs = torch.empty_like(inputs) if need_inputs else None

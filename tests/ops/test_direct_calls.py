@@ -54,6 +54,15 @@ def test_sizes_and_dtypes_that_do_not_go_together(name):
 
 
 @built
+def test_what_was_kept_may_have_strides():
+    _, kept = torch.ops.speedk.freenet(SCM, SAET, WEIGHTS, 3, 2, False, True)
+    apart = torch.stack((kept, torch.full_like(kept, torch.nan)), 1)[:, 0]
+    rest = (SCM, SAET, WEIGHTS, 3, 2, False, True, True)
+    for want, got in zip(*(torch.ops.speedk.freenet_bwd(IMAGES, given, *rest) for given in (kept, apart))):
+        assert torch.equal(want, got)
+
+
+@built
 def test_numbers_that_do_not_go_with_the_tensors():
     ops = torch.ops.speedk
     for call in (

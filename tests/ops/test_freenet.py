@@ -170,17 +170,47 @@ def test_the_matrix_unit_is_shared_with_the_library():
 
 
 @has_unit
-def test_the_matrix_unit_is_as_exact_at_any_scale():
-    """The pieces of a float32 have its range, down to where bfloat16 has no more digits left."""
-    _, _, weights = make(WIDE[0])
-    state, weight = torch.randn(5, 49, 65), weights.weight
-    for scale in (1e-25, 1e-10, 1e10, 1e18):
-        with use_backend("native"), products_by(True):
-            got = tokens_to_images(state * scale, weight * scale, torch.zeros(18), 2, 3)
-        exact = tokens_to_images_reference((state * scale).double(), (weight * scale).double(),
-                                           torch.zeros(18).double(), 2, 3)
-        library = tokens_to_images_reference(state * scale, weight * scale, torch.zeros(18), 2, 3)
-        assert_matches(f"times {scale}", got, library, exact)
+@pytest.mark.parametrize("scale", [1e-30, 1e-15, 1e15, 1e30])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_the_matrix_unit_is_as_exact_at_any_scale(side, scale):
+    state, weight, bias = torch.randn(5, 49, 65), torch.randn(18, 65), torch.zeros(18)
+    inputs = (state * scale, weight, bias) if side == "left" else (state, weight * scale, bias)
+    with use_backend("native"), products_by(True):
+        got = tokens_to_images(*inputs, 2, 3)
+    library, exact = (tokens_to_images_reference(*(t.to(dtype) for t in inputs), 2, 3)
+                      for dtype in (torch.float32, torch.float64))  # fmt: skip
+    assert_matches(f"{side} times {scale}", got, library, exact)
+
+
+@has_unit
+@pytest.mark.parametrize("tiny", [4.57e-41, 1e-39, 3e-38, 1e-35])
+def test_tiny_values_beside_ordinary_ones(tiny):
+    """Of values that have no bits left for three pieces, none reaches the value that they are a pair with."""
+    state, weight = torch.randn(4, 16, 64), torch.randn(12, 64)
+    for tensor in (state, weight):
+        tensor[..., 16:32] *= tiny
+        tensor[0] *= tiny
+    leaves = [state.requires_grad_(), weight.requires_grad_(), torch.randn(12, requires_grad=True)]
+    d_images = torch.randn(4, 3, 8, 8) * torch.tensor([1, tiny, 1, tiny])[:, None, None, None]
+
+    def run_all(dtype):
+        inputs = [t.to(dtype) for t in leaves]
+        images = tokens_to_images(*inputs, 3, 2)
+        return [t.detach() for t in (images, *torch.autograd.grad(images, leaves, d_images.to(dtype)))]
+
+    with use_backend("native"), products_by(True):
+        got = run_all(torch.float32)
+    for found, exact in zip(got, run_all(torch.float64)):
+        torch.testing.assert_close(found, exact.float(), rtol=1e-4, atol=1e-5)
+
+
+@has_unit
+def test_an_image_has_the_same_bits_wherever_it_is_in_a_batch():
+    scm, saet, weights = make((40, 2, 9, 20, 64, 2, 2, 3))
+    with use_backend("native"), products_by(True), torch.no_grad():
+        together = freenet(scm, saet, weights)
+        for size in (1, 7):
+            assert torch.equal(torch.cat([freenet(part, saet, weights) for part in scm.split(size)]), together)
 
 
 @on_backends("freenet")
@@ -269,10 +299,15 @@ def test_opcheck(layout, source):
 
 
 @on_backends("freenet")
-def test_compile(backend):
-    scm, saet, weights = make((3, 2, 4, 3, 6, 2, 2, 3))
+@pytest.mark.parametrize("width", [6, 64])
+def test_compile(backend, width):
+    scm, saet, weights = make((3, 2, 4, 3, width, 2, 2, 3))
     with use_backend(backend):
         compiles(lambda scm: freenet(scm, saet, weights), scm)
+        leaves = scm.requires_grad_(), saet.requires_grad_()
+        compiled = torch.compile(freenet, fullgraph=True, backend="aot_eager")
+        for way in zip(*(torch.autograd.grad(f(*leaves, weights).square().sum(), leaves) for f in (freenet, compiled))):
+            assert torch.allclose(*way, atol=1e-5)
 
 
 def test_transforms_take_torch():
