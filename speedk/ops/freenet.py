@@ -207,7 +207,7 @@ def _backward(ctx, d_images: Tensor, _: None):
         d_inputs, d_weights = _freenet_bwd(d_images, kept, inputs, saet, weights, *ctx.settings, *ctx.needs)
         # Copies: a view would keep the gradients of all weights alive, in memory and in a file that one is saved to.
         pieces = torch.split_with_sizes_copy(d_weights, [t.numel() for t in tensors])
-        pieces = [piece.view(t.shape) for piece, t in zip(pieces, tensors)]
+        pieces = [piece if t.ndim == 1 else piece.view(t.shape) for piece, t in zip(pieces, tensors)]
         d_inputs = d_inputs if ctx.needs[0] else None
     d_saet = pieces.pop() if ctx.coded else None
     return d_inputs, d_saet, pieces, None, None, None, None
