@@ -17,7 +17,6 @@ from tqdm import tqdm
 from speedk import networks, training
 from speedk.data import RealData, cache
 from speedk.distillation import seeds
-from speedk.distillation.coresets.base import NEVER_LEARNED
 from speedk.errors import SpeedkError, TrainingError
 from speedk.files import write_atomic
 from speedk.schedule import WHOLE
@@ -46,17 +45,15 @@ class Events:
     def __init__(self, count: int, device: torch.device | str = "cpu") -> None:
         self._count = torch.zeros(count, dtype=torch.int64, device=device)
         self._right = torch.zeros(count, dtype=torch.bool, device=device)
-        self._learned = torch.zeros(count, dtype=torch.bool, device=device)
 
     def see(self, index: Tensor, right: Tensor) -> None:
         """The answers `right`, bool [B], to the images `index`, int64 [B], none of them twice."""
         self._count[index] += self._right[index] & ~right
         self._right[index] = right
-        self._learned[index] |= right
 
     def forgotten(self) -> Tensor:
-        """int64 [M]: how often each image was, NEVER_LEARNED where no answer was right."""
-        return torch.where(self._learned, self._count, NEVER_LEARNED)
+        """int64 [M]: how often each image was; never, where no answer was right."""
+        return self._count.clone()
 
 
 def trained(real: RealData, name: str, epochs: int, seed: int, pool: Pool,
@@ -87,7 +84,7 @@ def trained(real: RealData, name: str, epochs: int, seed: int, pool: Pool,
 
 
 def _path(real: RealData, name: str, epochs: int, seed: int, device: torch.device) -> Path:
-    key = json.dumps([1, real.fingerprint, real.normaliser.describe(), name, epochs, seed, device.type])
+    key = json.dumps([2, real.fingerprint, real.normaliser.describe(), name, epochs, seed, device.type])
     return cache.folder() / "coresets" / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.safetensors"
 
 

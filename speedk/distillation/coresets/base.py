@@ -8,16 +8,13 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-NEVER_LEARNED = 2**31 - 1
-"""How often an image that no network ever got right was forgotten: more often than any other."""
-
 
 @dataclass(frozen=True)
 class Members:
     """The training images of one class, as a network that was trained on the whole data set sees them.
 
     features: float32 [size, F], what its classifier reads; forgotten: int64 [size], how often each image was forgotten
-    during its training, or NEVER_LEARNED. Both are None for a method that does not look at them.
+    during its training. Both are None for a method that does not look at them.
     """
 
     size: int
