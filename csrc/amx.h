@@ -189,16 +189,15 @@ template <int down, int across, bool add>
 __attribute__((target("amx-tile,amx-bf16"))) inline void multiply_tiles(
     const Piece* a, const Piece* b, int64_t slabs, float* C, int64_t ldc, int64_t rows, int64_t columns,
     const float* bias, Ahead ahead) {
-  written(a), written(b), written(C);
   const bool whole = rows == down * kTileSide && columns == across * kTileSide;
   // What is smaller is made of all its tiles like the rest, beside C: the same bits wherever a row is.
   alignas(64) float edge[4 * kTileSide * kTileSide];
   float* const to = whole ? C : edge;
   const int64_t ld = whole ? ldc : 2 * kTileSide, bytes = ld * static_cast<int64_t>(sizeof(float));
   const int64_t some = slabs ? tiles_for(ahead.lines, 6 * slabs) : 0;
+  if (add && !whole) copy_edge(edge, ld, C, ldc, rows, columns);
+  written(to);
   if (add) {
-    if (!whole) copy_edge(edge, ld, C, ldc, rows, columns);
-    written(to);
     _tile_loadd(0, to, bytes);
     if constexpr (across == 2) _tile_loadd(1, to + kTileSide, bytes);
     if constexpr (down == 2) _tile_loadd(2, to + kTileSide * ld, bytes);

@@ -8,6 +8,8 @@
 namespace speedk {
 namespace {
 
+inline int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
+
 // The SAETs as products read them: head by head, so that the rows of one head's tokens are neighbours and never compete
 // for a cache set. `Products` is Vectors<T> of csrc/gemm.h, or MatrixUnit of csrc/amx.h. Its functions need scratch of
 // `left` and `right` for as many rows as they are given.
@@ -40,8 +42,7 @@ template <class Products> class Pools {
   }
 
   int64_t left_room(int64_t rows) const {
-    const int64_t codes = Products::room(rows, s.K), across = Products::room(s.K, rows), head = Products::room(rows, d);
-    return codes > across ? codes > head ? codes : head : across > head ? across : head;
+    return larger(Products::room(rows, s.K), larger(Products::room(s.K, rows), Products::room(rows, d)));
   }
   int64_t right_room(int64_t rows) const { return Products::room(d, rows); }
 

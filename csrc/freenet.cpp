@@ -18,7 +18,6 @@ constexpr int64_t kTokens = 128;  // of a block: it reads the weights once, if t
 constexpr int W = kWidth<float>;
 
 int64_t whole(int64_t width) { return (width + W - 1) / W * W; }
-int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 
 // What a block of tokens leaves behind in one recurrent block; all [kTokens, ld] but the scales [kTokens].
 struct Trace {

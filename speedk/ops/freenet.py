@@ -192,6 +192,7 @@ def _given(saet: Tensor | None) -> list[Tensor]:
 def _save(ctx, inputs, output) -> None:
     first, saet, weights, *ctx.settings, _ = inputs
     ctx.coded = saet is not None
+    # Not needs_input_grad, which on the short way (`registered`) counts what is in a list one by one.
     ctx.needs = first.requires_grad, ctx.coded and saet.requires_grad
     ctx.save_for_backward(output[1], first, *weights, *_given(saet))
     ctx.set_materialize_grads(False)
