@@ -5,11 +5,13 @@
 
 #include "coo.h"
 #include "freenet.h"
+#include "freenet_block.h"
 #include "isa.h"
 #include "mhsc.h"
 #include "norm_act_pool.h"
 #include "parallel.h"
 #include "patches.h"
+#include "row_products.h"
 #include "topk.h"
 #include "unroll_step.h"
 
@@ -135,6 +137,46 @@ PYBIND11_MODULE(_native, m) {
     SPEEDK_CALL(decode_backward, net.decoder, at<const float>(d_images), at<const float>(kept), at<float>(d_inputs),
                 learned, at<float>(d_weights), at<float>(partial));
   }, released);
+
+  py::class_<FreenetBlock>(m, "FreenetBlock")
+      .def(py::init([](int dtype, bool tf32, bool sum, int64_t M, int64_t D, uintptr_t features, uintptr_t state,
+                       const std::vector<uintptr_t>& addresses, double eps) {
+        require(M >= 0 && block_has_kernel(D), "there is no kernel for blocks of this D");
+        require(addresses.size() == 10, "a block has ten weights");
+        FreenetBlock job{static_cast<Dtype>(dtype), tf32, sum, M, D, at(features), at(state), {}, eps};
+        for (int i = 0; i < 10; ++i) job.weights[i] = at(addresses[i]);
+        return job;
+      }));
+  m.def("block_has_kernel", &block_has_kernel);
+  m.attr("block_tokens") = kBlockTokens;
+  py::class_<RowProducts>(m, "RowProducts")
+      .def(py::init([](int dtype, bool tf32, int64_t M, int64_t D, const std::vector<uintptr_t>& left,
+                       const std::vector<uintptr_t>& right) {
+        require(M >= 0 && D >= 32 && D <= kWidestProduct && D % 32 == 0, "products are of 32 to 384 values, by 32");
+        require(left.size() == right.size() && left.size() <= kMostProducts, "at most three products at a time");
+        RowProducts job{static_cast<Dtype>(dtype), tf32, static_cast<int>(left.size()), M, D, {}, {}};
+        for (size_t i = 0; i < left.size(); ++i) job.left[i] = at(left[i]), job.right[i] = at(right[i]);
+        return job;
+      }));
+#ifdef SPEEDK_CUDA
+  m.def("freenet_block_cuda", [](const FreenetBlock& job, uintptr_t out, uintptr_t stream) {
+    return freenet_block_cuda(job, at(out), at(stream));
+  }, released);
+  m.def("freenet_block_backward_cuda", [](const FreenetBlock& job, uintptr_t d_out, uintptr_t d_features,
+                                          uintptr_t d_state, uintptr_t factors, uintptr_t sums, int64_t size,
+                                          int64_t more, uintptr_t stream) {
+    return freenet_block_backward_cuda(job, at(d_out), at(d_features), at(d_state), at(factors), size,
+                                       at<float>(sums), more, at(stream));
+  }, released);
+  m.def("row_products_cuda", [](const RowProducts& job, uintptr_t partial, int64_t splits, bool more,
+                                uintptr_t stream) {
+    return row_products_cuda(job, at<float>(partial), splits, more, at(stream));
+  }, released);
+  m.def("sum_rows_cuda", [](int dtype, uintptr_t partial, uintptr_t out, int64_t rows, int64_t size,
+                            uintptr_t stream) {
+    return sum_rows_cuda(static_cast<Dtype>(dtype), at<const float>(partial), rows, size, at(out), at(stream));
+  }, released);
+#endif
 
   py::class_<Patches>(m, "Patches").def(py::init([](int element_bytes, int64_t N, int64_t C, int64_t rows,
                                                    int64_t columns, int64_t patch) {

@@ -8,6 +8,8 @@ import torch
 import triton
 from torch import Tensor
 
+from speedk.precision import tf32_allowed
+
 
 def on_device_of(tensor: Tensor) -> contextlib.AbstractContextManager:
     """Make the GPU of `tensor` current, as Triton launches on the current one; nothing to do on the CPU."""
@@ -17,15 +19,10 @@ def on_device_of(tensor: Tensor) -> contextlib.AbstractContextManager:
 def dot_precision(dtype: torch.dtype) -> str:
     """`input_precision` of `tl.dot`: "tf32" for float32 where torch's own matmul may use it, else "tf32x3": each
     product of float32 values as three of their halves, which is as close, on the tensor cores; "ieee" for all others.
-
-    `fp32_precision` is asked first: reading `allow_tf32` raises where the two ways of setting it were mixed.
     """
     if dtype != torch.float32:
         return "ieee"
-    matmul = torch.backends.cuda.matmul
-    setting = getattr(matmul, "fp32_precision", None)
-    allowed = setting == "tf32" if setting is not None else matmul.allow_tf32
-    return "tf32" if allowed else "tf32x3"
+    return "tf32" if tf32_allowed() else "tf32x3"
 
 
 def block(size: int, smallest: int = 16, largest: int = 1 << 30) -> int:

@@ -49,7 +49,6 @@ NO_KERNEL = {
     },
     "native": {
         "add_layer_norm": WITHOUT["csrc"]["add_layer_norm"],
-        "freenet_block": "on the CPU it is a part of freenet, whose kernel takes all blocks in one pass",
     },
 }
 
@@ -138,7 +137,7 @@ def _imported_at_the_top(path: Path, name: str) -> bool:
 
 def ops() -> list[str]:
     # The last is a part of freenet, in its own file.
-    shared = {"__init__", "arguments", "dispatch", "native", "registered", "freenet_block"}
+    shared = {"__init__", "arguments", "dispatch", "native", "native_block", "registered", "freenet_block"}
     return sorted(p.stem for p in (PACKAGE / "ops").glob("*.py") if p.stem not in shared)
 
 

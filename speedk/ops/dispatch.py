@@ -1,4 +1,5 @@
-"""Which backend runs an op: the first of Triton, native (C++/CUDA) and PyTorch that takes what it is given.
+"""Which backend runs an op: the first of Triton, native (C++/CUDA) and PyTorch that takes what it is given; where both
+are there for a GPU, an op may put native first.
 
 A backend other than PyTorch is a function `why_not(*arguments) -> str | None` in the op's table: the reason it cannot
 take these arguments, or None. Nothing here catches an error of a kernel: one that fails, fails aloud.
@@ -38,18 +39,20 @@ _asking: set[int] = set()  # the threads that are in `explain`
 
 class Op:
     """An op's table of backends. PyTorch is always there and takes everything; a backend that is left out has no
-    kernel for this op. `cuda`: whether the native kernel is there for the GPU, too."""
+    kernel for this op. `cuda`: whether the native kernel is there for the GPU, too; `cpu`: for the CPU; `first`: the
+    backend that comes before the others."""
 
-    def __init__(self, name: str, *, triton: WhyNot | None = None, native: WhyNot | None = None,
-                 cuda: bool = False) -> None:
-        self.name, self.cuda = name, cuda
+    def __init__(self, name: str, *, triton: WhyNot | None = None, native: WhyNot | None = None, cuda: bool = False,
+                 cpu: bool = True, first: str = BACKENDS[0]) -> None:
+        self.name, self.cuda, self.cpu = name, cuda, cpu
+        self.order = (first, *(b for b in BACKENDS if b != first))
         self._why_not = {"triton": triton, "native": native}
         _ops[name] = self
 
     @property
     def backends(self) -> list[str]:
         """The backends that have a kernel for this op, first choice first."""
-        return [b for b in BACKENDS if b == "torch" or self._why_not[b] is not None]
+        return [b for b in self.order if b == "torch" or self._why_not[b] is not None]
 
     def why_not(self, backend: str, *arguments: object) -> str | None:
         """The reason that `backend` cannot run this op on `arguments`, or None."""
@@ -81,7 +84,7 @@ class Op:
         return self._first(*arguments)
 
     def _first(self, *arguments: object) -> str:
-        for backend in BACKENDS:
+        for backend in self.order:
             # Triton's interpreter is for tests: right and very slow, so it has to be asked for by name.
             if not (backend == "triton" and INTERPRETED) and self.why_not(backend, *arguments) is None:
                 return backend
@@ -180,16 +183,16 @@ def explain(op: str, *arguments: object, **keywords: object) -> dict[str, str]:
         table, given = asked.args
     finally:
         _asking.discard(thread)
-    return _told({b: table.why_not(b, *given) for b in BACKENDS})
+    return _told({b: table.why_not(b, *given) for b in table.order})
 
 
 def installed(op: str, device: str) -> dict[str, str]:
     """What `explain` says of every input on a `device`, "cpu" or "cuda": what is built, what hardware is there."""
-    return _told({b: _not_installed(_ops[op], b, device) for b in BACKENDS})
+    return _told({b: _not_installed(_ops[op], b, device) for b in _ops[op].order})
 
 
 def _told(found: dict[str, str | None]) -> dict[str, str]:
-    wanted = (_forced,) if _forced else tuple(b for b in BACKENDS if not (b == "triton" and INTERPRETED))
+    wanted = (_forced,) if _forced else tuple(b for b in found if not (b == "triton" and INTERPRETED))
     chosen = next((b for b in wanted if found[b] is None), None)
     return {b: reason or ("chosen" if b == chosen else "available") for b, reason in found.items()}
 
@@ -211,7 +214,7 @@ def _not_installed(table: Op, backend: str, device: str) -> str | None:
         here = "cpu" if INTERPRETED else "cuda"
         return triton_missing() or (None if device == here else "the kernel is for the GPU")
     if backend == "native" and device == "cpu":
-        return native_missing()
+        return native_missing() or (None if table.cpu else "the kernel is for the GPU")
     if backend == "native":
         return native_missing() or (native_cuda_missing() if table.cuda else "the kernel is for the CPU")
     return None

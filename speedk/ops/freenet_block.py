@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from types import ModuleType
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 from torch.nn.functional import gelu, linear
 
-from speedk.ops import arguments, dispatch, registered
+from speedk.ops import arguments, dispatch, native_block, registered
 from speedk.ops.add_layer_norm import add_layer_norm_reference
 
 EPS = 1e-6
@@ -38,19 +40,19 @@ def freenet_block(features: Tensor, state: Tensor | None, weights: BlockWeights,
     norm="branch" is Eq. 4 as printed, Z' = LN1(P(features)) + state; norm="sum" is Z' = LN1(P(features) + state).
     The two are one function where state is None (the first block, Z_0 = 0).
 
-    Differentiable once in features, state and weights (any number of times on the torch backend); on Triton nothing
+    Differentiable once in features, state and weights (any number of times on the torch backend); on the others nothing
     but the arguments is kept for the backward pass.
 
     features: [N, J, D] floating, any strides, the shared result of `mhsc`; state: [N, J, D] or None; weights: as
     BlockWeights or its ten in order; all of one dtype. Returns [N, J, D].
     Raises ValueError where shapes, dtypes or devices do not fit or `norm` is neither.
-    Backends: Triton, torch.
+    Backends: native (CUDA, D of 96, not float64), Triton, torch.
     """
     _fits(features, state, weights, norm)
     backend = _op.choose(features, state, weights)
     if backend == "torch":
         return freenet_block_reference(features, state, BlockWeights(*weights), norm)
-    return _freenet_block(features, state, list(weights), norm)
+    return _freenet_block(features, state, list(weights), norm, backend)
 
 
 MATRICES = ("proj_weight", "fc1_weight", "fc2_weight")
@@ -103,41 +105,55 @@ def why_not_triton(features: Tensor, state: Tensor | None, weights: Sequence[Ten
     return dispatch.why_not_triton(*tensors)
 
 
-_op = dispatch.Op("freenet_block", triton=why_not_triton)
+def why_not_native(features: Tensor, state: Tensor | None, weights: Sequence[Tensor]) -> str | None:
+    missing = dispatch.why_not_native_cuda(features)
+    if missing is not None:
+        return missing
+    if features.dtype == torch.float64:
+        return "float64 is computed in PyTorch, in double"
+    return None if native_block.has_block(features.shape[-1]) else f"there is no kernel for D={features.shape[-1]}"
+
+
+_op = dispatch.Op("freenet_block", triton=why_not_triton, native=why_not_native, cuda=True, cpu=False, first="native")
+
+
+def _launchers(backend: str) -> ModuleType:
+    return native_block if backend == "native" else dispatch.launchers(backend, "freenet")
 
 
 @registered.custom_op("speedk::freenet_block")
-def _freenet_block(features: Tensor, state: Tensor | None, weights: list[Tensor], norm: str) -> Tensor:
+def _freenet_block(features: Tensor, state: Tensor | None, weights: list[Tensor], norm: str, backend: str) -> Tensor:
     _fits(features, state, weights, norm)
-    return dispatch.launchers("triton", "freenet").freenet_block_fwd(features, state, tuple(weights), norm, EPS)
+    return _launchers(backend).freenet_block_fwd(features, state, tuple(weights), norm, EPS)
 
 
 @_freenet_block.register_fake
-def _(features: Tensor, state: Tensor | None, weights: list[Tensor], norm: str) -> Tensor:
+def _(features: Tensor, state: Tensor | None, weights: list[Tensor], norm: str, backend: str) -> Tensor:
     return features.new_empty(features.shape)
 
 
 @registered.custom_op("speedk::freenet_block_bwd")
 def _freenet_block_bwd(d_out: Tensor, features: Tensor, state: Tensor | None, weights: list[Tensor],
-                       norm: str) -> list[Tensor]:
+                       norm: str, backend: str) -> list[Tensor]:
     """d_features, d_state (empty without a state), and those of the weights: matrices [3, D, D], vectors [7, D]."""
     _fits(features, state, weights, norm)
     arguments.shaped("d_out", d_out, features.shape)
     arguments.alike(d_out=d_out, features=features)
-    launch = dispatch.launchers("triton", "freenet").freenet_block_bwd
+    launch = _launchers(backend).freenet_block_bwd
     d_features, d_state, d_matrices, d_vectors = launch(d_out, features, state, tuple(weights), norm, EPS)
     return [d_features, features.new_empty(0) if d_state is None else d_state, d_matrices, d_vectors]
 
 
 @_freenet_block_bwd.register_fake
-def _(d_out: Tensor, features: Tensor, state: Tensor | None, weights: list[Tensor], norm: str) -> list[Tensor]:
+def _(d_out: Tensor, features: Tensor, state: Tensor | None, weights: list[Tensor], norm: str,
+      backend: str) -> list[Tensor]:
     D = features.shape[-1]
     shapes = [features.shape, (0,) if state is None else state.shape, (3, D, D), (7, D)]
     return [features.new_empty(shape) for shape in shapes]
 
 
 def _save(ctx, inputs, output) -> None:
-    features, state, weights, ctx.norm = inputs
+    features, state, weights, *ctx.settings = inputs
     ctx.save_for_backward(features, state, *weights)
 
 
@@ -145,12 +161,13 @@ def _backward(ctx, d_out: Tensor):
     features, state, *weights = ctx.saved_tensors
     if dispatch.batched(d_out):
         tensors = [features, *weights] if state is None else [features, *weights, state]
-        d_features, *d_weights = dispatch.gradients_in_torch(functools.partial(_in_torch, ctx.norm), tensors, d_out)
-        return d_features, None if state is None else d_weights[10], d_weights[:10], None
-    d_features, d_state, d_matrices, d_vectors = _freenet_block_bwd(d_out, features, state, weights, ctx.norm)
+        block = functools.partial(_in_torch, ctx.settings[0])
+        d_features, *d_weights = dispatch.gradients_in_torch(block, tensors, d_out)
+        return d_features, None if state is None else d_weights[10], d_weights[:10], None, None
+    d_features, d_state, d_matrices, d_vectors = _freenet_block_bwd(d_out, features, state, weights, *ctx.settings)
     matrices, vectors = iter(d_matrices.unbind()), iter(d_vectors.unbind())
     d_weights = [next(matrices if weight.ndim == 2 else vectors) for weight in weights]
-    return d_features, None if state is None else d_state, d_weights, None
+    return d_features, None if state is None else d_state, d_weights, None, None
 
 
 def _in_torch(norm: str, features: Tensor, *weights: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ DTYPES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 
 WIDE = (torch.float32, torch.float64)
 
 
-def _takes(tensor: Tensor, dtypes: Collection[torch.dtype], cuda: bool = False) -> None:
+def takes(tensor: Tensor, dtypes: Collection[torch.dtype], cuda: bool = False) -> None:
     """Raise ValueError where an op that was called by its registered name is not made for this tensor."""
     if tensor.dtype not in dtypes or not (tensor.device.type == "cpu" or (cuda and tensor.is_cuda)):
         raise ValueError(f"the native kernel does not take {tensor.dtype} on {tensor.device}")
@@ -32,7 +32,7 @@ def topk(scm: Tensor, k: int, *, dense: Tensor | None = None, mask: Tensor | Non
          rows: Tensor | None = None, cols: Tensor | None = None, check: bool = True) -> bool | Tensor | None:
     """Fill whichever results are given, all contiguous, from scm [N, H, J, K]; returns whether scm holds a NaN (on a
     GPU as a flag there, int32 [1]: asking for its truth waits; None without `check`, as a flag costs a launch)."""
-    _takes(scm, DTYPES, cuda=True)
+    takes(scm, DTYPES, cuda=True)
     scm = scm.contiguous()
     n, h, j, tokens = scm.shape
     index_bytes = 0 if rows is None else rows.element_size()
@@ -51,7 +51,7 @@ def topk(scm: Tensor, k: int, *, dense: Tensor | None = None, mask: Tensor | Non
 
 
 def _mhsc(scm: Tensor, saet: Tensor):
-    _takes(scm, WIDE)
+    takes(scm, WIDE)
     n, h, j, k = scm.shape
     return native().Mhsc(DTYPES[scm.dtype], n, h, j, k, saet.shape[1], scm.data_ptr(), saet.data_ptr(),
                          torch.get_num_threads())  # fmt: skip
@@ -77,9 +77,9 @@ def mhsc_bwd(d_out: Tensor, scm: Tensor, saet: Tensor, need_scm: bool = True,
 
 
 def _entries(values: Tensor, rows: Tensor, cols: Tensor, J: int, K: int):
-    _takes(values, WIDE)
-    _takes(rows, (torch.uint8, torch.uint16))
-    _takes(cols, (rows.dtype,))
+    takes(values, WIDE)
+    takes(rows, (torch.uint8, torch.uint16))
+    takes(cols, (rows.dtype,))
     n, h, k = values.shape
     return native().Entries(DTYPES[values.dtype], values.data_ptr(), rows.data_ptr(), cols.data_ptr(),
                             rows.element_size(), n * h, k, J, K)  # fmt: skip
@@ -131,7 +131,7 @@ def mhsc_coo_bwd(d_out: Tensor, values: Tensor, rows: Tensor, cols: Tensor, saet
 
 def patchify_fwd(images: Tensor, patch: int) -> Tensor:
     """images [N, C, H, W] -> tokens [N, J, L]."""
-    _takes(images, DTYPES)
+    takes(images, DTYPES)
     images = images.contiguous()
     n, c, height, width = images.shape
     rows, columns = height // patch, width // patch
@@ -143,7 +143,7 @@ def patchify_fwd(images: Tensor, patch: int) -> Tensor:
 
 def unpatchify_fwd(tokens: Tensor, channels: int, patch: int, width: int, out: Tensor | None = None) -> Tensor:
     """tokens [N, J, L], `width` patches in a row -> images [N, C, H, W]; into `out`, contiguous, where given."""
-    _takes(tokens, DTYPES)
+    takes(tokens, DTYPES)
     tokens = tokens.contiguous()
     n, j, _ = tokens.shape
     rows = j // width if width else 0
@@ -194,7 +194,7 @@ def decode_bwd(d_images: Tensor, kept: Tensor, inputs: Tensor, saet: Tensor | No
 
 
 def _net(inputs: Tensor, saet: Tensor | None, weights: list[Tensor], channels: int, patch: int, sum_norm: bool):
-    _takes(inputs, (torch.float32,))
+    takes(inputs, (torch.float32,))
     if saet is None:
         n, j, d = inputs.shape
         source = inputs.data_ptr(), 0, 0, 0, 0
@@ -229,7 +229,7 @@ def tokens_to_images_bwd(d_images: Tensor, state: Tensor, weight: Tensor, patch:
 
 
 def _norm_act_pool(x: Tensor, weight: Tensor, bias: Tensor, eps: float, like: torch.memory_format):
-    _takes(x, DTYPES if x.is_cuda else WIDE, cuda=True)
+    takes(x, DTYPES if x.is_cuda else WIDE, cuda=True)
     return native().NormActPool(DTYPES[x.dtype], like == torch.channels_last, x.data_ptr(), weight.data_ptr(),
                                 bias.data_ptr(), *x.shape, eps)  # fmt: skip
 
@@ -244,7 +244,7 @@ def norm_act_pool_fwd(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tu
     b, c, h, w = x.shape
     out = torch.empty(b, c, h // 2, w // 2, dtype=x.dtype, device=x.device, memory_format=like)
     mean, rstd = (x.new_empty(b, c, dtype=computed_in(x.dtype)) for _ in range(2))
-    _launch("norm_act_pool", _norm_act_pool(x, weight, bias, eps, like), out, mean, rstd)
+    launch("norm_act_pool", _norm_act_pool(x, weight, bias, eps, like), out, mean, rstd)
     return out, mean, rstd
 
 
@@ -255,7 +255,7 @@ def norm_act_pool_bwd(d_out: Tensor, x: Tensor, weight: Tensor, bias: Tensor, me
     d_out, x = d_out.contiguous(memory_format=like), x.contiguous(memory_format=like)
     weight, bias = weight.contiguous(), bias.contiguous()
     d_x, d_weight, d_bias = torch.empty_like(x), torch.empty_like(mean), torch.empty_like(mean)
-    _launch("norm_act_pool_backward", _norm_act_pool(x, weight, bias, eps, like), d_out, mean, rstd, d_x, d_weight,
+    launch("norm_act_pool_backward", _norm_act_pool(x, weight, bias, eps, like), d_out, mean, rstd, d_x, d_weight,
             d_bias)
     return d_x, d_weight.sum(0).to(weight.dtype), d_bias.sum(0).to(bias.dtype)
 
@@ -268,7 +268,7 @@ def norm_act_pool_bwd_bwd(dd_x: Tensor, dd_weight: Tensor, dd_bias: Tensor, d_ou
     dd_x, d_out, x = (t.contiguous(memory_format=like) for t in (dd_x, d_out, x))
     dd_weight, dd_bias, weight, bias = (t.contiguous() for t in (dd_weight, dd_bias, weight, bias))
     d_d_out, d_x, d_weight = torch.empty_like(d_out), torch.empty_like(x), torch.empty_like(mean)
-    _launch("norm_act_pool_double_backward", _norm_act_pool(x, weight, bias, eps, like), d_out, mean, rstd, dd_x,
+    launch("norm_act_pool_double_backward", _norm_act_pool(x, weight, bias, eps, like), d_out, mean, rstd, dd_x,
             dd_weight, dd_bias, d_d_out, d_x, d_weight)
     return d_d_out, d_x, d_weight.sum(0).to(weight.dtype)
 
@@ -285,18 +285,18 @@ def memory_format(x: Tensor) -> torch.memory_format:
 
 
 def _unroll_step(lr: Tensor, like: Tensor, momentum: float):
-    _takes(like, WIDE, cuda=True)
+    takes(like, WIDE, cuda=True)
     return native().UnrollStep(DTYPES[like.dtype], like.numel(), lr.data_ptr(), momentum)
 
 
-def _launch(name: str, job: object, *tensors: Tensor | None) -> None:
+def launch(name: str, job: object, *tensors: Tensor | None, numbers: tuple[int, ...] = ()) -> None:
     """Run the kernel `name`, or `name`_cuda where the first tensor is on a GPU."""
-    addresses = [address(tensor) for tensor in tensors]
+    given = [*(address(tensor) for tensor in tensors), *numbers]
     if not tensors[0].is_cuda:
-        getattr(native(), name)(job, *addresses, torch.get_num_threads())
+        getattr(native(), name)(job, *given, torch.get_num_threads())
         return
     with torch.cuda.device(tensors[0].device):
-        code = getattr(native(), f"{name}_cuda")(job, *addresses, torch.cuda.current_stream().cuda_stream)
+        code = getattr(native(), f"{name}_cuda")(job, *given, torch.cuda.current_stream().cuda_stream)
     if code:
         raise RuntimeError(f"the {name} kernel could not be launched: CUDA error {code}")
 
@@ -305,7 +305,7 @@ def unroll_step_fwd(theta: Tensor, m: Tensor, gradient: Tensor, lr: Tensor, mome
     """theta and m [P] after the step."""
     theta, m, gradient = theta.contiguous(), m.contiguous(), gradient.contiguous()
     after = torch.empty_like(theta), torch.empty_like(m)
-    _launch("unroll_step", _unroll_step(lr, theta, momentum), theta, m, gradient, *after)
+    launch("unroll_step", _unroll_step(lr, theta, momentum), theta, m, gradient, *after)
     return after
 
 
@@ -316,5 +316,5 @@ def unroll_step_bwd(d_theta: Tensor, d_m: Tensor, m: Tensor | None, lr: Tensor,
     d_gradient, d_before, d_lr = torch.empty_like(d_theta), torch.empty_like(d_m), torch.zeros_like(lr)
     partial = torch.empty(native().step_chunks(d_theta.numel()), dtype=torch.float64, device=d_theta.device)
     job = _unroll_step(lr, d_theta, momentum)
-    _launch("unroll_step_adjoint", job, d_theta, d_m, m, d_gradient, d_before, d_lr, partial)
+    launch("unroll_step_adjoint", job, d_theta, d_m, m, d_gradient, d_before, d_lr, partial)
     return d_gradient, d_before, d_lr

@@ -1,5 +1,5 @@
 // Enough of CUDA to run a kernel on the CPU, one block after the other: a thread is a fibre, and all of a block's run
-// to their next barrier in turns. A barrier that not all threads reach is found.
+// to their next barrier in turns. A barrier that not all threads of a block, or lanes of a warp, reach is found.
 #pragma once
 #include <ucontext.h>
 
@@ -21,15 +21,21 @@
 namespace emulated {
 
 struct Index {
-  unsigned x, y;
+  unsigned x, y, z;
 };
 struct Fibre {
   ucontext_t context;
   std::vector<char> stack;
   bool done;
 };
-inline Index thread, block;
+struct Barrier {
+  unsigned arrived, passed;
+};
+inline Index thread, block, grid, threads;
 inline std::vector<Fibre> fibres;
+inline Barrier of_block;
+inline std::vector<Barrier> of_warps;
+inline bool progress;
 inline std::vector<uint64_t> lanes;
 inline ucontext_t scheduler;
 inline unsigned current;
@@ -38,18 +44,35 @@ inline std::function<void()> body;
 inline void yield() { swapcontext(&fibres[current].context, &scheduler); }
 inline void enter() {
   body();
-  fibres[current].done = true;
+  fibres[current].done = progress = true;
   yield();
 }
 
-// Runs `kernel` on `blocks` blocks of columns x rows threads; false where some threads of a block wait for others that
-// ended.
-inline bool run(int64_t blocks, unsigned columns, unsigned rows, std::function<void()> kernel) {
+inline void meet(Barrier& barrier, unsigned all) {
+  const unsigned before = barrier.passed;
+  if (++barrier.arrived == all) {
+    barrier.arrived = 0, ++barrier.passed;
+    progress = true;
+  }
+  while (barrier.passed == before) yield();
+}
+inline void meet_block() { meet(of_block, fibres.size()); }
+inline void meet_warp() {
+  const unsigned warp = current / 32, left = fibres.size() - 32 * warp;
+  meet(of_warps[warp], left < 32 ? left : 32);
+}
+
+// Runs `kernel` on the blocks of a grid, of columns x rows threads each; false where some threads of a block wait for
+// others that ended.
+inline bool run(Index blocks, unsigned columns, unsigned rows, std::function<void()> kernel) {
   body = kernel;
+  grid = blocks, threads = {columns, rows, 1};
   fibres.assign(columns * rows, {});
   lanes.assign(columns * rows, 0);
-  for (int64_t b = 0; b < blocks; ++b) {
-    block = {static_cast<unsigned>(b), 0};
+  for (unsigned b = 0; b < blocks.x * blocks.y * blocks.z; ++b) {
+    block = {b % blocks.x, b / blocks.x % blocks.y, b / (blocks.x * blocks.y)};
+    of_block = {};
+    of_warps.assign((fibres.size() + 31) / 32, {});
     for (auto& fibre : fibres) {
       fibre.done = false;
       fibre.stack.resize(1 << 16);
@@ -59,34 +82,38 @@ inline bool run(int64_t blocks, unsigned columns, unsigned rows, std::function<v
       makecontext(&fibre.context, enter, 0);
     }
     for (size_t done = 0; done < fibres.size();) {
-      done = 0;
+      done = 0, progress = false;
       for (current = 0; current < fibres.size(); ++current) {
-        thread = {current % columns, current / columns};
-        swapcontext(&scheduler, &fibres[current].context);
+        thread = {current % columns, current / columns, 0};
+        if (!fibres[current].done) swapcontext(&scheduler, &fibres[current].context);
         done += fibres[current].done;
       }
-      if (done != 0 && done != fibres.size()) return false;
+      if (!progress) return false;
     }
   }
   return true;
+}
+inline bool run(int64_t blocks, unsigned columns, unsigned rows, std::function<void()> kernel) {
+  return run(Index{static_cast<unsigned>(blocks), 1, 1}, columns, rows, kernel);
 }
 
 }  // namespace emulated
 
 #define threadIdx emulated::thread
 #define blockIdx emulated::block
+#define blockDim emulated::threads
+#define gridDim emulated::grid
 
-inline void __syncthreads() { emulated::yield(); }
+inline void __syncthreads() { emulated::meet_block(); }
 
 namespace emulated {
 
-// What `read` makes of the values that the block's threads give, in `lanes`. Every warp shuffles and votes as often as
-// every other here, so that the block's barrier serves.
-template <class T, class F> auto exchange(T value, F&& read) {
+// What `read` makes of the values that the threads of a warp give, or, meeting there, of a block, in `lanes`.
+template <class T, class F> auto exchange(T value, F&& read, void (*meeting)() = meet_warp) {
   std::memcpy(&lanes[current], &value, sizeof(T));
-  yield();
+  meeting();
   const auto result = read();
-  yield();
+  meeting();
   return result;
 }
 template <class T> T lane(unsigned at) {
@@ -122,7 +149,7 @@ inline int __syncthreads_count(bool flag) {
     int count = 0;
     for (unsigned i = 0; i < emulated::fibres.size(); ++i) count += emulated::lane<bool>(i);
     return count;
-  });
+  }, emulated::meet_block);
 }
 inline int __syncthreads_or(bool flag) { return __syncthreads_count(flag) != 0; }
 inline int __ffs(int bits) { return __builtin_ffs(bits); }

@@ -24,6 +24,15 @@ def emulated(op: str, folder: Path) -> Callable[..., bool]:
                "-o", library, HERE / f"{op}_on_cpu.cpp"]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    call = getattr(ctypes.CDLL(str(library)), f"{op}_on_cpu")
-    call.restype = ctypes.c_bool
+    return _callable(ctypes.CDLL(str(library)), op)
+
+
+def also(call: Callable[..., bool], op: str) -> Callable[..., bool]:
+    """`op`_on_cpu of the file that `call` is from."""
+    return _callable(call.library, op)
+
+
+def _callable(library: ctypes.CDLL, op: str) -> Callable[..., bool]:
+    call = getattr(library, f"{op}_on_cpu")
+    call.restype, call.library = ctypes.c_bool, library
     return call

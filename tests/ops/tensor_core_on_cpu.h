@@ -1,0 +1,130 @@
+// What csrc/tensor_core.cuh and row_products.cuh take from a GPU, by PTX's definitions, for kernels on the CPU.
+#pragma once
+#define SPEEDK_EMULATED
+#include "cuda_on_cpu.h"
+
+#include "product.h"
+
+struct float2 {
+  float x, y;
+};
+struct alignas(16) float4 {
+  float x, y, z, w;
+};
+struct alignas(16) uint4 {
+  uint32_t x, y, z, w;
+};
+
+inline float __uint_as_float(uint32_t bits) {
+  float value;
+  std::memcpy(&value, &bits, 4);
+  return value;
+}
+inline uint32_t __float_as_uint(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, 4);
+  return bits;
+}
+inline float __expf(float x) { return std::exp(x); }
+inline float rsqrtf(float x) { return 1 / std::sqrt(x); }
+
+namespace speedk {
+
+inline char* block_memory() {
+  alignas(128) static char memory[232448];  // what a block of an H100 may have
+  return memory;
+}
+
+inline float across(float value, int lanes) { return __shfl_xor_sync(0xffffffffu, value, lanes); }
+
+inline uint32_t to_bfloat16(float value) {
+  const uint32_t bits = __float_as_uint(value);
+  return (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+}
+inline uint32_t to_float16(float value) {
+  const auto half = static_cast<_Float16>(value);
+  uint16_t bits;
+  std::memcpy(&bits, &half, 2);
+  return bits;
+}
+inline float from_float16(uint32_t bits) {
+  const auto low = static_cast<uint16_t>(bits);
+  _Float16 half;
+  std::memcpy(&half, &low, 2);
+  return static_cast<float>(half);
+}
+template <Product P> uint32_t packed(float low, float high) {
+  if (P == Product::bfloat16) return to_bfloat16(low) | to_bfloat16(high) << 16;
+  return to_float16(low) | to_float16(high) << 16;
+}
+template <Product P> float2 unpacked(uint32_t both) {
+  if (P == Product::bfloat16) return {__uint_as_float(both << 16), __uint_as_float(both & 0xffff0000u)};
+  return {from_float16(both), from_float16(both >> 16)};
+}
+inline float rounded(float value) { return __uint_as_float((__float_as_uint(value) + 0x1000) & 0xffffe000u); }
+inline uint32_t halves(uint32_t a, uint32_t b, uint32_t which) {
+  return which == 0x5410 ? (a & 0xffff) | b << 16 : a >> 16 | (b & 0xffff0000u);
+}
+
+// What this lane gets of a product of 16 x K times K x 8: a(lane, register, place in it) and b likewise; each register
+// holds `width` values of k.
+template <int K, class A, class B> void multiply(float (&acc)[4], int width, A a, B b) {
+  const int lane = static_cast<int>(emulated::current % 32);
+  for (int i = 0; i < 4; ++i) {
+    const int row = lane / 4 + (i < 2 ? 0 : 8), column = 2 * (lane % 4) + i % 2;
+    for (int k = 0; k < K; ++k) {
+      const int at = k % (K / 2), quad = at / width, place = at % width, far = k >= K / 2;
+      acc[i] += a(4 * (row % 8) + quad, (row >= 8) + 2 * far, place) * b(4 * column + quad, far, place);
+    }
+  }
+}
+
+template <class Register> struct Operands {
+  Register a[4], b[2];
+};
+// The operands of a lane of this warp.
+template <class Register> const Operands<Register>& of_lane(int lane) {
+  return *emulated::lane<const Operands<Register>*>(emulated::current / 32 * 32 + lane);
+}
+
+template <Product P> void multiply_16(float (&acc)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  const Operands<uint32_t> mine{{a[0], a[1], a[2], a[3]}, {b0, b1}};
+  const auto value = [](uint32_t both, int place) { return place ? unpacked<P>(both).y : unpacked<P>(both).x; };
+  emulated::exchange(&mine, [&] {
+    multiply<16>(acc, 2, [&](int l, int r, int place) { return value(of_lane<uint32_t>(l).a[r], place); },
+                 [&](int l, int r, int place) { return value(of_lane<uint32_t>(l).b[r], place); });
+    return 0;
+  });
+}
+inline void multiply_8(float (&acc)[4], const float (&a)[4], float b0, float b1) {
+  const Operands<float> mine{{a[0], a[1], a[2], a[3]}, {b0, b1}};
+  const auto cut = [](float value) { return __uint_as_float(__float_as_uint(value) & 0xffffe000u); };
+  emulated::exchange(&mine, [&] {
+    multiply<8>(acc, 1, [&](int l, int r, int) { return cut(of_lane<float>(l).a[r]); },
+                [&](int l, int r, int) { return cut(of_lane<float>(l).b[r]); });
+    return 0;
+  });
+}
+
+template <bool turned> void load_matrices(uint32_t (&m)[4], const void* row) {
+  const int lane = static_cast<int>(emulated::current % 32), first = static_cast<int>(emulated::current) - lane;
+  emulated::exchange(row, [&] {
+    for (int i = 0; i < 4; ++i) {
+      const auto at = [&](int r, int c) {
+        return static_cast<uint32_t>(static_cast<const uint16_t*>(emulated::lane<const void*>(first + 8 * i + r))[c]);
+      };
+      const int g = lane / 4, t = lane % 4;
+      m[i] = turned ? at(2 * t, g) | at(2 * t + 1, g) << 16 : at(g, 2 * t) | at(g, 2 * t + 1) << 16;
+    }
+    return 0;
+  });
+}
+
+inline void fetch(void* to, const void* from, bool there) {
+  if (there) std::memcpy(to, from, 16);
+  else std::memset(to, 0, 16);
+}
+inline void end_of_stage() {}
+inline void await_stage() {}
+
+}  // namespace speedk
