@@ -181,7 +181,7 @@ def _changes(overrides: dict[str, Any], options: dict[str, Any]) -> dict[str, An
                           "argument)")
     given = {key: value for key, value in options.items() if value is not None}
     for key, value in (overrides | given).items():
-        bare = key.partition(".")[2]
+        bare = "" if key.startswith("rates.") else key.partition(".")[2]  # rates.synthetic_lr is not where it starts
         for same in {key, bare} & set(overrides):
             if repr(overrides[same]) != repr(value):  # nan is not nan
                 said = f"--{bare} {value}" if key in given else f"{key}={value}"

@@ -92,7 +92,13 @@ class _Plan:
         return len(self.training.schedule)
 
     def keep(self, graphs: dict[int, StepGraph | Replayed], step: int, graph: StepGraph | Replayed) -> None:
-        """Add a step's graph to those that are kept: as many of the last ones, which are used up first, as fit."""
+        """Add a step's graph to those that are kept: as many of the last ones, which are used up first, as fit. What
+        the last replay left is there by itself, and as a rule still so when the backward pass begins with it."""
+        if isinstance(graph, Replayed) and step == self.steps - 1:
+            graphs[step] = graph
+            return
+        if not self.limit:
+            return
         while graphs and sum(kept.bytes for kept in graphs.values()) + graph.bytes > self.limit:
             del graphs[min(graphs)]
         if graph.bytes <= self.limit and graph.hold():
@@ -112,8 +118,7 @@ class _Unroll(torch.autograd.Function):
                     plan.training.check_buffers()
                 if plan.record:
                     thetas.append(theta)
-                    if plan.limit:
-                        plan.keep(graphs, step, graph)
+                    plan.keep(graphs, step, graph)
                 theta, m = unroll_step(theta, m, gradient, lr, plan.momentum)
                 if plan.record and ctx.needs_input_grad[4]:
                     momenta.append(m)

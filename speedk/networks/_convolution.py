@@ -31,10 +31,12 @@ class Convolution(nn.Conv2d):
 
     precision: torch.dtype | None = None
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, add_bias: bool = True) -> Tensor:
+        """`add_bias=False`: without the bias, which still has a gradient: zeros, as where what follows takes each
+        channel's mean away. (Not where PyTorch's own convolution runs, under a transform or autocast.)"""
         if transformed() or torch.compiler.is_compiling() or torch.is_autocast_enabled(x.device.type):
             return super().forward(x)
-        how = _How(self.stride, self.padding, x.shape, self.weight.shape, self.precision or x.dtype)
+        how = _How(self.stride, self.padding, x.shape, self.weight.shape, self.precision or x.dtype, add_bias)
         if not torch.is_grad_enabled():
             return _convolved(x, self.weight, self.bias, how)
         return _convolve(x, self.weight, self.bias, how)
@@ -46,6 +48,7 @@ class _How(NamedTuple):
     x: torch.Size
     weight: torch.Size
     precision: torch.dtype
+    add_bias: bool
 
     def out(self) -> list[int]:
         sides = [(side + 2 * pad - kernel) // stride + 1 for side, pad, kernel, stride in
@@ -61,7 +64,7 @@ def _layout(device: torch.device, channels: int) -> torch.memory_format:
 
 def _convolved(x: Tensor, weight: Tensor, bias: Tensor | None, how: _How) -> Tensor:
     layout = _layout(x.device, how.weight[1])
-    dtype, bias = x.dtype, None if bias is None else bias.to(how.precision)
+    dtype, bias = x.dtype, bias.to(how.precision) if bias is not None and how.add_bias else None
     x, weight = (tensor.to(how.precision).contiguous(memory_format=layout) for tensor in (x, weight))
     return F.conv2d(x, weight, bias, how.stride, how.padding).to(dtype).contiguous(memory_format=layout)
 
@@ -119,7 +122,10 @@ class _Convolve(torch.autograd.Function):
     def backward(ctx, d_out: Tensor):
         _, need_weight, need_bias, linked, _ = ctx.needs_input_grad
         d_weight = _WeightGradient.apply(d_out, ctx.saved_tensors[0], ctx.how) if need_weight else None
-        return None, d_weight, d_out.sum((0, 2, 3)) if need_bias else None, d_out if linked else None, None
+        d_bias = None
+        if need_bias:
+            d_bias = d_out.sum((0, 2, 3)) if ctx.how.add_bias else d_out.new_zeros(d_out.shape[1])
+        return None, d_weight, d_bias, d_out if linked else None, None
 
 
 class _InputGradient(torch.autograd.Function):

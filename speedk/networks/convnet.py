@@ -40,7 +40,8 @@ class ConvNet(nn.Module):
         """The embedding [B, width * side^2] of images [B, C, H, W]."""
         x = images
         for convolution, norm in zip(self.convolutions, self.norms):
-            x = norm_act_pool(convolution(x), norm.weight, norm.bias)
+            # The norm takes a channel's mean away, and the bias with it.
+            x = norm_act_pool(convolution(x, add_bias=False), norm.weight, norm.bias)
         return x.flatten(1)
 
     def forward(self, images: Tensor) -> Tensor:

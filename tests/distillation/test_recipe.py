@@ -137,3 +137,13 @@ def test_gradient_matching_without_a_shipped_recipe_takes_the_originals_steps(me
     for objective, steps in (("dc", 10_000), ("dsa", 10_000), ("dm", 2000)):
         made = plan("digits", ipc=10, method=method, objective=objective, device="cpu")
         assert made.recipe.objective.steps == steps
+
+
+def test_a_rate_is_not_what_it_is_the_rate_of():
+    fields = {"rates.synthetic_lr": 5e-4, "synthetic_lr": 0.05, "objective.rates.scm": 0.03}
+    made = plan("digits", objective="tm", device="cpu", overrides=fields)
+    assert made.recipe.objective.synthetic_lr == 0.05
+    assert made.recipe.objective.rates["synthetic_lr"] == 5e-4 and made.recipe.objective.rates["scm"] == 0.03
+    for other in ({"objective.synthetic_lr": 0.04}, {"rates.scm": 0.02}):
+        with pytest.raises(ConfigError, match="do not agree"):
+            plan("digits", objective="tm", device="cpu", overrides=fields | other)

@@ -128,8 +128,28 @@ def test_as_many_as_fit_are_kept(device, monkeypatch):
     monkeypatch.setattr(step_replay._Recording, "adjoint",
                         lambda *a: kept.append(a[3] is not None) or adjoint(*a))
     images = 4 * leaves[1][0].nbytes + 4 * leaves[2][0].nbytes  # as they are augmented: not at all
-    for count in (1, 3, 7):
+    for count in (1, 3, 6):
         for over in (0, 1):
             kept.clear()
             results(student, leaves, schedule, direction, memory=count * (recording.bytes + images) - over)
+            assert not kept.pop(0)  # the last step: the backward pass begins in what its replay left
             assert sum(kept) == count - over and kept == sorted(kept, reverse=True)
+
+
+@pytest.mark.parametrize(("memory", "again"), [("constant", 6), ("full", 0)])
+def test_the_last_step_is_differentiated_where_it_is(memory, again, device, monkeypatch):
+    """But where another replay came between."""
+    student, counts = STUDENTS["convnet"](), []
+    (theta, images, labels, lr), schedule, direction = leaves, schedule, direction = given(student, device)
+    schedule = schedule[:7]
+    for _ in range(2):
+        want = results(student, leaves, schedule, direction, memory=memory)[1:]
+    step = step_replay._Recording._step
+    monkeypatch.setattr(step_replay._Recording, "_step", lambda *a: counts.append(1) or step(*a))
+    for between in (0, 1):
+        end = speedk.unroll(student, theta, images, labels, schedule, lr, memory=memory)
+        if between:
+            speedk.unroll(student, theta.detach().flip(0), images, labels, schedule[:1], lr, memory=memory)
+        counts.clear()
+        assert same(gradients(end, direction, leaves), want)
+        assert len(counts) == again + between

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 from speedk.networks import _convolution
 from speedk.networks._convolution import Convolution
+from speedk.ops import norm_act_pool
 
 CASES = {"padded": (3, 5, 3, 1, 1, (2, 3, 6, 6)), "strided": (2, 4, 3, 2, 1, (3, 2, 7, 5)),
          "pointwise": (4, 2, 1, 2, 0, (2, 4, 5, 5)), "one plane": (1, 2, 3, 1, 1, (1, 1, 3, 4)),
@@ -121,3 +122,28 @@ def test_elsewhere():
         out = module(x)
     assert out.dtype == torch.bfloat16
     out.sum().backward()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_a_bias_that_a_norm_takes_away(dtype):
+    """Left out, it changes nothing, to the second derivatives; its own are exact zeros, not rounding."""
+    module, (x, *parameters) = case("padded", dtype)
+    norm = [t.to(dtype).requires_grad_() for t in (torch.rand(module.out_channels) + 0.5,
+                                                   torch.randn(module.out_channels))]
+    leaves, results = [x, *parameters, *norm], []
+    for add_bias in (True, False):
+        torch.manual_seed(0)
+        convolved = torch.func.functional_call(module, dict(zip(("weight", "bias"), parameters, strict=True)), (x,),
+                                               {"add_bias": add_bias})
+        out = norm_act_pool(convolved, *norm)
+        first = torch.autograd.grad(out.sin().sum(), leaves, create_graph=True)
+        second = torch.autograd.grad(sum((g * torch.randn_like(g)).sum() for g in first), leaves,
+                                     materialize_grads=True)
+        results.append([out, *first, *second])
+        if not add_bias:
+            assert not first[2].any() and not second[2].any()
+            with torch.no_grad():
+                torch.testing.assert_close(module(x, add_bias=False) + module.bias[:, None, None], module(x))
+    bound = 1e-10 if dtype == torch.float64 else 1e-4
+    for with_it, without in zip(*results, strict=True):
+        torch.testing.assert_close(without, with_it, rtol=bound, atol=bound)
