@@ -22,6 +22,17 @@ def multiply(a_ptr, a_row, a_col, row, in_row, w_ptr, w_out, w_in, out, in_out, 
 
 
 @triton.jit
+def image_and_token(first, J, BM: tl.constexpr, WHOLE: tl.constexpr):
+    """Image n and place j of the tokens n J + j from the `first` on, an int64: [BM] each, or n alone where J is a
+    multiple of BM (WHOLE). A division of 64 bits takes some hundred instructions; here it is one a block, not a token.
+    """
+    n, j = first // J, (first % J).to(tl.int32) + tl.arange(0, BM)
+    if not WHOLE:
+        n, j = n + j // J, j % J
+    return n, j
+
+
+@triton.jit
 def load_row(ptr, col, in_col):
     """A vector of D values as [1, BD] float32, zero beyond D."""
     return tl.load(ptr + col, in_col, 0.0).to(tl.float32)[None, :]

@@ -6,7 +6,7 @@ addresses that are not a multiple of 16 bytes take registers each of their own, 
 
 Nothing but the arguments is kept for the backward pass. It goes through the block again, CHUNK tokens at a time, and
 leaves in buffers of that many rows what the gradients of the weights are products of; one kernel adds up those
-products.
+products, or in float32 the library.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ the biases of both linears, the second norm's two."""
 @triton.jit(do_not_specialize=["M", "tiles"])
 def _freenet_block_products_kernel(
     factors_ptr, features_ptr, partial_ptr, M, size, ld, tiles,
-    BM: tl.constexpr, BN: tl.constexpr, ADD: tl.constexpr, PRECISION: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, ADD: tl.constexpr,
 ):  # fmt: skip
     """partial [splits, 3, ld, ld], or what is ADDed to it: d_branch^T features, d_inner^T hidden and d_mlp^T active,
     each over `tiles` blocks of rows and BN x BN of its values. factors: d_branch, d_inner, d_mlp, hidden, active, each
@@ -73,17 +73,13 @@ def _freenet_block_products_kernel(
         in_row = row < M - first
         left = load_tile(left_ptr + first * ld, ld, row, in_row, out, out < ld)
         right = load_tile(right_ptr + first * ld, ld, row, in_row, inn, inn < ld)
-        acc = tl.dot(tl.trans(left), right, acc, input_precision=PRECISION)
+        acc = tl.dot(tl.trans(left), right, acc)
     store_tile(partial_ptr, ld, out, out < ld, inn, inn < ld, acc)
 
 
-def freenet_block_products_meta(D: int, precision: str, itemsize: int) -> dict[str, int]:
+def freenet_block_products_meta(D: int) -> dict[str, int]:
     """Blocks of the products over the tokens."""
-    if itemsize == 4 and precision == "tf32x3":
-        return {"BM": 32, "BN": block(D, largest=64), "num_warps": 4, "num_stages": 2}
-    if block(D) > 128 and itemsize == 4:  # two warps: see tokens_to_images_bwd_meta
-        return {"BM": 32, "BN": 64, "num_warps": 2, "num_stages": 3}
-    return {"BM": 64, "BN": block(D, largest=128), "num_warps": 8, "num_stages": 3 if itemsize == 2 else 2}
+    return {"BM": 64, "BN": block(D, largest=128), "num_warps": 8, "num_stages": 3}
 
 
 def _padded_weights(weights: tuple[Tensor, ...], ld: int) -> list[Tensor]:
@@ -150,9 +146,11 @@ def freenet_block_bwd(
             else:
                 narrow.backward_chunk(*given, precision)
             if not fused:
-                partial = _products(factors, x, partial, precision)
+                partial = _products(factors, x, partial)
         vectors, *matrices = sum_rows(sums, dtype, (7, ld), *([(3, ld, ld)] if fused else []))
-        matrices = matrices or sum_rows(partial.view(len(partial), -1), dtype, (3, ld, ld))
+        if not fused:
+            whole = len(partial) == 1 and dtype == torch.float32
+            matrices = [partial[0]] if whole else sum_rows(partial.view(len(partial), -1), dtype, (3, ld, ld))
     return (cut(d_features, *shape), None if d_state is None else cut(d_state, *shape),
             cut(matrices[0], 3, D, D), cut(vectors, 7, D))
 
@@ -168,18 +166,31 @@ def _even(M: int, most: int) -> int:
     return up_to(triton.cdiv(M, triton.cdiv(M, most)), 64) if most < M else M
 
 
-def _products(factors: Tensor, features: Tensor, partial: Tensor | None, precision: str) -> Tensor:
+def _products(factors: Tensor, features: Tensor, partial: Tensor | None) -> Tensor:
     """Partial sums [splits, 3, ld, ld] of the gradients of the matrices over a chunk's rows, added to `partial`, which
-    the first and largest chunk makes."""
+    the first and largest chunk makes.
+
+    In float32 they are the library's, which splits the rows itself: the tensor cores take operands of that type only
+    the other way round than they lie here.
+    """
     M, ld = features.shape
-    meta = freenet_block_products_meta(ld, precision, features.element_size())
-    columns = triton.cdiv(ld, meta["BN"]) ** 2
     more = partial is not None
+    if features.element_size() == 4:
+        partial = partial if more else torch.empty(1, 3, ld, ld, device=features.device, dtype=torch.float32)
+        d_branch, d_inner, d_mlp, hidden, active = factors.unbind()
+        for out, left, right in zip(partial[0], (d_branch, d_inner, d_mlp), (features, hidden, active), strict=True):
+            if more:
+                out.addmm_(left.T, right)
+            else:
+                torch.mm(left.T, right, out=out)
+        return partial
+    meta = freenet_block_products_meta(ld)
+    columns = triton.cdiv(ld, meta["BN"]) ** 2
     if not more:
         splits = min(triton.cdiv(M, meta["BM"]), max(1, SPLIT_PROGRAMS // (3 * columns)))
         partial = torch.empty(splits, 3, ld, ld, device=features.device, dtype=torch.float32)
     tiles = triton.cdiv(triton.cdiv(M, meta["BM"]), len(partial))
     _freenet_block_products_kernel[(len(partial), 3, columns)](
-        factors, features, partial, M, factors.stride(0), ld, tiles, ADD=more, PRECISION=precision, **meta
+        factors, features, partial, M, factors.stride(0), ld, tiles, ADD=more, **meta
     )
     return partial

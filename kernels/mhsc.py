@@ -9,6 +9,7 @@ from torch import Tensor
 
 from speedk.kernels._launch import block, dot_precision, on_device_of
 from speedk.kernels._sums import sum_rows
+from speedk.kernels._tiles import image_and_token
 
 SPLIT_PROGRAMS = 1024
 """Programs aimed at by the backward kernel, which splits the tokens: 4 to 8 for each multiprocessor of an A100 or H100.
@@ -19,13 +20,15 @@ It is fixed, so that the order of the sums does not depend on the device."""
 def _mhsc_fwd_kernel(
     scm_ptr, saet_ptr, out_ptr, M, J, K, d,
     scm_n, scm_h, scm_j, scm_k, saet_k, saet_d, D,
-    BM: tl.constexpr, BK: tl.constexpr, BD: tl.constexpr, PRECISION: tl.constexpr,
+    BM: tl.constexpr, BK: tl.constexpr, BD: tl.constexpr, WHOLE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    m = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)  # tokens n J + j
+    first = tl.program_id(0).to(tl.int64) * BM
+    m = first + tl.arange(0, BM)  # tokens n J + j
+    n, j = image_and_token(first, J, BM, WHOLE)
     h = tl.program_id(1).to(tl.int64)
     k = tl.arange(0, BK)
     c = tl.arange(0, BD)
-    scm_ptrs = scm_ptr + (m // J) * scm_n + h * scm_h + (m % J) * scm_j
+    scm_ptrs = scm_ptr + n * scm_n + h * scm_h + j.to(tl.int64) * scm_j
     saet_ptrs = saet_ptr + (h * d + c) * saet_d
     acc = tl.zeros((BM, BD), tl.float32)
     for start in range(0, K, BK):
@@ -41,8 +44,8 @@ def _mhsc_fwd_kernel(
 def _mhsc_bwd_kernel(
     d_out_ptr, scm_ptr, saet_ptr, d_scm_ptr, d_saet_ptr, M, J, K, d, H, tiles,
     d_out_n, d_out_j, d_out_d, scm_n, scm_h, scm_j, scm_k, saet_k, saet_d,
-    BM: tl.constexpr, BK: tl.constexpr, BD: tl.constexpr, NEED_SCM: tl.constexpr, NEED_SAET: tl.constexpr,
-    PRECISION: tl.constexpr,
+    BM: tl.constexpr, BK: tl.constexpr, BD: tl.constexpr, WHOLE: tl.constexpr, NEED_SCM: tl.constexpr,
+    NEED_SAET: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """A program walks `tiles` blocks of tokens of one head and one block of columns k: it writes their d_scm, and one
     partial sum of d_saet, [split, K, D]."""
@@ -55,8 +58,10 @@ def _mhsc_bwd_kernel(
     pool = tl.load(saet_ptr + ks[:, None] * saet_k + channel[None, :] * saet_d, keep_pool, 0.0)  # [BK, BD]
     acc = tl.zeros((BK, BD), tl.float32)
     for tile in range(tiles):
-        m = (split * tiles + tile) * BM + tl.arange(0, BM)
-        n, j = m // J, m % J
+        first = (split * tiles + tile) * BM
+        m = first + tl.arange(0, BM)
+        n, j = image_and_token(first, J, BM, WHOLE)
+        j = j.to(tl.int64)
         d_out_ptrs = d_out_ptr + (n * d_out_n + j * d_out_j)[:, None] + channel[None, :] * d_out_d
         d_out = tl.load(d_out_ptrs, (m < M)[:, None] & (c < d)[None, :], 0.0)  # [BM, BD]
         keep = (m < M)[:, None] & (ks < K)[None, :]
@@ -111,7 +116,7 @@ def mhsc_fwd(scm: Tensor, saet: Tensor) -> Tensor:
     with on_device_of(scm):
         _mhsc_fwd_kernel[grid](
             scm, saet, out, N * J, J, K, D // H, *scm.stride(), *saet.stride(), D,
-            PRECISION=precision, **meta,
+            WHOLE=J % meta["BM"] == 0, PRECISION=precision, **meta,
         )  # fmt: skip
     return out
 
@@ -138,6 +143,7 @@ def mhsc_bwd(
         _mhsc_bwd_kernel[(splits, columns, H)](
             d_out, scm, saet, d_scm if need_scm else d_out, partial if need_saet else d_out,
             N * J, J, K, D // H, H, tiles, *d_out.stride(), *scm.stride(), *saet.stride(),
-            NEED_SCM=need_scm, NEED_SAET=need_saet, PRECISION=precision, **meta,
+            WHOLE=J % meta["BM"] == 0, NEED_SCM=need_scm, NEED_SAET=need_saet,
+            PRECISION=precision, **meta,
         )  # fmt: skip
     return d_scm, sum_rows(partial.view(splits, -1), saet.dtype, (K, D))[0] if need_saet else None

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from speedk.kernels._launch import block, cut, dot_precision, on_device_of, padded, up_to
 from speedk.kernels._sums import sum_rows
-from speedk.kernels._tiles import load_row, multiply
+from speedk.kernels._tiles import image_and_token, load_row, multiply
 
 
 @triton.jit
@@ -162,18 +162,20 @@ def line_offsets(lines, image_c, image_h, image_w, P: tl.constexpr, LT: tl.const
 
 
 @triton.jit
-def patch_offsets(token, J, side, image_n, image_h, image_w, P: tl.constexpr):
-    """Where the patch of each token n J + j begins in the image."""
-    n, j = token // J, token % J
-    return n * image_n + (j // side * P) * image_h + (j % side * P) * image_w
+def patch_offsets(first, J, side, image_n, image_h, image_w, P: tl.constexpr, BM: tl.constexpr, WHOLE: tl.constexpr):
+    """Where the patch of each token n J + j from `first` on begins in the image."""
+    n, j = image_and_token(first, J, BM, WHOLE)
+    return n * image_n + (j // side * P).to(tl.int64) * image_h + (j % side * P).to(tl.int64) * image_w
 
 
 @triton.jit(do_not_specialize=["count"])
 def _tokens_to_images_fwd_kernel(
     state_ptr, weight_ptr, bias_ptr, image_ptr, count, J, side, C, D, state_row, state_col, weight_l, weight_d,
-    P: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, LT: tl.constexpr, BP: tl.constexpr, PRECISION: tl.constexpr,
+    P: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, LT: tl.constexpr, BP: tl.constexpr, WHOLE: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
-    token = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
+    first_token = tl.program_id(0).to(tl.int64) * BM
+    token = first_token + tl.arange(0, BM)
     first = tl.program_id(1) * LT
     output, exists = line_outputs(first, C, P, LT, BP)
     acc = tl.zeros((BM, LT * BP), tl.float32)
@@ -186,7 +188,7 @@ def _tokens_to_images_fwd_kernel(
     width = side * P
     area = (width * width).to(tl.int64)
     lines = (line // P) * area + (line % P) * width
-    corner = patch_offsets(token, J, side, C * area, width, 1, P)
+    corner = patch_offsets(first_token, J, side, C * area, width, 1, P, BM, WHOLE)
     image_ptrs = image_ptr + lines[:, None, None] + corner[None, :, None] + c[None, None, :]
     keep = (line < C * P)[:, None, None] & (token < count)[None, :, None] & (c < P)[None, None, :]
     tl.store(image_ptrs, tile.to(image_ptr.dtype.element_ty), keep)
@@ -195,12 +197,14 @@ def _tokens_to_images_fwd_kernel(
 @triton.jit(do_not_specialize=["count"])
 def _tokens_to_images_state_bwd_kernel(
     d_image_ptr, weight_ptr, d_state_ptr, count, J, side, C, D, image_n, image_c, image_h, image_w, weight_l, weight_d,
-    P: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr, LT: tl.constexpr, BP: tl.constexpr, PRECISION: tl.constexpr,
+    P: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr, LT: tl.constexpr, BP: tl.constexpr, WHOLE: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """d_state = (the patches of d_image) . weight."""
-    token = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
+    first_token = tl.program_id(0).to(tl.int64) * BM
+    token = first_token + tl.arange(0, BM)
     d = (tl.program_id(1) * BD + tl.arange(0, BD)).to(tl.int64)
-    patch_ptrs = d_image_ptr + patch_offsets(token, J, side, image_n, image_h, image_w, P)
+    patch_ptrs = d_image_ptr + patch_offsets(first_token, J, side, image_n, image_h, image_w, P, BM, WHOLE)
     acc = tl.zeros((BM, BD), tl.float32)
     for first in range(0, C * P, LT):
         output, exists = line_outputs(first, C, P, LT, BP)
@@ -217,7 +221,8 @@ def _tokens_to_images_state_bwd_kernel(
 def _tokens_to_images_weight_bwd_kernel(
     d_image_ptr, state_ptr, partial_ptr, count, J, side, C, D, tiles,
     image_n, image_c, image_h, image_w, state_row, state_col,
-    P: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr, LT: tl.constexpr, BP: tl.constexpr, PRECISION: tl.constexpr,
+    P: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr, LT: tl.constexpr, BP: tl.constexpr, WHOLE: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """A program walks `tiles` blocks of tokens and writes partial sums [split, L D + L], of d_weight and of d_bias."""
     split = tl.program_id(0).to(tl.int64)
@@ -228,8 +233,9 @@ def _tokens_to_images_weight_bwd_kernel(
     d_weight = tl.zeros((LT * BP, BD), tl.float32)
     d_bias = tl.zeros((LT * BP,), tl.float32)
     for tile in range(tiles):
-        token = (split * tiles + tile) * BM + tl.arange(0, BM)
-        patch_ptrs = d_image_ptr + patch_offsets(token, J, side, image_n, image_h, image_w, P)
+        first_token = (split * tiles + tile) * BM
+        token = first_token + tl.arange(0, BM)
+        patch_ptrs = d_image_ptr + patch_offsets(first_token, J, side, image_n, image_h, image_w, P, BM, WHOLE)
         d_patch = tl.load(patch_ptrs[:, None] + offsets[None, :], (token < count)[:, None] & exists[None, :], 0.0)
         state_ptrs = state_ptr + token[:, None] * state_row + d[None, :] * state_col
         state = tl.load(state_ptrs, (token < count)[:, None] & (d < D)[None, :], 0.0)  # [BM, BD]
@@ -289,7 +295,7 @@ def tokens_to_images_fwd(state: Tensor, weight: Tensor, bias: Tensor, channels: 
     with on_device_of(state):
         _tokens_to_images_fwd_kernel[grid](
             state, weight, bias.contiguous(), images, N * J, J, side, channels, D, *state.stride(), *weight.stride(),
-            P=patch, PRECISION=dot_precision(state.dtype), **meta,
+            P=patch, WHOLE=J % meta["BM"] == 0, PRECISION=dot_precision(state.dtype), **meta,
         )  # fmt: skip
     return images
 
@@ -319,7 +325,7 @@ def tokens_to_images_bwd(
             grid = triton.cdiv(N * J, meta["BM"]), triton.cdiv(D, meta["BD"])
             _tokens_to_images_state_bwd_kernel[grid](
                 d_images, weight, d_state, N * J, J, side, C, D, *d_images.stride(), *weight.stride(),
-                P=patch, PRECISION=precision, **meta,
+                P=patch, WHOLE=J % meta["BM"] == 0, PRECISION=precision, **meta,
             )  # fmt: skip
         if need_weight:
             state = state.reshape(-1, D)
@@ -332,7 +338,7 @@ def tokens_to_images_bwd(
             partial = torch.empty(splits, L * (D + 1), device=state.device, dtype=torch.float32)
             _tokens_to_images_weight_bwd_kernel[(splits, blocks_l, blocks_d)](
                 d_images, state, partial, N * J, J, side, C, D, tiles, *d_images.stride(),
-                *state.stride(), P=patch, PRECISION=precision, **meta,
+                *state.stride(), P=patch, WHOLE=J % meta["BM"] == 0, PRECISION=precision, **meta,
             )  # fmt: skip
             d_weight, d_bias = sum_rows(partial, weight.dtype, (L, D), (L,))
     return d_state, d_weight, d_bias
