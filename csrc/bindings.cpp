@@ -150,11 +150,11 @@ PYBIND11_MODULE(_native, m) {
   m.def("block_has_kernel", &block_has_kernel);
   m.attr("block_tokens") = kBlockTokens;
   py::class_<RowProducts>(m, "RowProducts")
-      .def(py::init([](int dtype, bool tf32, int64_t M, int64_t D, const std::vector<uintptr_t>& left,
+      .def(py::init([](int dtype, bool tf32, int64_t M, const std::vector<uintptr_t>& left,
                        const std::vector<uintptr_t>& right) {
-        require(M >= 0 && D >= 32 && D <= kWidestProduct && D % 32 == 0, "products are of 32 to 384 values, by 32");
+        require(M >= 0, "products are of tokens");
         require(left.size() == right.size() && left.size() <= kMostProducts, "at most three products at a time");
-        RowProducts job{static_cast<Dtype>(dtype), tf32, static_cast<int>(left.size()), M, D, {}, {}};
+        RowProducts job{static_cast<Dtype>(dtype), tf32, static_cast<int>(left.size()), M, {}, {}};
         for (size_t i = 0; i < left.size(); ++i) job.left[i] = at(left[i]), job.right[i] = at(right[i]);
         return job;
       }));

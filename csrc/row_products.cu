@@ -3,24 +3,17 @@
 namespace speedk {
 namespace {
 
-template <Product P, int NB>
-int launch(const RowProducts& job, float* partial, int64_t splits, bool more, cudaStream_t stream) {
-  const int bytes = kStages * kStageTokens<P> * row_bytes<P>(job.D, NB);
-  const cudaError_t set =
-      cudaFuncSetAttribute(row_products_kernel<P, NB>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-  if (set != cudaSuccess) return static_cast<int>(set);
-  const int64_t stages = (job.M + kStageTokens<P> - 1) / kStageTokens<P>, of_split = (stages + splits - 1) / splits;
-  const dim3 grid(static_cast<unsigned>(splits), static_cast<unsigned>(job.count), static_cast<unsigned>(job.D / NB));
-  row_products_kernel<P, NB>
-      <<<grid, static_cast<unsigned>(job.D), bytes, stream>>>(job, partial, of_split * kStageTokens<P>, more);
-  return static_cast<int>(cudaGetLastError());
-}
-
 template <Product P>
 int launch(const RowProducts& job, float* partial, int64_t splits, bool more, cudaStream_t stream) {
-  if (job.D % 96 == 0) return launch<P, 96>(job, partial, splits, more, stream);
-  return job.D % 64 == 0 ? launch<P, 64>(job, partial, splits, more, stream)
-                         : launch<P, 32>(job, partial, splits, more, stream);
+  constexpr int D = kProductWidth, bytes = kProductBytes<P, D>, tokens = kStageTokens<P>;
+  static_assert(bytes >= kGroups / 2 * D * D * 4, "the sums of half of the groups take the place of the tokens");
+  const cudaError_t set =
+      cudaFuncSetAttribute(row_products_kernel<P, D>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+  if (set != cudaSuccess) return static_cast<int>(set);
+  const int64_t stages = (job.M + tokens - 1) / tokens, of_split = (stages + splits - 1) / splits;
+  const dim3 grid(static_cast<unsigned>(splits), static_cast<unsigned>(job.count));
+  row_products_kernel<P, D><<<grid, kGroups * kGroupThreads<D>, bytes, stream>>>(job, partial, of_split * tokens, more);
+  return static_cast<int>(cudaGetLastError());
 }
 
 }  // namespace

@@ -1,13 +1,18 @@
-// A block of D / 32 warps makes NB columns of a product, 32 of its D rows a warp; the tokens come through shared
-// memory, a few at a time, and several such are on the way.
+// The tokens come through shared memory, a few at a time, and several such are on the way. A warp takes 32 rows of a
+// product, and each group of warps some of the tokens; the groups' sums are added up at the end.
 #pragma once
 #include "row_products.h"
 #include "tensor_core.cuh"
 
 namespace speedk {
 
-template <Product P> constexpr int kStageTokens = kShort<P> ? 32 : 16;
-constexpr int kStages = 3;
+constexpr int kGroups = 4, kStages = 3;
+template <int D> constexpr int kGroupThreads = D;  // a warp for 32 rows
+template <Product P> constexpr int kStep = kShort<P> ? 16 : 8;  // tokens that a warp takes of a stage
+template <Product P> constexpr int kStageTokens = kGroups * kStep<P>;
+// Bytes of a token's row of both sides in shared memory.
+template <Product P, int D> constexpr int kRowBytes = kShort<P> ? 4 * D + 16 : 8 * D;
+template <Product P, int D> constexpr int kProductBytes = kStages * kStageTokens<P> * kRowBytes<P, D>;
 
 #ifndef SPEEDK_EMULATED
 // 16 bytes from memory to shared memory, behind the thread's back; zeros unless `there`.
@@ -21,131 +26,118 @@ __device__ __forceinline__ void await_stage() {  // all but the last kStages - 2
 }
 #endif
 
-// Bytes of a token's row of both sides in shared memory.
-template <Product P> __host__ __device__ constexpr int row_bytes(int64_t D, int NB) {
-  return static_cast<int>(D + NB) * (kShort<P> ? 2 : 4) + (kShort<P> ? 16 : 0);
+// Where the 16 bytes `chunk` of token `row` of a stage lie: of float32, so that a column of four rows has no conflicts.
+template <Product P, int D> __device__ __forceinline__ int place(int row, int chunk) {
+  return row * kRowBytes<P, D> + 16 * (kShort<P> ? chunk : chunk ^ (2 * (row & 3)));
 }
 
-// Where the 16 bytes `chunk` of token `row` of a stage lie.
-template <Product P> __device__ __forceinline__ int place(int row, int chunk, int bytes) {
-  return row * bytes + 16 * (kShort<P> ? chunk : chunk ^ (2 * (row & 3)));
+// acc [32, D] += left^T right of this warp's tokens, from row `row` of a stage on, at left columns `strip` and on.
+template <Product P, int D>
+__device__ __forceinline__ void add_tokens(float (&acc)[2][D / 8][4], const char* stage, int row, int strip, int lane) {
+  if constexpr (kShort<P>) {
+    uint32_t a[2][4];
+    const char* left = stage + (row + (lane & 7) + 8 * (lane >> 4)) * kRowBytes<P, D>;
+    const char* right = stage + (row + (lane & 15)) * kRowBytes<P, D> + 2 * (D + 8 * (lane >> 4));
+#pragma unroll
+    for (int m = 0; m < 2; ++m) load_matrices<true>(a[m], left + 2 * (strip + 16 * m + 8 * (lane >> 3 & 1)));
+#pragma unroll
+    for (int n = 0; n < D / 8; n += 2) {
+      uint32_t b[4];
+      load_matrices<true>(b, right + 16 * n);
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+#pragma unroll
+        for (int m = 0; m < 2; ++m) multiply_16<P>(acc[m][n + i], a[m], b[2 * i], b[2 * i + 1]);
+      }
+    }
+  } else {
+    // Both sides are cut off to tf32, and one is made larger for both.
+    constexpr float by = P == Product::tf32 ? 1.0f + 2 * kCutOff : 1.0f;
+    const int g = lane >> 2, t = lane & 3;
+    const auto at = [&](int far, int column) {
+      const int r = row + t + 4 * far, c = column + g;
+      return *reinterpret_cast<const float*>(stage + place<P, D>(r, c >> 2) + 4 * (c & 3));
+    };
+    Split<P, 4> a[2];
+#pragma unroll
+    for (int m = 0; m < 2; ++m) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) a[m].set(i, by * at(i / 2, strip + 16 * m + 8 * (i % 2)));
+    }
+#pragma unroll
+    for (int n = 0; n < D / 8; ++n) {
+      const float near = at(0, D + 8 * n), far = at(1, D + 8 * n);
+#pragma unroll
+      for (int m = 0; m < 2; ++m) add_product_8<P>(acc[m][n], a[m], near, far);
+    }
+  }
 }
 
-template <Product P, int NB>
-__global__ void __launch_bounds__(kWidestProduct, 1)
+template <Product P, int D>
+__global__ void __launch_bounds__(kGroups * kGroupThreads<D>, 1)
 row_products_kernel(RowProducts job, float* partial, int64_t tokens, bool more) {
   char* shared = block_memory();
-  constexpr int kTokens = kStageTokens<P>, kSize = kShort<P> ? 2 : 4;
-  const int which = blockIdx.y, D = static_cast<int>(job.D), column = blockIdx.z * NB;
-  const int lane = threadIdx.x % 32, g = lane >> 2, t = lane & 3, strip = threadIdx.x / 32 * 32;
-  const int bytes = row_bytes<P>(D, NB), of_left = D * kSize / 16, of_row = of_left + NB * kSize / 16;
-  const auto* left = static_cast<const char*>(which == 0 ? job.left[0] : which == 1 ? job.left[1] : job.left[2]);
-  const auto* right = static_cast<const char*>(which == 0 ? job.right[0] : which == 1 ? job.right[1] : job.right[2]);
-  right += column * kSize;
+  constexpr int kTokens = kStageTokens<P>, kThreads = kGroups * kGroupThreads<D>, kSize = kShort<P> ? 2 : 4;
+  constexpr int kOfRow = 2 * D * kSize / 16, kRows = kThreads / kOfRow;  // tokens that all threads fetch at a time
+  static_assert(kThreads % kOfRow == 0 && kTokens % kRows == 0, "a thread always fetches the same columns");
+  const int which = blockIdx.y, lane = threadIdx.x % 32, group = threadIdx.x / kGroupThreads<D>;
+  const int of_group = threadIdx.x % kGroupThreads<D>, strip = of_group / 32 * 32;
   const int64_t begin = blockIdx.x * tokens, end = begin + tokens < job.M ? begin + tokens : job.M;
   const int stages = begin < end ? static_cast<int>((end - begin + kTokens - 1) / kTokens) : 0;
 
+  const int chunk = threadIdx.x % kOfRow, row = threadIdx.x / kOfRow;
+  const void* side = chunk < kOfRow / 2 ? which == 0 ? job.left[0] : which == 1 ? job.left[1] : job.left[2]
+                                        : which == 0 ? job.right[0] : which == 1 ? job.right[1] : job.right[2];
+  const auto* from = static_cast<const char*>(side) + 16 * (chunk % (kOfRow / 2));
   const auto request = [&](int stage) {
-    char* to = shared + stage % kStages * kTokens * bytes;
-    for (int c = threadIdx.x; stage < stages && c < kTokens * of_row; c += blockDim.x) {
-      const int row = c / of_row, chunk = c % of_row;
-      const int64_t token = begin + static_cast<int64_t>(stage) * kTokens + row, there = token < end ? token : begin;
-      const char* from = chunk < of_left ? left + 16 * chunk : right + 16 * (chunk - of_left);
-      fetch(to + place<P>(row, chunk, bytes), from + there * D * kSize, token < end);
+    char* to = shared + stage % kStages * kTokens * kRowBytes<P, D>;
+#pragma unroll
+    for (int r = 0; r < kTokens && stage < stages; r += kRows) {  // beyond the last it would be written too late
+      const int64_t token = begin + static_cast<int64_t>(stage) * kTokens + r + row;
+      const bool there = token < end;
+      fetch(to + place<P, D>(r + row, chunk), from + (there ? token : 0) * D * kSize, there);
     }
     end_of_stage();
   };
 
-  float acc[2][NB / 8][4];
+  float acc[2][D / 8][4];
 #pragma unroll
-  for (int m = 0; m < 2; ++m) {
-#pragma unroll
-    for (int n = 0; n < NB / 8; ++n) acc[m][n][0] = acc[m][n][1] = acc[m][n][2] = acc[m][n][3] = 0;
-  }
+  for (int i = 0; i < D; ++i) acc[i / (D / 2)][i / 4 % (D / 8)][i % 4] = 0;
   for (int stage = 0; stage < kStages - 1; ++stage) request(stage);
   for (int stage = 0; stage < stages; ++stage) {
     await_stage();
     __syncthreads();
     request(stage + kStages - 1);  // where all have read the stage before
-    const char* from = shared + stage % kStages * kTokens * bytes;
-    if constexpr (kShort<P>) {
-#pragma unroll
-      for (int k = 0; k < kTokens; k += 16) {
-        uint32_t a[2][4];
-        const int row = k + (lane & 7);
-#pragma unroll
-        for (int m = 0; m < 2; ++m) {
-          const int column = strip + 16 * m + 8 * (lane >> 3 & 1);
-          load_matrices<true>(a[m], from + (row + 8 * (lane >> 4)) * bytes + 2 * column);
-        }
-#pragma unroll
-        for (int n = 0; n < NB / 8; n += 2) {
-          uint32_t b[4];
-          load_matrices<true>(b, from + (row + 8 * (lane >> 3 & 1)) * bytes + 2 * (D + 8 * n + 8 * (lane >> 4)));
-#pragma unroll
-          for (int m = 0; m < 2; ++m) {
-            multiply_16<P>(acc[m][n], a[m], b[0], b[1]);
-            multiply_16<P>(acc[m][n + 1], a[m], b[2], b[3]);
-          }
-        }
-      }
-    } else {
-      const auto at = [&](int row, int chunk) {
-        return *reinterpret_cast<const float4*>(from + place<P>(row, chunk, bytes));
-      };
-#pragma unroll
-      for (int k = 0; k < kTokens; k += 8) {
-        const float4 near = at(k + t, strip / 4 + g), far = at(k + 4 + t, strip / 4 + g);
-        float a[2][4] = {{near.x, near.y, far.x, far.y}, {near.z, near.w, far.z, far.w}}, low[2][4];
-#pragma unroll
-        for (int m = 0; m < 2; ++m) {
-#pragma unroll
-          for (int i = 0; i < 4; ++i) {
-            const float given = a[m][i];
-            a[m][i] = rounded(given);
-            low[m][i] = P == Product::float32 ? rounded(given - a[m][i]) : 0.0f;
-          }
-        }
-#pragma unroll
-        for (int q = 0; q < NB / 32; ++q) {
-          const float4 b0 = at(k + t, D / 4 + 8 * q + g), b1 = at(k + 4 + t, D / 4 + 8 * q + g);
-          const float b_near[4] = {b0.x, b0.y, b0.z, b0.w}, b_far[4] = {b1.x, b1.y, b1.z, b1.w};
-#pragma unroll
-          for (int j = 0; j < 4; ++j) {
-#pragma unroll
-            for (int m = 0; m < 2; ++m) add_product_8<P>(acc[m][4 * q + j], a[m], low[m], b_near[j], b_far[j]);
-          }
-        }
-      }
-    }
+    add_tokens<P, D>(acc, shared + stage % kStages * kTokens * kRowBytes<P, D>, group * kStep<P>, strip, lane);
   }
 
-  partial += ((static_cast<int64_t>(blockIdx.x) * job.count + which) * D) * D + column;
+  auto* sums = reinterpret_cast<float*>(shared);
+  for (int half = kGroups / 2; half > 0; half /= 2) {
+    __syncthreads();
+    float* mine = sums + (group % half) * D * kGroupThreads<D> + of_group;
+    if (group >= half && group < 2 * half) {
+#pragma unroll
+      for (int i = 0; i < D; ++i) mine[i * kGroupThreads<D>] = acc[i / (D / 2)][i / 4 % (D / 8)][i % 4];
+    }
+    __syncthreads();
+    if (group < half) {
+#pragma unroll
+      for (int i = 0; i < D; ++i) acc[i / (D / 2)][i / 4 % (D / 8)][i % 4] += mine[i * kGroupThreads<D>];
+    }
+  }
+  if (group > 0) return;
+  partial += (static_cast<int64_t>(blockIdx.x) * job.count + which) * D * D;
 #pragma unroll
   for (int m = 0; m < 2; ++m) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      if constexpr (kShort<P>) {
 #pragma unroll
-        for (int n = 0; n < NB / 8; ++n) {
-          auto* to = reinterpret_cast<float2*>(partial + (strip + 16 * m + 8 * half + g) * D + 8 * n + 2 * t);
-          float2 sum = {acc[m][n][2 * half], acc[m][n][2 * half + 1]};
-          if (more) sum.x += to->x, sum.y += to->y;
-          *to = sum;
-        }
-      } else {
-#pragma unroll
-        for (int q = 0; q < NB / 32; ++q) {
-#pragma unroll
-          for (int e = 0; e < 2; ++e) {
-            const int row = strip + 4 * g + 2 * m + half;
-            auto* to = reinterpret_cast<float4*>(partial + row * D + 32 * q + 8 * t + 4 * e);
-            const int i = 2 * half + e;
-            float4 sum = {acc[m][4 * q][i], acc[m][4 * q + 1][i], acc[m][4 * q + 2][i], acc[m][4 * q + 3][i]};
-            if (more) sum.x += to->x, sum.y += to->y, sum.z += to->z, sum.w += to->w;
-            *to = sum;
-          }
-        }
+      for (int n = 0; n < D / 8; ++n) {
+        const int out_row = strip + 16 * m + 8 * half + (lane >> 2), column = 8 * n + 2 * (lane & 3);
+        auto* to = reinterpret_cast<float2*>(partial + out_row * D + column);
+        float2 sum = {acc[m][n][2 * half], acc[m][n][2 * half + 1]};
+        if (more) sum.x += to->x, sum.y += to->y;
+        *to = sum;
       }
     }
   }

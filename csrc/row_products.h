@@ -7,14 +7,14 @@
 
 namespace speedk {
 
-// `count` products left_i^T right_i of [M, D], contiguous, all of one dtype; D a multiple of 32.
+// `count` products left_i^T right_i of [M, kProductWidth], contiguous, all of one dtype.
 constexpr int kMostProducts = 3;
-constexpr int64_t kWidestProduct = 384;
+constexpr int kProductWidth = 96;
 struct RowProducts {
   Dtype dtype;
   bool tf32;
   int count;
-  int64_t M, D;
+  int64_t M;
   const void* left[kMostProducts];
   const void* right[kMostProducts];
 };

@@ -2,12 +2,12 @@
 //
 // A warp holds 16 rows of a matrix [16, D] as float x[D / 8][4]: lane 4 g + t has of rows g (the first two) and g + 8
 // (the last two) the values at positions 8 n + 2 t and 8 n + 2 t + 1. Positions are columns in another order, so that a
-// lane's values lie side by side in memory: position 32 q + 8 i + 2 t + e is column 32 q + 8 t + 4 e + i. A product's
+// lane's values lie side by side in memory: position 32 q + 8 i + 2 t + e is column 32 q + 8 t + 2 i + e. A product's
 // result has the same form as its left operand, so that one product feeds the next from registers.
 //
 // The right operand is a matrix of weights [D, D] in shared memory, laid out so that a warp reads it without bank
-// conflicts: 16-bit values in the order of positions, both ways, with 16 bytes between rows; float32 values in their
-// own order, each 16 bytes of row r at their place with the lowest three bits changed by r / 4.
+// conflicts, and pairs of values into pairs of registers: 16-bit values in the order of positions, both ways, with 16
+// bytes between rows; float32 values in their own order, but the pairs of row r at their place with two bits changed.
 //
 // SPEEDK_EMULATED: the primitives are those of tests/ops, which run the kernels without a GPU.
 #pragma once
@@ -48,15 +48,6 @@ template <Product P> __device__ __forceinline__ float2 unpacked(uint32_t both) {
   return value;
 }
 
-__device__ __forceinline__ float rounded(float value) {  // to tf32
-  uint32_t bits;
-  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(value));
-  return __uint_as_float(bits);
-}
-
-// Two halves of b's words after halves of a's: low ones (0x5410), high ones (0x7632).
-__device__ __forceinline__ uint32_t halves(uint32_t a, uint32_t b, uint32_t which) { return __byte_perm(a, b, which); }
-
 // acc += a b, 16 x 16 times 16 x 8 values of 16 bits.
 template <Product P>
 __device__ __forceinline__ void multiply_16(float (&acc)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
@@ -82,6 +73,21 @@ __device__ __forceinline__ void multiply_8(float (&acc)[4], const float (&a)[4],
                  "r"(__float_as_uint(a[3])), "r"(__float_as_uint(b0)), "r"(__float_as_uint(b1)));
 }
 
+__device__ __forceinline__ float power_of_2(float x) {
+  float value;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(value) : "f"(x));
+  return value;
+}
+
+__device__ __forceinline__ float inverse(float x) {
+  float value;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(value) : "f"(x));
+  return value;
+}
+
+// Memory that will be read soon.
+__device__ __forceinline__ void ask_for(const void* memory) { asm volatile("prefetch.global.L2 [%0];" :: "l"(memory)); }
+
 // Four matrices of 8 x 8 values of 16 bits, of which each lane names a row: lane 4 g + t gets of each its row g at 2 t
 // and 2 t + 1; `turned`: its column g of rows 2 t and 2 t + 1.
 template <bool turned> __device__ __forceinline__ void load_matrices(uint32_t (&m)[4], const void* row) {
@@ -96,6 +102,15 @@ template <bool turned> __device__ __forceinline__ void load_matrices(uint32_t (&
 }
 #endif
 
+// The nearest value of tf32. NaN may become zero; what is left of it then is NaN.
+__device__ __forceinline__ float to_tf32(float value) {
+  return __uint_as_float((__float_as_uint(value) + 0x1000u) & 0xffffe000u);
+}
+
+// A product in tf32 cuts off what is beyond 10 bits of its operands, 1 / 3072 of each on average. To make one operand
+// larger by that is about as good as to round it, in one instruction, and NaN stays NaN.
+constexpr float kCutOff = 1.0f / 3072;
+
 // 16 rows as they are kept and multiplied: 16-bit pairs, or float32.
 template <Product P, int D, bool Short = kShort<P>> struct Rows;
 
@@ -107,13 +122,10 @@ template <Product P, int D> struct Rows<P, D, true> {
 
   // The 8 values of a row at columns 32 q + 8 t, and back.
   __device__ __forceinline__ void put(int q, int half, const uint4& w) {
-    pair[4 * q][half] = halves(w.x, w.z, 0x5410), pair[4 * q + 1][half] = halves(w.x, w.z, 0x7632);
-    pair[4 * q + 2][half] = halves(w.y, w.w, 0x5410), pair[4 * q + 3][half] = halves(w.y, w.w, 0x7632);
+    pair[4 * q][half] = w.x, pair[4 * q + 1][half] = w.y, pair[4 * q + 2][half] = w.z, pair[4 * q + 3][half] = w.w;
   }
   __device__ __forceinline__ uint4 get(int q, int half) const {
-    const uint32_t a = pair[4 * q][half], b = pair[4 * q + 1][half], c = pair[4 * q + 2][half],
-                   d = pair[4 * q + 3][half];
-    return {halves(a, b, 0x5410), halves(c, d, 0x5410), halves(a, b, 0x7632), halves(c, d, 0x7632)};
+    return {pair[4 * q][half], pair[4 * q + 1][half], pair[4 * q + 2][half], pair[4 * q + 3][half]};
   }
 };
 
@@ -129,36 +141,64 @@ template <Product P, int D> struct Rows<P, D, false> {
 // Bytes of a matrix of weights in shared memory.
 template <Product P, int D> constexpr int kWeightBytes = kShort<P> ? D * (2 * D + 16) : 4 * D * D;
 
-// Lay `weight` [D, D], contiguous in memory, out in shared memory, all threads of a block together.
-template <Product P, int D> __device__ __forceinline__ void stage_weight(const void* weight, char* shared) {
-  constexpr int kChunks = D * D * (kShort<P> ? 2 : 4) / 16, kOfRow = kChunks / D;
-  for (int c = threadIdx.x; c < kChunks; c += blockDim.x) {
-    const uint4 w = static_cast<const uint4*>(weight)[c];
-    const int row = c / kOfRow, chunk = c % kOfRow;
-    if constexpr (kShort<P>) {
-      const int place = (row & ~31) + 8 * (row & 3) + ((row & 31) >> 2);
-      auto* to = reinterpret_cast<uint32_t*>(shared + place * (2 * D + 16) + 64 * (chunk >> 2) + 4 * (chunk & 3));
-      to[0] = halves(w.x, w.z, 0x5410), to[4] = halves(w.x, w.z, 0x7632);
-      to[8] = halves(w.y, w.w, 0x5410), to[12] = halves(w.y, w.w, 0x7632);
-    } else {
-      float4 v = {__uint_as_float(w.x), __uint_as_float(w.y), __uint_as_float(w.z), __uint_as_float(w.w)};
-      if constexpr (P == Product::tf32) v = {rounded(v.x), rounded(v.y), rounded(v.z), rounded(v.w)};
-      reinterpret_cast<float4*>(shared)[row * kOfRow + (chunk ^ ((row >> 2) & 7))] = v;
+// Where the pair of float32 values `pair` of row r lies in its row.
+__device__ __forceinline__ int place_of(int row, int pair) { return pair ^ (row >> 3 & 3) ^ (row & 1) << 1; }
+
+__device__ __forceinline__ float2 nearest(float2 v) {
+  return {v.x == v.x ? to_tf32(v.x) : v.x, v.y == v.y ? to_tf32(v.y) : v.y};
+}
+
+// Lay `weight` [D, D], contiguous in memory, out in shared memory, all `threads` of a block together.
+template <Product P, int D, int threads>
+__device__ __forceinline__ void stage_weight(const void* weight, char* shared) {
+  constexpr int kChunks = D * D * (kShort<P> ? 2 : 4) / 16, kOfRow = kChunks / D, kAtOnce = 9;
+  for (int base = threadIdx.x; base < kChunks; base += kAtOnce * threads) {
+    uint4 chunks[kAtOnce];
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      const int c = base + i * threads;
+      if (c < kChunks) chunks[i] = static_cast<const uint4*>(weight)[c];
+    }
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      const int c = base + i * threads, row = c / kOfRow, chunk = c % kOfRow;
+      const uint4 w = chunks[i];
+      if (c >= kChunks) continue;
+      if constexpr (kShort<P>) {
+        const int position = (row & ~31) + 8 * (row >> 1 & 3) + 2 * (row >> 3 & 3) + (row & 1);
+        auto* to = reinterpret_cast<uint32_t*>(shared + position * (2 * D + 16) + 64 * (chunk >> 2) + 4 * (chunk & 3));
+        to[0] = w.x, to[4] = w.y, to[8] = w.z, to[12] = w.w;
+      } else {
+        float2 low = {__uint_as_float(w.x), __uint_as_float(w.y)}, high = {__uint_as_float(w.z), __uint_as_float(w.w)};
+        if constexpr (P == Product::tf32) low = nearest(low), high = nearest(high);
+        auto* to = reinterpret_cast<float2*>(shared) + row * (D / 2);
+        to[place_of(row, 2 * chunk)] = low, to[place_of(row, 2 * chunk + 1)] = high;
+      }
     }
   }
 }
 
-// acc += a b for 8 of k, float32 values: as tf32, or as three products of halves. `low` is what `a` lost.
+// One operand of a product of float32 values: as it is multiplied, and, where halves are, what that leaves of it.
+template <Product P, int size> struct Split {
+  float value[size], rest[size];
+
+  __device__ __forceinline__ void set(int i, float given) {
+    value[i] = P == Product::float32 ? to_tf32(given) : given;
+    rest[i] = P == Product::float32 ? given - value[i] : 0.0f;
+  }
+};
+
+// acc += a b for 8 of k.
 template <Product P>
-__device__ __forceinline__ void add_product_8(float (&acc)[4], const float (&a)[4], const float (&low)[4], float b0,
-                                              float b1) {
+__device__ __forceinline__ void add_product_8(float (&acc)[4], const Split<P, 4>& a, float b0, float b1) {
   if constexpr (P == Product::float32) {
-    const float h0 = rounded(b0), h1 = rounded(b1);
-    multiply_8(acc, low, h0, h1);
-    multiply_8(acc, a, rounded(b0 - h0), rounded(b1 - h1));
-    multiply_8(acc, a, h0, h1);
+    Split<P, 2> b;
+    b.set(0, b0), b.set(1, b1);
+    multiply_8(acc, a.rest, b.value[0], b.value[1]);
+    multiply_8(acc, a.value, b.rest[0], b.rest[1]);
+    multiply_8(acc, a.value, b.value[0], b.value[1]);
   } else {
-    multiply_8(acc, a, b0, b1);
+    multiply_8(acc, a.value, b0, b1);
   }
 }
 
@@ -172,47 +212,46 @@ __device__ __forceinline__ void add_product(float (&acc)[D / 8][4], const Rows<P
 #pragma unroll
     for (int q = 0; q < D / 32; ++q) {
 #pragma unroll
-      for (int n = 0; n < D / 8; ++n) {
-        uint32_t b[4];
-        load_matrices<turned>(b, turned ? at + 32 * q * kStride + 16 * n : at + 8 * n * kStride + 64 * q);
+      for (int n = 0; n < D / 8; n += 4) {  // four at a time: a product waits for the one before it with the same sum
+        uint32_t b[4][4];
 #pragma unroll
-        for (int k = 4 * q; k < 4 * q + 4; k += 2) {
-          const uint32_t a[4] = {left.pair[k][0], left.pair[k][1], left.pair[k + 1][0], left.pair[k + 1][1]};
-          multiply_16<P>(acc[n], a, b[k - 4 * q], b[k - 4 * q + 1]);
+        for (int i = 0; i < 4; ++i) {
+          const int from = turned ? 32 * q * kStride + 16 * (n + i) : 8 * (n + i) * kStride + 64 * q;
+          load_matrices<turned>(b[i], at + from);
+        }
+#pragma unroll
+        for (int k = 0; k < 4; k += 2) {
+          const uint32_t(&low)[2] = left.pair[4 * q + k], (&high)[2] = left.pair[4 * q + k + 1];
+          const uint32_t a[4] = {low[0], low[1], high[0], high[1]};
+#pragma unroll
+          for (int i = 0; i < 4; ++i) multiply_16<P>(acc[n + i], a, b[i][k], b[i][k + 1]);
         }
       }
     }
   } else {
-    const int g = lane >> 2, t = lane & 3;
+    // Lane 4 g + t asks of eight columns for g's and of eight of k for 2 t and 2 t + 1.
+    const int g = lane >> 2, t = lane & 3, odd = g & 1, turn = place_of(8 * (g >> 1) + odd, 0);
     const auto* w = reinterpret_cast<const float*>(weight);
-    const float* first = turned ? w + 8 * t * D + 4 * (g ^ (2 * t)) : w + 4 * g * D + 4 * ((2 * t) ^ g);
-    const float* second = turned ? w + (8 * t + 4) * D + 4 * (g ^ (2 * t + 1)) : w + 4 * g * D + 4 * ((2 * t + 1) ^ g);
 #pragma unroll
     for (int q = 0; q < D / 32; ++q) {
-      float a[4][4], low[4][4];
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const float(&x)[4] = left.value[4 * q + i];
-        const float given[4] = {x[0], x[2], x[1], x[3]};
+      for (int j = 0; j < 4; ++j) {
+        Split<P, 4> a;
+        const float(&x)[4] = left.value[4 * q + j];
+        constexpr float by = P == Product::tf32 ? 1.0f + kCutOff : 1.0f;
+        a.set(0, by * x[0]), a.set(1, by * x[2]), a.set(2, by * x[1]), a.set(3, by * x[3]);
 #pragma unroll
-        for (int r = 0; r < 4; ++r) {
-          a[i][r] = rounded(given[r]);
-          low[i][r] = P == Product::float32 ? rounded(given[r] - a[i][r]) : 0.0f;
-        }
-      }
-#pragma unroll
-      for (int n = 0; n < D / 32; ++n) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {  // of k where `turned`, else of the result's columns
-          const int from = turned ? (32 * q + i) * D + 32 * n : (32 * n + i) * D + 32 * q;
-          const float4 b0 = *reinterpret_cast<const float4*>(first + from);
-          const float4 b1 = *reinterpret_cast<const float4*>(second + from);
-          const float low_k[4] = {b0.x, b0.y, b0.z, b0.w}, high_k[4] = {b1.x, b1.y, b1.z, b1.w};
-#pragma unroll
-          for (int j = 0; j < 4; ++j) {
-            const int k = turned ? i : j, column = 4 * n + (turned ? j : i);
-            add_product_8<P>(acc[column], a[k], low[k], low_k[j], high_k[j]);
+        for (int n = 0; n < D / 8; ++n) {
+          const int group = n / 4 * 32, i = n % 4;
+          float2 b;
+          if constexpr (turned) {  // rows of k, a column of g
+            const float* at = w + (32 * q + 8 * t + 2 * j) * D + group + 8 * (g >> 1) + odd;
+            b = {at[2 * (i ^ t)], at[D + 2 * (i ^ t ^ 2)]};
+          } else {  // a row of g, columns of k
+            const float* at = w + (group + 8 * (g >> 1) + 2 * i + odd) * D + 32 * q + 8 * t;
+            b = *reinterpret_cast<const float2*>(at + 2 * (j ^ turn));
           }
+          add_product_8<P>(acc[n], a, b.x, b.y);
         }
       }
     }

@@ -9,7 +9,19 @@ os.environ["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"
 
 import torch
 
-from speedk.ops import coo_encode, norm_act_pool, sparsify, topk_mask, unroll_step, unroll_step_adjoint, use_backend
+from speedk.ops import (
+    BlockWeights,
+    coo_encode,
+    freenet_block,
+    native_block,
+    norm_act_pool,
+    sparsify,
+    topk_mask,
+    unroll_step,
+    unroll_step_adjoint,
+    use_backend,
+)
+from speedk.ops.freenet_block import NORMS
 from speedk.ops.native import DTYPES
 from speedk.ops.norm_act_pool import norm_act_pool_reference
 from speedk.ops.topk import topk_mask_reference
@@ -67,6 +79,15 @@ def steps(size: int, dtype: torch.dtype) -> None:
                 torch.testing.assert_close(one, other, rtol=1e-11, atol=1e-9)
 
 
+def blocks(tokens: int, norm: str, dtype: torch.dtype) -> None:
+    shapes = [(96, 96) if "weight" in name and "norm" not in name else (96,) for name in BlockWeights._fields]
+    features, state, *weights = (torch.randn(shape, device="cuda").to(dtype).requires_grad_()
+                                 for shape in [(1, tokens, 96)] * 2 + shapes)
+    out = freenet_block(features, state, BlockWeights(*weights), norm)
+    found = torch.autograd.grad(out.square().sum(), [features, state, *weights])
+    assert all(t.isfinite().all() for t in (out, *found))
+
+
 if __name__ == "__main__":
     torch.manual_seed(0)
     with use_backend("native"):
@@ -77,4 +98,9 @@ if __name__ == "__main__":
                 pooling(shape, layout, dtype)
         for dtype, size in itertools.product((torch.float32, torch.float64), LENGTHS):
             steps(size, dtype)
+        native_block.BLOCK_CHUNK = native_block.native().block_tokens  # more than one
+        for dtype, tf32 in zip((*native_block.DTYPES_OF_BLOCK, torch.float32), (False, False, False, True)):
+            torch.backends.cuda.matmul.allow_tf32 = tf32
+            for tokens, norm in itertools.product((1, 150), NORMS):
+                blocks(tokens, norm, dtype)
     print("the CUDA ops agree with PyTorch")

@@ -9,6 +9,8 @@ from speedk.ops.dispatch import native
 from speedk.ops.native import DTYPES, address, launch, takes
 from speedk.precision import tf32_allowed
 
+DTYPES_OF_BLOCK = (torch.float32, torch.float16, torch.bfloat16)
+
 
 @torch.compiler.assume_constant_result
 def has_block(D: int) -> bool:
@@ -25,7 +27,7 @@ three. Fixed, so that the sums have one order everywhere."""
 
 
 def _takes(tensor: Tensor) -> None:
-    takes(tensor, (torch.float32, torch.float16, torch.bfloat16), cuda=True)
+    takes(tensor, DTYPES_OF_BLOCK, cuda=True)
     if not tensor.is_cuda and not hasattr(native(), "freenet_block"):  # which tests put there
         raise ValueError("the native kernel of a block is for the GPU")
 
@@ -82,7 +84,7 @@ def freenet_block_bwd(
         launch("freenet_block_backward", _block(x, s, weights, norm, eps), given, d_x, d_s, factors, sums,
                 numbers=(factors[0].numel(), len(sums) if start else 0))
         d_branch, d_inner, d_mlp, hidden, active = factors.unbind()
-        job = native().RowProducts(DTYPES[like["dtype"]], tf32_allowed(), len(x), D,
+        job = native().RowProducts(DTYPES[like["dtype"]], tf32_allowed(), len(x),
                                    [t.data_ptr() for t in (d_branch, d_inner, d_mlp)],
                                    [t.data_ptr() for t in (x, hidden, active)])  # fmt: skip
         launch("row_products", job, partial, numbers=(SPLITS, start > 0))

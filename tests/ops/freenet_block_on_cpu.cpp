@@ -17,17 +17,11 @@ template <Product P> bool run(const FreenetBlock& job, void* out, const BlockGra
 }
 
 template <Product P> bool run(const RowProducts& job, float* partial, int64_t splits, bool more) {
+  constexpr int D = kProductWidth;
   const int64_t stages = (job.M + kStageTokens<P> - 1) / kStageTokens<P>, of_split = (stages + splits - 1) / splits;
-  const auto on = [&](auto columns) {
-    constexpr int NB = columns();
-    const emulated::Index grid{static_cast<unsigned>(splits), static_cast<unsigned>(job.count),
-                               static_cast<unsigned>(job.D / NB)};
-    return emulated::run(grid, static_cast<unsigned>(job.D), 1,
-                         [&] { row_products_kernel<P, NB>(job, partial, of_split * kStageTokens<P>, more); });
-  };
-  return job.D % 96 == 0   ? on(std::integral_constant<int, 96>())
-         : job.D % 64 == 0 ? on(std::integral_constant<int, 64>())
-                           : on(std::integral_constant<int, 32>());
+  const emulated::Index grid{static_cast<unsigned>(splits), static_cast<unsigned>(job.count), 1};
+  return emulated::run(grid, kGroups * kGroupThreads<D>, 1,
+                       [&] { row_products_kernel<P, D>(job, partial, of_split * kStageTokens<P>, more); });
 }
 
 // f(product) for a dtype.
@@ -60,9 +54,9 @@ extern "C" bool freenet_block_on_cpu(int dtype, bool tf32, bool sum, const int64
   });
 }
 
-extern "C" bool row_products_on_cpu(int dtype, bool tf32, const int64_t* sizes, int count, void** left, void** right,
+extern "C" bool row_products_on_cpu(int dtype, bool tf32, int64_t M, int count, void** left, void** right,
                                     float* partial, int64_t splits, bool more) {
-  RowProducts job{static_cast<Dtype>(dtype), tf32, count, sizes[0], sizes[1], {}, {}};
+  RowProducts job{static_cast<Dtype>(dtype), tf32, count, M, {}, {}};
   for (int i = 0; i < count; ++i) job.left[i] = left[i], job.right[i] = right[i];
   return with_product(dtype, tf32, [&](auto product) { return run<product()>(job, partial, splits, more); });
 }

@@ -25,7 +25,6 @@ inline uint32_t __float_as_uint(float value) {
   std::memcpy(&bits, &value, 4);
   return bits;
 }
-inline float __expf(float x) { return std::exp(x); }
 inline float rsqrtf(float x) { return 1 / std::sqrt(x); }
 
 namespace speedk {
@@ -61,10 +60,9 @@ template <Product P> float2 unpacked(uint32_t both) {
   if (P == Product::bfloat16) return {__uint_as_float(both << 16), __uint_as_float(both & 0xffff0000u)};
   return {from_float16(both), from_float16(both >> 16)};
 }
-inline float rounded(float value) { return __uint_as_float((__float_as_uint(value) + 0x1000) & 0xffffe000u); }
-inline uint32_t halves(uint32_t a, uint32_t b, uint32_t which) {
-  return which == 0x5410 ? (a & 0xffff) | b << 16 : a >> 16 | (b & 0xffff0000u);
-}
+inline float power_of_2(float x) { return std::exp2(x); }
+inline float inverse(float x) { return 1 / x; }
+inline void ask_for(const void*) {}
 
 // What this lane gets of a product of 16 x K times K x 8: a(lane, register, place in it) and b likewise; each register
 // holds `width` values of k.

@@ -1,8 +1,9 @@
-"""The CUDA kernels of FReeNet's block on the CPU, a thread at a time, against float64: the ways products are computed,
-both norms, with and without a state, tokens that fill no tile, and more than one chunk."""
+"""The CUDA kernels of FReeNet's block, on the CPU, a thread at a time, and on a GPU, against float64: the ways products
+are computed, both norms, with and without a state, tokens that fill no tile, and more than one chunk."""
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 
 import emulation
@@ -10,7 +11,7 @@ import pytest
 import torch
 from support import poisoned_memory
 
-from speedk.ops import BlockWeights, native, native_block
+from speedk.ops import BlockWeights, dispatch, native, native_block
 from speedk.ops.freenet_block import EPS, freenet_block_reference
 
 D = 96
@@ -53,8 +54,8 @@ def emulated(tmp_path_factory):
 
         @staticmethod
         def row_products(job, partial, splits, more, threads):
-            dtype, tf32, M, width, left, right = job
-            assert products(dtype, tf32, (ctypes.c_int64 * 2)(M, width), len(left), pointers(left), pointers(right),
+            dtype, tf32, M, left, right = job
+            assert products(dtype, tf32, ctypes.c_int64(M), len(left), pointers(left), pointers(right),
                             ctypes.c_void_p(partial), ctypes.c_int64(splits), more)
 
         @staticmethod
@@ -65,8 +66,8 @@ def emulated(tmp_path_factory):
     return Emulated()
 
 
-@pytest.fixture(autouse=True)
-def _in_its_place(emulated, monkeypatch):
+@pytest.fixture
+def in_its_place(emulated, monkeypatch):
     for module in (native, native_block):
         monkeypatch.setattr(module, "native", lambda: emulated)
 
@@ -78,14 +79,15 @@ def product(request, monkeypatch):
     return dtype, close
 
 
-def draw(dtype, *shape, scale=1.0, shift=0.0):
-    return (torch.randn(shape) * scale + shift).to(dtype)
+def draw(dtype, *shape, scale=1.0, shift=0.0, device="cpu"):
+    return (torch.randn(shape) * scale + shift).to(device, dtype)
 
 
-def weights_of(dtype):
+def weights_of(dtype, device="cpu"):
     matrices, norms = ("proj_weight", "fc1_weight", "fc2_weight"), ("norm1_weight", "norm2_weight")
-    return [draw(dtype, D, D, scale=D**-0.5) if name in matrices
-            else draw(dtype, D, scale=0.3, shift=1.0 if name in norms else 0.0) for name in BlockWeights._fields]
+    return [draw(dtype, D, D, scale=D**-0.5, device=device) if name in matrices
+            else draw(dtype, D, scale=0.3, shift=1.0 if name in norms else 0.0, device=device)
+            for name in BlockWeights._fields]  # fmt: skip
 
 
 def in_double(d_out, features, state, weights, norm):
@@ -99,13 +101,10 @@ def in_double(d_out, features, state, weights, norm):
             torch.stack([g for g in found[1:11] if g.ndim == 1])]  # fmt: skip
 
 
-@pytest.mark.parametrize("N", [0, 1, 5])
-@pytest.mark.parametrize(("stateful", "norm"), [(False, "branch"), (True, "branch"), (True, "sum")])
-def test_equals_the_reference(product, stateful, norm, N, monkeypatch):
+def check(product, stateful, norm, N, J, device):
     dtype, close = product
-    monkeypatch.setattr(native_block, "BLOCK_CHUNK", 128)  # two chunks of five images
-    features, d_out = draw(dtype, N, 31, D), draw(dtype, N, D, 31).mT  # of other strides
-    state, weights = draw(dtype, N, 31, D) if stateful else None, weights_of(dtype)
+    features, d_out = draw(dtype, N, J, D, device=device), draw(dtype, N, D, J, device=device).mT  # of other strides
+    state, weights = draw(dtype, N, J, D, device=device) if stateful else None, weights_of(dtype, device)
     with poisoned_memory():
         out = native_block.freenet_block_fwd(features, state, weights, norm, EPS)
         found = native_block.freenet_block_bwd(d_out, features, state, weights, norm, EPS)
@@ -117,7 +116,37 @@ def test_equals_the_reference(product, stateful, norm, N, monkeypatch):
             assert (got.double() - want).norm() <= close * want.norm()
 
 
-def test_each_vector_has_a_gradient_of_its_own(product):
+NORMS = pytest.mark.parametrize(("stateful", "norm"), [(False, "branch"), (True, "branch"), (True, "sum")])
+
+
+@NORMS
+@pytest.mark.parametrize("N", [0, 1, 5])
+def test_emulated(product, stateful, norm, N, in_its_place, monkeypatch):
+    monkeypatch.setattr(native_block, "BLOCK_CHUNK", 128)  # two chunks of five images
+    check(product, stateful, norm, N, 31, "cpu")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available() or not dispatch.native_cuda(), reason="there is no GPU")
+@NORMS
+@pytest.mark.parametrize(("N", "J"), [(1, 1), (3, 50), (700, 49)])
+def test_on_the_gpu(product, stateful, norm, N, J, monkeypatch):
+    monkeypatch.undo()  # what may be computed in tf32 is for PyTorch to say
+    dtype, close = product
+    with tf32(close == PRODUCTS["tf32"][2] and dtype == torch.float32):
+        check(product, stateful, norm, N, J, "cuda")
+
+
+@contextlib.contextmanager
+def tf32(allowed):
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high" if allowed else "highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def test_each_vector_has_a_gradient_of_its_own(product, in_its_place):
     """Not only their norm together: one by one."""
     dtype, close = product
     features, state, d_out = (draw(dtype, 2, 17, D) for _ in range(3))
@@ -127,7 +156,7 @@ def test_each_vector_has_a_gradient_of_its_own(product):
     assert ((got.double() - want).norm(dim=1) <= 2 * close * want.norm(dim=1)).all()
 
 
-def test_a_nan_stays_in_its_token(product):
+def test_a_nan_stays_in_its_token(product, in_its_place):
     dtype, _ = product
     features, d_out, weights = draw(dtype, 1, 40, D), draw(dtype, 1, 40, D), weights_of(dtype)
     features[0, 7, 3] = torch.nan
@@ -138,13 +167,13 @@ def test_a_nan_stays_in_its_token(product):
     assert d_features[0, 7].isnan().all() and d_features[0, rest].isfinite().all()
 
 
-@pytest.mark.parametrize(("width", "tokens", "splits"), [(32, 70, 2), (64, 33, 4), (160, 20, 1), (192, 50, 3)])
-def test_products_over_tokens(product, emulated, width, tokens, splits):
-    """Of other widths, one alone, and added to what is there."""
+@pytest.mark.parametrize(("tokens", "splits"), [(1, 1), (70, 2), (33, 4), (300, 2)])
+def test_products_over_tokens(product, emulated, tokens, splits):
+    """One alone, and added to what is there; with parts that have no token."""
     dtype, close = product
-    left, right = draw(dtype, tokens, width), draw(dtype, tokens, width)
-    job = native.DTYPES[dtype], native_block.tf32_allowed(), tokens, width, [left.data_ptr()], [right.data_ptr()]
-    partial = torch.full((splits, width, width), torch.nan)
+    left, right = draw(dtype, tokens, D), draw(dtype, tokens, D)
+    job = native.DTYPES[dtype], native_block.tf32_allowed(), tokens, [left.data_ptr()], [right.data_ptr()]
+    partial = torch.full((splits, D, D), torch.nan)
     for more in (False, True):
         emulated.row_products(job, partial.data_ptr(), splits, more, 1)
     want = 2 * left.double().T @ right.double()

@@ -146,8 +146,8 @@ def op_calls(layout: str):
     yield _mhsc_coo, (values, ROWS, COLS, saet, 4, True, "triton")
     yield _mhsc_coo_bwd, (d_out, values, ROWS, COLS, saet, True, True, "triton")
     yield _mhsc_coo_bwd, (d_out, values, ROWS, COLS, saet, False, True, "triton")
-    yield _freenet_block, (new(3, 4, 6), state, weights, "branch")
-    yield _freenet_block_bwd, (d_out, new(3, 4, 6), None, weights, "sum")
+    yield _freenet_block, (new(3, 4, 6), state, weights, "branch", "triton")
+    yield _freenet_block_bwd, (d_out, new(3, 4, 6), None, weights, "sum", "triton")
 
 
 @pytest.mark.parametrize("layout", ["transposed", "expanded"])
