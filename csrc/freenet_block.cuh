@@ -1,4 +1,4 @@
-// A warp carries 16 tokens through the block, forwards and back, in its registers. What lies beyond M is zeros: what they
+// A warp carries 16 tokens through the block, forwards and back, in its registers. Beyond M are zeros: what they
 // give is written nowhere, and their gradient is zero.
 #pragma once
 #include "freenet_block.h"
