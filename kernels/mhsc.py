@@ -93,14 +93,17 @@ def mhsc_fwd_meta(K: int, d: int, precision: str, itemsize: int) -> dict[str, in
 def mhsc_bwd_meta(K: int, d: int, precision: str, itemsize: int) -> dict[str, int]:
     """Blocks of the backward kernel for K tokens and heads of width d."""
     BD = block(d)
-    if BD > 64 or (itemsize == 4 and precision == "tf32x3"):  # without tensor cores, or this wide, larger blocks spill
+    full, even = itemsize == 4 and precision == "tf32x3", K % 16 == 0 and d % 16 == 0
+    if full and BD <= 32 and even:
+        return {"BM": 64, "BK": block(K, largest=64), "BD": BD, "num_warps": 4, "num_stages": 1}
+    if BD > 64 or full:  # operands in two halves, or this wide: larger blocks spill
         return {"BM": 32 if BD <= 128 else 16, "BK": block(K, largest=32), "BD": BD,
                 "num_warps": 8, "num_stages": 1}  # fmt: skip
-    if K % 16 or d % 16:
+    if not even:
         return {"BM": 32, "BK": block(K, largest=64), "BD": BD, "num_warps": 8, "num_stages": 2}
     if itemsize == 2:
         return {"BM": 32, "BK": block(K, largest=64), "BD": BD, "num_warps": 4, "num_stages": 3}
-    return {"BM": 64, "BK": block(K, largest=64), "BD": BD, "num_warps": 8, "num_stages": 2}
+    return {"BM": 64, "BK": block(K, largest=64), "BD": BD, "num_warps": 4, "num_stages": 2}
 
 
 def mhsc_fwd(scm: Tensor, saet: Tensor) -> Tensor:

@@ -273,11 +273,13 @@ def tokens_to_images_bwd_meta(C: int, patch: int, D: int, precision: str, itemsi
     lines = lines_meta(C, patch)
     full = itemsize == 4 and precision == "tf32x3"
     if patch > 64 or full:  # the addresses of long lines, or operands in two halves, take registers
-        return {**lines, "BM": 32, "BD": block(D, 16, 64), "num_warps": 8, "num_stages": 1 if full else 2}
+        warps = 4 if of_weight and patch <= 64 else 8
+        return {**lines, "BM": 32, "BD": block(D, 16, 64), "num_warps": warps, "num_stages": 1 if full else 2}
     half = {"LT": max(lines["LT"] // 2, triton.cdiv(16, lines["BP"])), "BP": lines["BP"]}
     if itemsize == 4:
         return {**half, "BM": 32, "BD": block(D, 16, 128), "num_warps": 4, "num_stages": 2}
-    return {**(lines if of_weight else half), "BM": 64, "BD": block(D, 16, 64), "num_warps": 4,
+    BD = block(D, 16, 128 if of_weight and D <= 128 else 64)
+    return {**(lines if of_weight else half), "BM": 64, "BD": BD, "num_warps": 4,
             "num_stages": 3 if of_weight else 2}  # fmt: skip
 
 

@@ -17,8 +17,10 @@ from speedk.ops import dispatch
 def test_a_device_without_a_kernel_is_skipped(op):
     pairs = {param.values: param.marks[0] for param in on_backends(op, ["cpu", "cuda"]).args[1]}
     assert set(pairs) == {(b, d) for b in ("native", "torch") for d in ("cpu", "cuda")}
-    without = [] if dispatch._ops[op].cuda and dispatch.native_cuda() else [("native", "cuda")]
-    assert [p for p, mark in pairs.items() if mark.args[0]] == without
+    table = dispatch._ops[op]
+    without = {("native", "cpu")} if not table.cpu else set()
+    without |= set() if table.cuda and dispatch.native_cuda() else {("native", "cuda")}
+    assert {p for p, mark in pairs.items() if mark.args[0]} == without
     assert all(pairs[p].kwargs["reason"] for p in without)
 
 
@@ -29,5 +31,7 @@ def test_what_is_said_of_a_gpu_is_what_tensors_there_are_told(name):
     with FakeTensorMode(allow_non_fake_inputs=True):
         there = tree_map(lambda x: x.new_empty(x.shape, device="cuda") if isinstance(x, torch.Tensor) else x,
                          CASES[name])
-        told = dispatch.explain(name, *there)["native"] in ("chosen", "available")
-    assert told == (dispatch.installed(name, "cuda")["native"] in ("chosen", "available"))
+        told = dispatch.explain(name, *there)["native"]
+    if told.startswith("there is no kernel for D="):  # which nobody can say of every input
+        return
+    assert (told in ("chosen", "available")) == (dispatch.installed(name, "cuda")["native"] in ("chosen", "available"))
