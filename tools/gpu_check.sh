@@ -97,7 +97,7 @@ reserve=$((limit / 3))
 checks=(walk training warm)
 export TORCHINDUCTOR_CACHE_DIR="$site/inductor"
 behind walk 200 "$python" -P tools/walk.py cuda  # each command of the package
-behind training 200 env OMP_NUM_THREADS=2 "${pytest[@]}" tests/augment tests/distillation -k cuda
+behind training 200 env OMP_NUM_THREADS=2 "${pytest[@]}" ${spread[@]+-n 4} tests/augment tests/distillation -k cuda
 behind warm 200 env OMP_NUM_THREADS=2 "${pytest[@]}" ${spread[@]+-n 4} bench/bench_freenet.py \
     -k "training and not float32"
 if command -v compute-sanitizer >/dev/null; then
