@@ -148,6 +148,7 @@ PYBIND11_MODULE(_native, m) {
         return job;
       }));
   m.def("block_has_kernel", &block_has_kernel);
+  m.def("block_bytes", [](int dtype) { return block_bytes(static_cast<Dtype>(dtype)); });
   m.attr("block_tokens") = kBlockTokens;
   py::class_<RowProducts>(m, "RowProducts")
       .def(py::init([](int dtype, bool tf32, int64_t M, const std::vector<uintptr_t>& left,

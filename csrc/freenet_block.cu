@@ -26,6 +26,7 @@ template <Product P> int block_forward(const FreenetBlock& job, void* out, void*
 
 template <Product P> int block_backward(const FreenetBlock& job, const BlockGradients& to, void* stream) {
   constexpr int D = kBlockWidth, bytes = kBackwardBytes<P, D>;
+  static_assert(bytes == block_bytes(kShort<P> ? Dtype::bfloat16 : Dtype::float32), "as the ops are told");
   const cudaError_t set =
       cudaFuncSetAttribute(block_backward_kernel<P, D>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
   if (set != cudaSuccess) return static_cast<int>(set);

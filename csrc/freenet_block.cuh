@@ -6,8 +6,6 @@
 
 namespace speedk {
 
-constexpr int kVectors = 7;
-
 template <Product P> constexpr int kForwardThreads = kShort<P> ? 256 : 384;
 template <Product P> constexpr int kForwardBlocks = kShort<P> ? 2 : 1;  // of a multiprocessor
 constexpr int kBackwardThreads = kBlockTokens * 2;  // 16 tokens a warp

@@ -27,6 +27,13 @@ inline bool block_has_kernel(int64_t D) { return D == kBlockWidth; }
 
 // Tokens that one program of the backward pass takes; it makes one row of sums.
 constexpr int64_t kBlockTokens = 128;
+constexpr int64_t kVectors = 7;
+
+// Shared memory of a block of threads that the kernels need at most: the weights, and the sums of each warp.
+inline constexpr int64_t block_bytes(Dtype dtype) {
+  constexpr int64_t D = kBlockWidth, sums = kBlockTokens / 16 * kVectors * 4 * D;
+  return 3 * (dtype == Dtype::float32 ? 4 * D * D : D * (2 * D + 16)) + kVectors * 4 * D + sums;
+}
 
 #if defined(SPEEDK_CUDA) || defined(SPEEDK_EMULATED)
 // out [M, D]. They return a cudaError_t.

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from types import ModuleType
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 from torch.nn.functional import gelu, linear
 
@@ -107,11 +106,7 @@ def why_not_triton(features: Tensor, state: Tensor | None, weights: Sequence[Ten
 
 def why_not_native(features: Tensor, state: Tensor | None, weights: Sequence[Tensor]) -> str | None:
     missing = dispatch.why_not_native_cuda(features)
-    if missing is not None:
-        return missing
-    if features.dtype == torch.float64:
-        return "float64 is computed in PyTorch, in double"
-    return None if native_block.has_block(features.shape[-1]) else f"there is no kernel for D={features.shape[-1]}"
+    return missing or native_block.why_not(features.shape[-1], features.dtype, features.device.index)
 
 
 _op = dispatch.Op("freenet_block", triton=why_not_triton, native=why_not_native, cuda=True, cpu=False, first="native")

@@ -13,9 +13,21 @@ DTYPES_OF_BLOCK = (torch.float32, torch.float16, torch.bfloat16)
 
 
 @torch.compiler.assume_constant_result
-def has_block(D: int) -> bool:
-    """Whether there is a CUDA kernel of FReeNet's block for tokens of D values."""
-    return native().block_has_kernel(D)
+def why_not(D: int, dtype: torch.dtype, device: int | None) -> str | None:
+    """Why there is no CUDA kernel of FReeNet's block for tokens of D values on this GPU (any, if it is not here)."""
+    if dtype not in DTYPES_OF_BLOCK:
+        return f"{dtype} is computed in PyTorch"
+    if not native().block_has_kernel(D):
+        return f"there is no kernel for D={D}"
+    if not torch.cuda.is_available():
+        return None
+    needed, has = native().block_bytes(DTYPES[dtype]), _shared_memory(torch.cuda.get_device_properties(device))
+    return f"it needs {needed:,} bytes of shared memory, this GPU has {has:,}" if needed > has else None
+
+
+def _shared_memory(gpu) -> int:
+    """What a block of threads may have: not all of what a multiprocessor has, which on some is little more."""
+    return getattr(gpu, "shared_memory_per_block_optin", (99 if gpu.minor else 160) << 10)
 
 
 BLOCK_CHUNK = 16384
