@@ -105,9 +105,9 @@ __global__ void __launch_bounds__(kBackwardThreads, 1) block_backward_kernel(Fre
   Rows<P, D> rows, normalised, slope;
   load<P, D>(rows, job.features, first, M, lane);
   if (first + lane / 2 < M) {
-    const int64_t line = ((first + lane / 2) * D * (kShort<P> ? 2 : 4) & ~127) + 128 * (lane & 1);
-    ask_for(static_cast<const char*>(to.d_out) + line);
-    if (job.state) ask_for(static_cast<const char*>(job.state) + line);
+    const int64_t at = (first + lane / 2) * D * (kShort<P> ? 2 : 4) + 128 * (lane & 1);  // two lines of each token
+    ask_for(static_cast<const char*>(to.d_out) + at);
+    if (job.state) ask_for(static_cast<const char*>(job.state) + at);
   }
   stage<P, D, kBackwardThreads>(job, shared);
   __syncthreads();
