@@ -141,13 +141,13 @@ PYBIND11_MODULE(_native, m) {
   py::class_<FreenetBlock>(m, "FreenetBlock")
       .def(py::init([](int dtype, bool tf32, bool sum, int64_t M, int64_t D, uintptr_t features, uintptr_t state,
                        const std::vector<uintptr_t>& addresses, double eps) {
-        require(M >= 0 && block_has_kernel(D), "there is no kernel for blocks of this D");
+        require(M >= 0 && D == kBlockWidth, "there is no kernel for blocks of this D");
         require(addresses.size() == 10, "a block has ten weights");
         FreenetBlock job{static_cast<Dtype>(dtype), tf32, sum, M, D, at(features), at(state), {}, eps};
         for (int i = 0; i < 10; ++i) job.weights[i] = at(addresses[i]);
         return job;
       }));
-  m.def("block_has_kernel", &block_has_kernel);
+  m.attr("block_width") = kBlockWidth;
   m.def("block_bytes", [](int dtype) { return block_bytes(static_cast<Dtype>(dtype)); });
   m.attr("block_tokens") = kBlockTokens;
   py::class_<RowProducts>(m, "RowProducts")
@@ -165,7 +165,7 @@ PYBIND11_MODULE(_native, m) {
   }, released);
   m.def("freenet_block_backward_cuda", [](const FreenetBlock& job, uintptr_t d_out, uintptr_t d_features,
                                           uintptr_t d_state, uintptr_t factors, uintptr_t sums, int64_t size,
-                                          int64_t more, uintptr_t stream) {
+                                          bool more, uintptr_t stream) {
     return freenet_block_backward_cuda(job, at(d_out), at(d_features), at(d_state), at(factors), size,
                                        at<float>(sums), more, at(stream));
   }, released);

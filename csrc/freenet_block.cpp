@@ -24,7 +24,7 @@ int freenet_block_cuda(const FreenetBlock& job, void* out, void* stream) {
 }
 
 int freenet_block_backward_cuda(const FreenetBlock& job, const void* d_out, void* d_features, void* d_state,
-                                void* factors, int64_t size, float* sums, int64_t more, void* stream) {
+                                void* factors, int64_t size, float* sums, bool more, void* stream) {
   const int64_t bytes = size * (job.dtype == Dtype::float32 ? 4 : 2);
   const auto factor = [&](int i) { return static_cast<void*>(static_cast<char*>(factors) + i * bytes); };
   const BlockGradients to{d_out,     d_features, d_state,   factor(0), factor(1),

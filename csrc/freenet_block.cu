@@ -16,7 +16,7 @@ int multiprocessors() {
 template <Product P> int block_forward(const FreenetBlock& job, void* out, void* stream) {
   constexpr int D = kBlockWidth, threads = kForwardThreads<P>, bytes = kForwardBytes<P, D>;
   const cudaError_t set = cudaFuncSetAttribute(block_kernel<P, D>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-  if (set != cudaSuccess) return static_cast<int>(set);
+  if (set != cudaSuccess) return static_cast<int>(cudaGetLastError());
   const int64_t tokens = threads / 2, blocks = (job.M + tokens - 1) / tokens;
   const int64_t most = kForwardBlocks<P> * multiprocessors();
   block_kernel<P, D><<<static_cast<unsigned>(blocks < most ? blocks : most), threads, bytes,
@@ -26,10 +26,11 @@ template <Product P> int block_forward(const FreenetBlock& job, void* out, void*
 
 template <Product P> int block_backward(const FreenetBlock& job, const BlockGradients& to, void* stream) {
   constexpr int D = kBlockWidth, bytes = kBackwardBytes<P, D>;
-  static_assert(bytes == block_bytes(kShort<P> ? Dtype::bfloat16 : Dtype::float32), "as the ops are told");
+  static_assert(bytes == block_bytes(kShort<P> ? Dtype::bfloat16 : Dtype::float32) && bytes >= kForwardBytes<P, D>,
+                "as the ops are told");
   const cudaError_t set =
       cudaFuncSetAttribute(block_backward_kernel<P, D>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-  if (set != cudaSuccess) return static_cast<int>(set);
+  if (set != cudaSuccess) return static_cast<int>(cudaGetLastError());
   const auto blocks = static_cast<unsigned>((job.M + kBlockTokens - 1) / kBlockTokens);
   block_backward_kernel<P, D><<<blocks, kBackwardThreads, bytes, static_cast<cudaStream_t>(stream)>>>(job, to);
   return static_cast<int>(cudaGetLastError());

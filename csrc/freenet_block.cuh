@@ -191,7 +191,7 @@ __global__ void __launch_bounds__(kBackwardThreads, 1) block_backward_kernel(Fre
   __syncthreads();
   float* total = to.sums + static_cast<int64_t>(blockIdx.x) * kVectors * D;
   for (int i = threadIdx.x; i < kVectors * D; i += kBackwardThreads) {
-    float sum = blockIdx.x < to.more ? total[i] : 0;
+    float sum = to.more ? total[i] : 0;
     for (int w = 0; w < kBackwardThreads / 32; ++w) sum += all_sums[w * kVectors * D + i];
     total[i] = sum;
   }

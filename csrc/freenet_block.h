@@ -21,9 +21,8 @@ struct FreenetBlock {
   double eps;
 };
 
-// D for which there is a kernel.
+// The D for which there is a kernel.
 constexpr int64_t kBlockWidth = 96;
-inline bool block_has_kernel(int64_t D) { return D == kBlockWidth; }
 
 // Tokens that one program of the backward pass takes; it makes one row of sums.
 constexpr int64_t kBlockTokens = 128;
@@ -40,10 +39,10 @@ inline constexpr int64_t block_bytes(Dtype dtype) {
 int freenet_block_cuda(const FreenetBlock& job, void* out, void* stream);
 // From d_out [M, D]: d_features and, with a state, d_state, [M, D]; the factors of the gradients of the matrices,
 // d_branch, d_inner, d_mlp, hidden and active, at `factors`, `size` values apart; and sums over the tokens of each
-// program, the gradients of the seven vectors in their order, [programs, 7 D] float32, in the first `more` rows added
-// to what is there.
+// program, the gradients of the seven vectors in their order, [programs, 7 D] float32, or, if there is `more`, what is
+// added to it.
 int freenet_block_backward_cuda(const FreenetBlock& job, const void* d_out, void* d_features, void* d_state,
-                                void* factors, int64_t size, float* sums, int64_t more, void* stream);
+                                void* factors, int64_t size, float* sums, bool more, void* stream);
 
 // What of these a backward kernel writes, and d_out.
 struct BlockGradients {
@@ -56,7 +55,7 @@ struct BlockGradients {
   void* hidden;
   void* active;
   float* sums;
-  int64_t more;
+  bool more;
 };
 
 // The same where products are computed as P.

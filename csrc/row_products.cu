@@ -7,9 +7,10 @@ template <Product P>
 int launch(const RowProducts& job, float* partial, int64_t splits, bool more, cudaStream_t stream) {
   constexpr int D = kProductWidth, bytes = kProductBytes<P, D>, tokens = kStageTokens<P>;
   static_assert(bytes >= kGroups / 2 * D * D * 4, "the sums of half of the groups take the place of the tokens");
+  static_assert(bytes <= 99 << 10, "what any GPU with tensor cores for these types has");
   const cudaError_t set =
       cudaFuncSetAttribute(row_products_kernel<P, D>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-  if (set != cudaSuccess) return static_cast<int>(set);
+  if (set != cudaSuccess) return static_cast<int>(cudaGetLastError());
   const int64_t stages = (job.M + tokens - 1) / tokens, of_split = (stages + splits - 1) / splits;
   const dim3 grid(static_cast<unsigned>(splits), static_cast<unsigned>(job.count));
   row_products_kernel<P, D><<<grid, kGroups * kGroupThreads<D>, bytes, stream>>>(job, partial, of_split * tokens, more);

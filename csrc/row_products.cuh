@@ -21,8 +21,8 @@ __device__ __forceinline__ void fetch(void* to, const void* from, bool there) {
                :: "r"(static_cast<uint32_t>(__cvta_generic_to_shared(to))), "l"(from), "r"(there ? 16 : 0) : "memory");
 }
 __device__ __forceinline__ void end_of_stage() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-__device__ __forceinline__ void await_stage() {  // all but the last kStages - 2
-  asm volatile("cp.async.wait_group %0;" :: "n"(kStages - 2) : "memory");
+template <int left> __device__ __forceinline__ void await_all_but() {  // so many of the last stages
+  asm volatile("cp.async.wait_group %0;" :: "n"(left) : "memory");
 }
 #endif
 
@@ -105,7 +105,7 @@ row_products_kernel(RowProducts job, float* partial, int64_t tokens, bool more) 
   for (int i = 0; i < D; ++i) acc[i / (D / 2)][i / 4 % (D / 8)][i % 4] = 0;
   for (int stage = 0; stage < kStages - 1; ++stage) request(stage);
   for (int stage = 0; stage < stages; ++stage) {
-    await_stage();
+    await_all_but<kStages - 2>();
     __syncthreads();
     request(stage + kStages - 1);  // where all have read the stage before
     add_tokens<P, D>(acc, shared + stage % kStages * kTokens * kRowBytes<P, D>, group * kStep<P>, strip, lane);

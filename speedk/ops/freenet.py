@@ -39,7 +39,8 @@ def freenet(scm: Tensor, saet: Tensor, weights: FReeNetWeights) -> Tensor:
 
     scm: [N, H, J, K]; saet: [K, D]. Returns [N, C, H, W], in the space the data were normalised to (not [0, 1]).
     Raises ValueError where shapes or dtypes do not fit.
-    Backends: Triton, native (CPU, float32: codes, blocks and projection in one pass over the tokens), torch.
+    Backends: Triton (as a composition of ops, of which `freenet_block` may have a CUDA kernel), native (CPU, float32:
+    codes, blocks and projection in one pass over the tokens), torch.
     """
     fits_mhsc(scm, saet)
     _fits_weights(scm.shape[2], saet, weights)

@@ -106,13 +106,19 @@ def why_not_triton(features: Tensor, state: Tensor | None, weights: Sequence[Ten
 
 def why_not_native(features: Tensor, state: Tensor | None, weights: Sequence[Tensor]) -> str | None:
     missing = dispatch.why_not_native_cuda(features)
-    return missing or native_block.why_not(features.shape[-1], features.dtype, features.device.index)
+    if missing is not None:
+        return missing
+    if features.shape[-1] != native_block.width():
+        return f"there is no kernel for D={features.shape[-1]}"
+    return native_block.why_not(features.dtype, features.device.index)
 
 
 _op = dispatch.Op("freenet_block", triton=why_not_triton, native=why_not_native, cuda=True, cpu=False, first="native")
 
 
 def _launchers(backend: str) -> ModuleType:
+    if backend not in ("native", "triton"):
+        raise ValueError(f"backend={backend!r} has no kernel of a block")
     return native_block if backend == "native" else dispatch.launchers(backend, "freenet")
 
 

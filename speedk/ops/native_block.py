@@ -13,21 +13,23 @@ DTYPES_OF_BLOCK = (torch.float32, torch.float16, torch.bfloat16)
 
 
 @torch.compiler.assume_constant_result
-def why_not(D: int, dtype: torch.dtype, device: int | None) -> str | None:
-    """Why there is no CUDA kernel of FReeNet's block for tokens of D values on this GPU (any, if it is not here)."""
+def width() -> int:
+    """The D for which there is a kernel."""
+    return native().block_width
+
+
+@torch.compiler.assume_constant_result
+def why_not(dtype: torch.dtype, device: int | None) -> str | None:
+    """Why this GPU (any, if it is None and there is none here) cannot compute in this type, or None."""
     if dtype not in DTYPES_OF_BLOCK:
         return f"{dtype} is computed in PyTorch"
-    if not native().block_has_kernel(D):
-        return f"there is no kernel for D={D}"
     if not torch.cuda.is_available():
         return None
-    needed, has = native().block_bytes(DTYPES[dtype]), _shared_memory(torch.cuda.get_device_properties(device))
+    gpu = torch.cuda.get_device_properties(device)
+    if gpu.major < 8:
+        return "it needs a GPU of compute capability 8.0 or later"
+    needed, has = native().block_bytes(DTYPES[dtype]), gpu.shared_memory_per_block_optin
     return f"it needs {needed:,} bytes of shared memory, this GPU has {has:,}" if needed > has else None
-
-
-def _shared_memory(gpu) -> int:
-    """What a block of threads may have: not all of what a multiprocessor has, which on some is little more."""
-    return getattr(gpu, "shared_memory_per_block_optin", (99 if gpu.minor else 160) << 10)
 
 
 BLOCK_CHUNK = 16384
@@ -40,8 +42,8 @@ three. Fixed, so that the sums have one order everywhere."""
 
 def _takes(tensor: Tensor) -> None:
     takes(tensor, DTYPES_OF_BLOCK, cuda=True)
-    if not tensor.is_cuda and not hasattr(native(), "freenet_block"):  # which tests put there
-        raise ValueError("the native kernel of a block is for the GPU")
+    if not tensor.is_cuda:
+        raise ValueError(f"the native kernel of a block is for the GPU, a tensor is on {tensor.device}")
 
 
 def _ready(tensor: Tensor) -> Tensor:
@@ -94,7 +96,7 @@ def freenet_block_bwd(
         given, x, s, d_x, d_s = (None if t is None else t.view(M, D)[start:start + chunk]
                                  for t in (d_out, features, state, d_features, d_state))  # fmt: skip
         launch("freenet_block_backward", _block(x, s, weights, norm, eps), given, d_x, d_s, factors, sums,
-                numbers=(factors[0].numel(), len(sums) if start else 0))
+                numbers=(factors[0].numel(), start > 0))
         d_branch, d_inner, d_mlp, hidden, active = factors.unbind()
         job = native().RowProducts(DTYPES[like["dtype"]], tf32_allowed(), len(x),
                                    [t.data_ptr() for t in (d_branch, d_inner, d_mlp)],

@@ -3,6 +3,7 @@
 #pragma once
 #include <ucontext.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -39,6 +40,7 @@ inline bool progress;
 inline std::vector<uint64_t> lanes;
 inline ucontext_t scheduler;
 inline unsigned current;
+inline bool backwards;
 inline std::function<void()> body;
 
 inline void yield() { swapcontext(&fibres[current].context, &scheduler); }
@@ -82,12 +84,21 @@ inline bool run(Index blocks, unsigned columns, unsigned rows, std::function<voi
       makecontext(&fibre.context, enter, 0);
     }
     for (size_t done = 0; done < fibres.size();) {
-      done = 0, progress = false;
-      for (current = 0; current < fibres.size(); ++current) {
-        thread = {current % columns, current / columns, 0};
-        if (!fibres[current].done) swapcontext(&scheduler, &fibres[current].context);
-        done += fibres[current].done;
+      done = 0;
+      bool moved = false;
+      for (size_t i = 0; i < of_warps.size(); ++i) {  // each as far as it comes alone, the first or the last ones first
+        const size_t warp = backwards ? of_warps.size() - 1 - i : i;
+        do {
+          progress = false;
+          for (current = 32 * warp; current < std::min(fibres.size(), 32 * warp + 32); ++current) {
+            thread = {current % columns, current / columns, 0};
+            if (!fibres[current].done) swapcontext(&scheduler, &fibres[current].context);
+          }
+          moved |= progress;
+        } while (progress);
       }
+      for (const auto& fibre : fibres) done += fibre.done;
+      progress = moved;
       if (!progress) return false;
     }
   }

@@ -13,7 +13,7 @@ template <Product P> bool run(const FreenetBlock& job, void* out, const BlockGra
     return emulated::run((job.M + kBlockTokens - 1) / kBlockTokens, kBackwardThreads, 1,
                          [&] { block_backward_kernel<P, D>(job, *to); });
   }
-  return emulated::run(2, kForwardThreads<P>, 1, [&] { block_kernel<P, D>(job, out); });
+  return emulated::run(1, kForwardThreads<P>, 1, [&] { block_kernel<P, D>(job, out); });
 }
 
 template <Product P> bool run(const RowProducts& job, float* partial, int64_t splits, bool more) {
@@ -21,7 +21,8 @@ template <Product P> bool run(const RowProducts& job, float* partial, int64_t sp
   const int64_t stages = (job.M + kStageTokens<P> - 1) / kStageTokens<P>, of_split = (stages + splits - 1) / splits;
   const emulated::Index grid{static_cast<unsigned>(splits), static_cast<unsigned>(job.count), 1};
   return emulated::run(grid, kGroups * kGroupThreads<D>, 1,
-                       [&] { row_products_kernel<P, D>(job, partial, of_split * kStageTokens<P>, more); });
+                       [&] { row_products_kernel<P, D>(job, partial, of_split * kStageTokens<P>, more); }) &&
+         !on_the_way();
 }
 
 // f(product) for a dtype.
@@ -40,7 +41,7 @@ template <class F> bool with_product(int dtype, bool tf32, F f) {
 // sizes: M, D; given: features, state and the ten weights; results: out alone, or of the backward pass d_out,
 // d_features, d_state, factors and sums.
 extern "C" bool freenet_block_on_cpu(int dtype, bool tf32, bool sum, const int64_t* sizes, void** given, double eps,
-                                     void** results, bool backward, int64_t size, int64_t more) {
+                                     void** results, bool backward, int64_t size, bool more) {
   FreenetBlock job{static_cast<Dtype>(dtype), tf32, sum, sizes[0], sizes[1], given[0], given[1], {}, eps};
   for (int i = 0; i < 10; ++i) job.weights[i] = given[2 + i];
   const auto factor = [&](int i) { return static_cast<char*>(results[3]) + i * size * (dtype == 0 ? 4 : 2); };
@@ -66,4 +67,10 @@ extern "C" bool sum_rows_on_cpu(int dtype, const float* partial, int64_t rows, i
     return emulated::run((size + 31) / 32, kSumThreads, 1,
                          [&] { sum_rows_kernel<product()>(partial, rows, size, out); });
   });
+}
+
+// Copies are made late, and the last warp goes first.
+extern "C" bool in_the_other_order_on_cpu(bool wanted) {
+  late = emulated::backwards = wanted;
+  return true;
 }

@@ -118,11 +118,43 @@ template <bool turned> void load_matrices(uint32_t (&m)[4], const void* row) {
   });
 }
 
-inline void fetch(void* to, const void* from, bool there) {
-  if (there) std::memcpy(to, from, 16);
-  else std::memset(to, 0, 16);
+// Copies behind a thread's back, made when they are asked for or, `late`, when they are waited for: in between, nothing
+// may count on either.
+struct Copy {
+  void* to;
+  const void* from;
+  bool there;
+  void make() const {
+    if (there) std::memcpy(to, from, 16);
+    else std::memset(to, 0, 16);
+  }
+};
+inline bool late;
+inline std::vector<std::vector<std::vector<Copy>>> copies;  // of each thread, by stages
+inline std::vector<std::vector<Copy>>& own_copies() {
+  if (copies.size() < emulated::fibres.size()) copies.resize(emulated::fibres.size());
+  auto& own = copies[emulated::current];
+  if (own.empty()) own.resize(1);
+  return own;
 }
-inline void end_of_stage() {}
-inline void await_stage() {}
+inline void fetch(void* to, const void* from, bool there) {
+  own_copies().back().push_back({to, from, there});
+  if (!late) own_copies().back().back().make();
+}
+inline void end_of_stage() { own_copies().emplace_back(); }
+template <int left> void await_all_but() {
+  auto& own = own_copies();
+  while (static_cast<int>(own.size()) - 1 > left) {
+    if (late) for (const Copy& copy : own.front()) copy.make();
+    own.erase(own.begin());
+  }
+}
+// Whether some are still on the way where a kernel has ended.
+inline bool on_the_way() {
+  bool any = false;
+  for (const auto& own : copies) for (const auto& stage : own) any |= !stage.empty();
+  copies.clear();
+  return any;
+}
 
 }  // namespace speedk

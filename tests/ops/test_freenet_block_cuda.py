@@ -5,13 +5,14 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import types
 
 import emulation
 import pytest
 import torch
 from support import poisoned_memory
 
-from speedk.ops import BlockWeights, dispatch, native, native_block
+from speedk.ops import BlockWeights, dispatch, freenet_block, native, native_block
 from speedk.ops.freenet_block import EPS, freenet_block_reference
 
 D = 96
@@ -30,20 +31,29 @@ def pointers(addresses):
 @pytest.fixture(scope="module")
 def emulated(tmp_path_factory):
     block = emulation.emulated("freenet_block", tmp_path_factory.mktemp("emulated"))
-    products, sums = (emulation.also(block, name) for name in ("row_products", "sum_rows"))
+    products, sums, turn = (emulation.also(block, name) for name in ("row_products", "sum_rows", "in_the_other_order"))
 
     class Emulated:
         """Stands where speedk._native does."""
 
         block_tokens = 128
-        FreenetBlock = staticmethod(lambda *job: job)
-        RowProducts = staticmethod(lambda *job: job)
+        in_the_other_order = staticmethod(turn)
 
         @staticmethod
-        def _block(job, results, backward, size=0, more=0):
+        def FreenetBlock(dtype, tf32, summed, M, width, features, state, weights, eps):
+            assert all(address % 16 == 0 for address in (features, state, *weights))
+            return dtype, tf32, summed, M, width, features, state, weights, eps
+
+        @staticmethod
+        def RowProducts(dtype, tf32, M, left, right):
+            assert all(address % 16 == 0 for address in (*left, *right))
+            return dtype, tf32, M, left, right
+
+        @staticmethod
+        def _block(job, results, backward, size=0, more=False):
             dtype, tf32, summed, M, width, features, state, weights, eps = job
             assert block(dtype, tf32, summed, (ctypes.c_int64 * 2)(M, width), pointers([features, state, *weights]),
-                         ctypes.c_double(eps), pointers(results), backward, ctypes.c_int64(size), ctypes.c_int64(more))
+                         ctypes.c_double(eps), pointers(results), backward, ctypes.c_int64(size), more)
 
         def freenet_block(self, job, out, threads):
             self._block(job, [out], False)
@@ -66,17 +76,20 @@ def emulated(tmp_path_factory):
     return Emulated()
 
 
-@pytest.fixture
-def in_its_place(emulated, monkeypatch):
+@pytest.fixture(params=["", "in the other order"])
+def in_its_place(request, emulated, monkeypatch):
+    """In two orders of what may come in any: of warps between barriers, and of copies behind their backs."""
     for module in (native, native_block):
         monkeypatch.setattr(module, "native", lambda: emulated)
+    monkeypatch.setattr(native_block, "_takes", lambda tensor: None)
+    emulated.in_the_other_order(bool(request.param))
 
 
 @pytest.fixture(params=PRODUCTS)
 def product(request, monkeypatch):
     dtype, tf32, close = PRODUCTS[request.param]
     monkeypatch.setattr(native_block, "tf32_allowed", lambda: tf32)
-    return dtype, close
+    return dtype, tf32, close
 
 
 def draw(dtype, *shape, scale=1.0, shift=0.0, device="cpu"):
@@ -102,7 +115,7 @@ def in_double(d_out, features, state, weights, norm):
 
 
 def check(product, stateful, norm, N, J, device):
-    dtype, close = product
+    dtype, _, close = product
     features, d_out = draw(dtype, N, J, D, device=device), draw(dtype, N, D, J, device=device).mT  # of other strides
     state, weights = draw(dtype, N, J, D, device=device) if stateful else None, weights_of(dtype, device)
     with poisoned_memory():
@@ -120,19 +133,34 @@ NORMS = pytest.mark.parametrize(("stateful", "norm"), [(False, "branch"), (True,
 
 
 @NORMS
-@pytest.mark.parametrize("N", [0, 1, 5])
-def test_emulated(product, stateful, norm, N, in_its_place, monkeypatch):
+@pytest.mark.parametrize(("N", "J"), [(0, 31), (1, 1), (1, 16), (5, 31)])
+def test_emulated(product, stateful, norm, N, J, in_its_place, monkeypatch):
     monkeypatch.setattr(native_block, "BLOCK_CHUNK", 128)  # two chunks of five images
-    check(product, stateful, norm, N, 31, "cpu")
+    check(product, stateful, norm, N, J, "cpu")
+
+
+def test_a_warp_takes_one_tile_after_another(product, in_its_place):
+    dtype, _, close = product
+    features, weights = draw(dtype, 1, 400, D), weights_of(dtype)
+    got = native_block.freenet_block_fwd(features, None, weights, "branch", EPS)
+    want = freenet_block_reference(features.double(), None, BlockWeights(*(w.double() for w in weights)), "branch")
+    assert (got.double() - want).norm() <= close * want.norm()
+
+
+def test_addresses_that_vectors_cannot_be_read_from(product, in_its_place):
+    dtype, *_ = product
+    weights = weights_of(dtype)
+    odd = draw(dtype, 17 * D + 1)[1:].view(1, 17, D)
+    got = native_block.freenet_block_fwd(odd, None, weights, "branch", EPS)
+    assert torch.equal(got, native_block.freenet_block_fwd(odd.clone(), None, weights, "branch", EPS))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available() or not dispatch.native_cuda(), reason="there is no GPU")
 @NORMS
-@pytest.mark.parametrize(("N", "J"), [(1, 1), (3, 50), (700, 49)])
+@pytest.mark.parametrize(("N", "J"), [(1, 1), (1, 128), (3, 50), (700, 49)])
 def test_on_the_gpu(product, stateful, norm, N, J, monkeypatch):
     monkeypatch.undo()  # what may be computed in tf32 is for PyTorch to say
-    dtype, close = product
-    with tf32(close == PRODUCTS["tf32"][2] and dtype == torch.float32):
+    with tf32(product[1]):
         check(product, stateful, norm, N, J, "cuda")
 
 
@@ -148,7 +176,7 @@ def tf32(allowed):
 
 def test_each_vector_has_a_gradient_of_its_own(product, in_its_place):
     """Not only their norm together: one by one."""
-    dtype, close = product
+    dtype, _, close = product
     features, state, d_out = (draw(dtype, 2, 17, D) for _ in range(3))
     weights = weights_of(dtype)
     *_, got = native_block.freenet_block_bwd(d_out, features, state, weights, "branch", EPS)
@@ -157,7 +185,7 @@ def test_each_vector_has_a_gradient_of_its_own(product, in_its_place):
 
 
 def test_a_nan_stays_in_its_token(product, in_its_place):
-    dtype, _ = product
+    dtype, *_ = product
     features, d_out, weights = draw(dtype, 1, 40, D), draw(dtype, 1, 40, D), weights_of(dtype)
     features[0, 7, 3] = torch.nan
     out = native_block.freenet_block_fwd(features, None, weights, "branch", EPS)
@@ -170,7 +198,7 @@ def test_a_nan_stays_in_its_token(product, in_its_place):
 @pytest.mark.parametrize(("tokens", "splits"), [(1, 1), (70, 2), (33, 4), (300, 2)])
 def test_products_over_tokens(product, emulated, tokens, splits):
     """One alone, and added to what is there; with parts that have no token."""
-    dtype, close = product
+    dtype, _, close = product
     left, right = draw(dtype, tokens, D), draw(dtype, tokens, D)
     job = native.DTYPES[dtype], native_block.tf32_allowed(), tokens, [left.data_ptr()], [right.data_ptr()]
     partial = torch.full((splits, D, D), torch.nan)
@@ -178,3 +206,55 @@ def test_products_over_tokens(product, emulated, tokens, splits):
         emulated.row_products(job, partial.data_ptr(), splits, more, 1)
     want = 2 * left.double().T @ right.double()
     assert (partial.double().sum(0) - want).norm() <= close * want.norm()
+
+
+@pytest.mark.parametrize("product", ["tf32"], indirect=True)
+def test_what_tf32_cuts_off_is_made_up_for(product, emulated, in_its_place):
+    """Of products of positive numbers, all of which would come out too small."""
+    left, right = (torch.rand(64, D) + 0.5 for _ in range(2))
+    partial = torch.empty(1, D, D)
+    job = emulated.RowProducts(0, True, 64, [left.data_ptr()], [right.data_ptr()])
+    emulated.row_products(job, partial.data_ptr(), 1, False, 1)
+    want = left.double().T @ right.double()
+    assert abs(((partial[0].double() - want) / want).mean()) < 2e-4  # 7e-4 otherwise
+
+
+@pytest.mark.skipif(dispatch.native() is None, reason="the extension is not built")
+def test_where_there_is_no_kernel_for_a_gpu(monkeypatch):
+    """Too little shared memory for float32 (99 KB), or no tensor cores for these types."""
+    gpu = types.SimpleNamespace(major=8, shared_memory_per_block_optin=101_376)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: gpu)
+    assert native_block.why_not(torch.bfloat16, 0) is None
+    assert "134,784 bytes of shared memory, this GPU has 101,376" in native_block.why_not(torch.float32, 0)
+    assert "float64" in native_block.why_not(torch.float64, 0)
+    gpu.shared_memory_per_block_optin = 232_448
+    assert native_block.why_not(torch.float32, 0) is None
+    gpu.major = 7
+    assert "8.0" in native_block.why_not(torch.float16, 0)
+
+
+@pytest.mark.skipif(dispatch.native() is None, reason="the extension is not built")
+def test_a_width_that_varies_is_traced(monkeypatch):
+    """The choice asks for D, which need not be a number to `torch.compile`."""
+    monkeypatch.setattr(dispatch, "why_not_native_cuda", lambda *tensors: None)
+    monkeypatch.setattr(native_block, "width", lambda: 0)  # so that PyTorch computes here
+
+    def block(x, *weights):
+        return freenet_block(x, None, BlockWeights(*weights))
+
+    compiled = torch.compile(block, fullgraph=True, dynamic=True, backend="eager")
+    for width in (64, 96):
+        weights = [torch.randn(*((width,) * (2 if "weight" in name and "norm" not in name else 1)))
+                   for name in BlockWeights._fields]  # fmt: skip
+        x = torch.randn(2, 3, width)
+        torch.testing.assert_close(compiled(x, *weights), block(x, *weights))
+
+
+def test_a_backend_without_a_kernel_is_refused():
+    arguments = torch.randn(1, 2, D), None, weights_of(torch.float32), "sum"
+    with pytest.raises(ValueError, match="backend='torch'"):
+        torch.ops.speedk.freenet_block(*arguments, "torch")
+    if dispatch.native() is not None:
+        with pytest.raises(ValueError, match="for the GPU, a tensor is on cpu"):
+            torch.ops.speedk.freenet_block(*arguments, "native")
