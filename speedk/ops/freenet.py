@@ -139,12 +139,16 @@ _op = dispatch.Op("freenet", triton=why_not_triton, native=why_not_native)
 _coo = dispatch.Op("freenet_coo", triton=why_not_triton, native=why_not_native)
 
 
-@registered.custom_op("speedk::freenet")
+def _fits_forward(inputs: Tensor, saet: Tensor | None, weights: list[Tensor], channels: int, patch: int,
+                  *_: bool) -> None:
+    _fits(inputs, saet, weights, channels, patch)
+
+
+@registered.custom_op("speedk::freenet", fits=_fits_forward)
 def _freenet(inputs: Tensor, saet: Tensor | None, weights: list[Tensor], channels: int, patch: int, sum_norm: bool,
              keep: bool) -> tuple[Tensor, Tensor]:
     """The images from codes [N, H, J, K] and SAETs, or from the features [N, J, D] that they make, and None; and what
     the way back need not find once more."""
-    _fits(inputs, saet, weights, channels, patch)
     return native.decode_fwd(inputs, saet, weights, channels, patch, sum_norm, keep)
 
 
