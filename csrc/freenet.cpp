@@ -311,7 +311,7 @@ template <class Products> void decode_by(const Decoder& net, float* images, floa
 
 template <class Products>
 void decode_backward_by(const Decoder& net, const float* d_images, const float* kept, float* d_inputs, bool learned,
-                        float* d_weights, float* partial) {
+                        float* const* d_weights, float* partial) {
   const Packed<Products> p(net, true);
   const Mhsc& codes = net.codes;
   const int64_t D = net.D, ld = p.ld, tokens = net.N * net.J, blocks = (tokens + kTokens - 1) / kTokens;
@@ -365,8 +365,8 @@ void decode_backward_by(const Decoder& net, const float* d_images, const float* 
     for (int64_t part = 1; part < parts; ++part) {  // a row at a time, which the compiler makes vectors of
       for (int64_t i = begin; i < end; ++i) partial[i] += partial[part * count + i];
     }
-    for (int64_t i = begin; i < end; ++i) d_weights[in_weights(net, i)] = partial[i];
   });
+  hand_out(net, partial, d_weights);
 }
 
 }  // namespace
@@ -379,7 +379,7 @@ void decode(const Decoder& net, float* images, float* kept) {
 }
 
 void decode_backward(const Decoder& net, const float* d_images, const float* kept, float* d_inputs, bool learned,
-                     float* d_weights, float* partial) {
+                     float* const* d_weights, float* partial) {
 #ifdef SPEEDK_AMX
   if (by_unit(net)) return decode_backward_by<MatrixUnit>(net, d_images, kept, d_inputs, learned, d_weights, partial);
 #endif

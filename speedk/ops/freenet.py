@@ -170,7 +170,7 @@ def _kept(inputs: Tensor, saet: Tensor | None, weights: list[Tensor]) -> int:
 @registered.custom_op("speedk::freenet_bwd")
 def _freenet_bwd(d_images: Tensor, kept: Tensor, inputs: Tensor, saet: Tensor | None, weights: list[Tensor],
                  channels: int, patch: int, sum_norm: bool, need_inputs: bool,
-                 need_saet: bool) -> tuple[Tensor, Tensor]:
+                 need_saet: bool) -> tuple[Tensor, list[Tensor]]:
     _fits(inputs, saet, weights, channels, patch)
     side = square_side(inputs.shape[-2]) * patch
     arguments.shaped("d_images", d_images, (inputs.shape[0], channels, side, side))
@@ -184,9 +184,9 @@ def _freenet_bwd(d_images: Tensor, kept: Tensor, inputs: Tensor, saet: Tensor | 
 
 @_freenet_bwd.register_fake
 def _(d_images: Tensor, kept: Tensor, inputs: Tensor, saet: Tensor | None, weights: list[Tensor], channels: int,
-      patch: int, sum_norm: bool, need_inputs: bool, need_saet: bool) -> tuple[Tensor, Tensor]:
+      patch: int, sum_norm: bool, need_inputs: bool, need_saet: bool) -> tuple[Tensor, list[Tensor]]:
     return (inputs.new_empty(inputs.shape if need_inputs else 0),
-            inputs.new_empty(sum(t.numel() for t in [*weights, *_given(saet)])))
+            [t.new_empty(t.shape) for t in [*weights, *_given(saet)]])
 
 
 def _given(saet: Tensor | None) -> list[Tensor]:
@@ -209,10 +209,7 @@ def _backward(ctx, d_images: Tensor, _: None):
         reference = functools.partial(_freenet_reference, ctx.coded, *ctx.settings)
         d_inputs, *pieces = dispatch.gradients_in_torch(reference, [inputs, *tensors], d_images)
     else:
-        d_inputs, d_weights = _freenet_bwd(d_images, kept, inputs, saet, weights, *ctx.settings, *ctx.needs)
-        # Copies: a view would keep the gradients of all weights alive, in memory and in a file that one is saved to.
-        pieces = torch.split_with_sizes_copy(d_weights, [t.numel() for t in tensors])
-        pieces = [piece if t.ndim == 1 else piece.view(t.shape) for piece, t in zip(pieces, tensors)]
+        d_inputs, pieces = _freenet_bwd(d_images, kept, inputs, saet, weights, *ctx.settings, *ctx.needs)
         d_inputs = d_inputs if ctx.needs[0] else None
     d_saet = pieces.pop() if ctx.coded else None
     return d_inputs, d_saet, pieces, None, None, None, None
