@@ -65,8 +65,9 @@ def freenet_coo(values: Tensor, rows: Tensor, cols: Tensor, saet: Tensor, weight
 def _natively(inputs: Tensor, saet: Tensor | None, weights: FReeNetWeights) -> Tensor:
     tensors = [tensor for block in weights.blocks for tensor in block] + [weights.weight, weights.bias]
     learned = torch.is_grad_enabled() and any(t.requires_grad for t in (inputs, *_given(saet), *tensors))
-    # A matrix unit finds all of it again sooner than as much memory is handed out.
-    keep = learned and not (native.matrix_unit() and weights.weight.shape[1] >= NATIVE_LEAST_FOR_UNIT)
+    # A matrix unit, and vectors in one narrow block, find all of it again sooner than as much memory is handed out.
+    wide = weights.weight.shape[1] >= NATIVE_LEAST_FOR_UNIT
+    keep = learned and not (native.matrix_unit() if wide else len(weights.blocks) == 1)
     return _freenet(inputs, saet, tensors, weights.channels, weights.patch, weights.norm == "sum", keep)[0]
 
 
