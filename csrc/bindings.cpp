@@ -128,14 +128,20 @@ PYBIND11_MODULE(_native, m) {
       .def_property_readonly("kept", [](const Net& net) {
         return kept_of(net.decoder, net.decoder.N * net.decoder.J);
       })
-      .def_property_readonly("parts", [](const Net& net) { return decoder_parts(net.decoder); });
+      .def_property_readonly("partial", [](const Net& net) {
+        return decoder_parts(net.decoder) * all_weights(net.decoder);
+      });
   m.def("decode", [](const Net& net, uintptr_t images, uintptr_t kept) {
     SPEEDK_CALL(decode, net.decoder, at<float>(images), at<float>(kept));
   }, released);
   m.def("decode_backward", [](const Net& net, uintptr_t d_images, uintptr_t kept, uintptr_t d_inputs, bool learned,
-                              uintptr_t d_weights, uintptr_t partial) {
+                              const std::vector<uintptr_t>& addresses, uintptr_t partial) {
+    require(addresses.size() == net.weights.size() + (has_features(net.decoder) ? 0 : 1),
+            "each weight has a gradient, and so have the SAETs");
+    std::vector<float*> d_weights;
+    for (const uintptr_t address : addresses) d_weights.push_back(at<float>(address));
     SPEEDK_CALL(decode_backward, net.decoder, at<const float>(d_images), at<const float>(kept), at<float>(d_inputs),
-                learned, at<float>(d_weights), at<float>(partial));
+                learned, d_weights.data(), at<float>(partial));
   }, released);
 
   py::class_<FreenetBlock>(m, "FreenetBlock")

@@ -28,38 +28,42 @@ struct Trace {
 template <class Products> struct Workspace {
   using Scratch = typename Products::Scratch;
 
-  // Zeros, as padding is read by products, and nothing else is written to it.
   Workspace(const Packed<Products>& p, int64_t traces)
-      : memory(values(p, traces), true), sides(left_room(p) + Products::room(kTokens, p.net.D) + 2 * right_room(p)) {
-    const int64_t array = kTokens * p.ld;
-    float* next = memory;
-    const auto take = [&next](int64_t count) {
-      float* taken = next;
-      next += count;
-      return taken;
-    };
-    for (int64_t r = 0; r < traces; ++r) {
-      Trace& t = trace[r];
-      for (float** field : {&t.normalised1, &t.hidden, &t.slope, &t.active, &t.normalised2}) *field = take(array);
-      t.scale1 = take(kTokens);
-      t.scale2 = take(kTokens);
-    }
-    for (float** field : {&x, &state[0], &state[1]}) *field = take(array);
-    tokens = take(kTokens * p.ld_out);
-    if (p.backward) {
-      for (float** field : {&d, &d_x, &a, &b}) *field = take(array);
-      piece = take(kTokens * p.net.codes.K);
-    }
+      : memory(lay_out(p, traces, nullptr)),
+        sides(left_room(p) + Products::room(kTokens, p.net.D) + 2 * right_room(p)) {
+    lay_out(p, traces, memory);
     left = sides;
     x_left = left + left_room(p);
     right = x_left + Products::room(kTokens, p.net.D);
     x_right = right + right_room(p);
   }
 
-  static int64_t values(const Packed<Products>& p, int64_t traces) {
-    const int64_t array = kTokens * p.ld;
-    return traces * (5 * array + 2 * kTokens) + (p.backward ? 7 : 3) * array +
-           kTokens * (p.ld_out + (p.backward ? p.net.codes.K : 0));
+  // Says where in `base` what lies, and returns how many values that takes; base may be null, to ask.
+  int64_t lay_out(const Packed<Products>& p, int64_t traces, float* base) {
+    int64_t taken = 0;
+    const auto take = [&](int64_t width, int64_t ld) {
+      float* const at = base ? base + taken : nullptr;
+      taken += kTokens * ld;
+      // Vectors reach into the padding, which stays zero; values are written before they are read.
+      for (int64_t i = 0; base && width < ld && i < kTokens; ++i) {
+        std::memset(at + i * ld + width, 0, static_cast<size_t>(ld - width) * sizeof(float));
+      }
+      return at;
+    };
+    const int64_t D = p.net.D, K = p.net.codes.K;
+    for (int64_t r = 0; r < traces; ++r) {
+      Trace& t = trace[r];
+      for (float** field : {&t.normalised1, &t.hidden, &t.slope, &t.active, &t.normalised2}) *field = take(D, p.ld);
+      t.scale1 = take(1, 1);
+      t.scale2 = take(1, 1);
+    }
+    for (float** field : {&x, &state[0], &state[1]}) *field = take(D, p.ld);
+    tokens = take(p.net.L, p.ld_out);
+    if (p.backward) {
+      for (float** field : {&d, &d_x, &a, &b}) *field = take(D, p.ld);
+      piece = take(K, K);
+    }
+    return taken;
   }
   static int64_t left_room(const Packed<Products>& p) {
     const int64_t widest = larger(p.net.D, p.net.L);
@@ -307,7 +311,7 @@ template <class Products> void decode_by(const Decoder& net, float* images, floa
 
 template <class Products>
 void decode_backward_by(const Decoder& net, const float* d_images, const float* kept, float* d_inputs, bool learned,
-                        float* d_weights, float* partial) {
+                        float* const* d_weights, float* partial) {
   const Packed<Products> p(net, true);
   const Mhsc& codes = net.codes;
   const int64_t D = net.D, ld = p.ld, tokens = net.N * net.J, blocks = (tokens + kTokens - 1) / kTokens;
@@ -358,12 +362,11 @@ void decode_backward_by(const Decoder& net, const float* d_images, const float* 
     finish_stream(stream);
   });
   parallel_for(net.threads, count, 4096, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      float sum = 0;
-      for (int64_t part = 0; part < parts; ++part) sum += partial[part * count + i];
-      d_weights[in_weights(net, i)] = sum;
+    for (int64_t part = 1; part < parts; ++part) {  // a row at a time, which the compiler makes vectors of
+      for (int64_t i = begin; i < end; ++i) partial[i] += partial[part * count + i];
     }
   });
+  hand_out(net, partial, d_weights);
 }
 
 }  // namespace
@@ -376,7 +379,7 @@ void decode(const Decoder& net, float* images, float* kept) {
 }
 
 void decode_backward(const Decoder& net, const float* d_images, const float* kept, float* d_inputs, bool learned,
-                     float* d_weights, float* partial) {
+                     float* const* d_weights, float* partial) {
 #ifdef SPEEDK_AMX
   if (by_unit(net)) return decode_backward_by<MatrixUnit>(net, d_images, kept, d_inputs, learned, d_weights, partial);
 #endif

@@ -55,11 +55,11 @@ SPEEDK_SHARED int64_t kept_of(const Decoder& net, int64_t tokens) {
 // images [N, C, rows patch, columns patch]; fills `kept`, kept_of(net, N J) values, unless it is null.
 SPEEDK_DECLARE(void decode(const Decoder& net, float* images, float* kept))
 
-// From d_images the gradient of the codes [N, H, J, K] or the features [N, J, D], which may be null, and that of
-// `all_weights`, one after another in `d_weights`; zeros for the SAETs unless they are `learned`. `kept` is what
+// From d_images the gradient of the codes [N, H, J, K] or the features [N, J, D], which may be null, and those of the
+// weights and of the SAETs, at as many addresses; zeros for the SAETs unless they are `learned`. `kept` is what
 // `decode` filled, or null. `partial` holds `decoder_parts(net)` arrays of the weights' length: they are summed in a
 // fixed order, whatever the number of threads.
 SPEEDK_DECLARE(void decode_backward(const Decoder& net, const float* d_images, const float* kept, float* d_inputs,
-                                    bool learned, float* d_weights, float* partial))
+                                    bool learned, float* const* d_weights, float* partial))
 
 }  // namespace speedk

@@ -23,18 +23,25 @@ inline int64_t padded(int64_t width) { return (width + 15) / 16 * 16 + 16; }
 inline int64_t in_token(const Decoder& net, int64_t l) {
   return l % (net.patch * net.patch) * net.C + l / (net.patch * net.patch);
 }
-// Where of all gradients the i-th goes that a part adds up: the weights as they are but for the final projection's
-// order, and then the SAETs, here head by head.
-inline int64_t in_weights(const Decoder& net, int64_t i) {
-  const int64_t matrix = net.L * net.D;
-  int64_t at = i - net.R * block_weights(net);
-  const int64_t base = i - at;
-  if (at < 0) return i;
-  if (at < matrix) return base + in_token(net, at / net.D) * net.D + at % net.D;
-  if (at < matrix + net.L) return base + matrix + in_token(net, at - matrix);
-  at -= matrix + net.L;
-  const int64_t K = net.codes.K, d = net.D / net.codes.H;
-  return base + matrix + net.L + at % (K * d) / d * net.D + at / (K * d) * d + at % d;
+// Copies all gradients from where they are added up, the weights' as they are but for the final projection's order and
+// then the SAETs' head by head, each `to` its own place.
+inline void hand_out(const Decoder& net, const float* sums, float* const* to) {
+  const auto copy = [&sums](float* target, int64_t count) {
+    std::memcpy(target, sums, static_cast<size_t>(count) * sizeof(float));
+    sums += count;
+  };
+  for (int64_t r = 0; r < net.R; ++r) {
+    for (int t = 0; t < kBlockTensors; ++t) {
+      const bool matrix = t == kMatrixAt[proj] || t == kMatrixAt[fc1] || t == kMatrixAt[fc2];
+      copy(*to++, matrix ? net.D * net.D : net.D);
+    }
+  }
+  for (int64_t l = 0; l < net.L; ++l) copy(to[0] + in_token(net, l) * net.D, net.D);
+  for (int64_t l = 0; l < net.L; ++l) copy(to[1] + in_token(net, l), 1);
+  for (int64_t h = 0; h < net.codes.H; ++h) {
+    const int64_t d = net.D / net.codes.H;
+    for (int64_t k = 0; k < net.codes.K; ++k) copy(to[2] + k * net.D + h * d, d);
+  }
 }
 
 // The weights as products read them: transposed for the way forward, as they are for the way back.

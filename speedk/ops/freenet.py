@@ -66,8 +66,9 @@ def freenet_coo(values: Tensor, rows: Tensor, cols: Tensor, saet: Tensor, weight
 def _natively(inputs: Tensor, saet: Tensor | None, weights: FReeNetWeights) -> Tensor:
     tensors = [tensor for block in weights.blocks for tensor in block] + [weights.weight, weights.bias]
     learned = torch.is_grad_enabled() and any(t.requires_grad for t in (inputs, *_given(saet), *tensors))
-    # A matrix unit finds all of it again sooner than as much memory is handed out.
-    keep = learned and not (native.matrix_unit() and weights.weight.shape[1] >= NATIVE_LEAST_FOR_UNIT)
+    # A matrix unit, and vectors in one narrow block, find all of it again sooner than as much memory is handed out.
+    wide = weights.weight.shape[1] >= NATIVE_LEAST_FOR_UNIT
+    keep = learned and not (native.matrix_unit() if wide else len(weights.blocks) == 1)
     return _freenet(inputs, saet, tensors, weights.channels, weights.patch, weights.norm == "sum", keep)[0]
 
 
@@ -140,12 +141,16 @@ _op = dispatch.Op("freenet", triton=why_not_triton, native=why_not_native)
 _coo = dispatch.Op("freenet_coo", triton=why_not_triton, native=why_not_native)
 
 
-@registered.custom_op("speedk::freenet")
+def _fits_forward(inputs: Tensor, saet: Tensor | None, weights: list[Tensor], channels: int, patch: int,
+                  *_: bool) -> None:
+    _fits(inputs, saet, weights, channels, patch)
+
+
+@registered.custom_op("speedk::freenet", fits=_fits_forward)
 def _freenet(inputs: Tensor, saet: Tensor | None, weights: list[Tensor], channels: int, patch: int, sum_norm: bool,
              keep: bool) -> tuple[Tensor, Tensor]:
     """The images from codes [N, H, J, K] and SAETs, or from the features [N, J, D] that they make, and None; and what
     the way back need not find once more."""
-    _fits(inputs, saet, weights, channels, patch)
     return native.decode_fwd(inputs, saet, weights, channels, patch, sum_norm, keep)
 
 
@@ -167,7 +172,7 @@ def _kept(inputs: Tensor, saet: Tensor | None, weights: list[Tensor]) -> int:
 @registered.custom_op("speedk::freenet_bwd")
 def _freenet_bwd(d_images: Tensor, kept: Tensor, inputs: Tensor, saet: Tensor | None, weights: list[Tensor],
                  channels: int, patch: int, sum_norm: bool, need_inputs: bool,
-                 need_saet: bool) -> tuple[Tensor, Tensor]:
+                 need_saet: bool) -> tuple[Tensor, list[Tensor]]:
     _fits(inputs, saet, weights, channels, patch)
     side = square_side(inputs.shape[-2]) * patch
     arguments.shaped("d_images", d_images, (inputs.shape[0], channels, side, side))
@@ -181,9 +186,9 @@ def _freenet_bwd(d_images: Tensor, kept: Tensor, inputs: Tensor, saet: Tensor | 
 
 @_freenet_bwd.register_fake
 def _(d_images: Tensor, kept: Tensor, inputs: Tensor, saet: Tensor | None, weights: list[Tensor], channels: int,
-      patch: int, sum_norm: bool, need_inputs: bool, need_saet: bool) -> tuple[Tensor, Tensor]:
+      patch: int, sum_norm: bool, need_inputs: bool, need_saet: bool) -> tuple[Tensor, list[Tensor]]:
     return (inputs.new_empty(inputs.shape if need_inputs else 0),
-            inputs.new_empty(sum(t.numel() for t in [*weights, *_given(saet)])))
+            [t.new_empty(t.shape) for t in [*weights, *_given(saet)]])
 
 
 def _given(saet: Tensor | None) -> list[Tensor]:
@@ -206,10 +211,7 @@ def _backward(ctx, d_images: Tensor, _: None):
         reference = functools.partial(_freenet_reference, ctx.coded, *ctx.settings)
         d_inputs, *pieces = dispatch.gradients_in_torch(reference, [inputs, *tensors], d_images)
     else:
-        d_inputs, d_weights = _freenet_bwd(d_images, kept, inputs, saet, weights, *ctx.settings, *ctx.needs)
-        # Copies: a view would keep the gradients of all weights alive, in memory and in a file that one is saved to.
-        pieces = torch.split_with_sizes_copy(d_weights, [t.numel() for t in tensors])
-        pieces = [piece if t.ndim == 1 else piece.view(t.shape) for piece, t in zip(pieces, tensors)]
+        d_inputs, pieces = _freenet_bwd(d_images, kept, inputs, saet, weights, *ctx.settings, *ctx.needs)
         d_inputs = d_inputs if ctx.needs[0] else None
     d_saet = pieces.pop() if ctx.coded else None
     return d_inputs, d_saet, pieces, None, None, None, None

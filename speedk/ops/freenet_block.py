@@ -86,9 +86,10 @@ def fits_block(weights: Sequence[Tensor], **tokens: Tensor) -> None:
         raise ValueError(f"a block has the {len(BlockWeights._fields)} weights of BlockWeights, got {len(weights)}: "
                          f"{[tuple(weight.shape) for weight in weights]}")
     D = first.shape[-1]
+    row, square = (D,), (D, D)
     named = dict(zip(BlockWeights._fields, weights))
     for name, weight in named.items():
-        if weight.shape != ((D, D) if name in MATRICES else (D,)):
+        if weight.shape != (square if name in MATRICES else row):
             raise ValueError(f"{of} has D={D}, which does not fit a {name} of {tuple(weight.shape)}")
     arguments.alike(**tokens, **named)
 

@@ -178,18 +178,20 @@ def decode_fwd(inputs: Tensor, saet: Tensor | None, weights: list[Tensor], chann
 
 def decode_bwd(d_images: Tensor, kept: Tensor, inputs: Tensor, saet: Tensor | None, weights: list[Tensor],
                channels: int, patch: int, sum_norm: bool, need_inputs: bool = True,
-               need_saet: bool = True) -> tuple[Tensor | None, Tensor]:
-    """The gradient of `inputs`, None where not needed, and those of all weights and of the SAETs, laid end to end; the
-    last are zeros where not needed."""
+               need_saet: bool = True) -> tuple[Tensor | None, list[Tensor]]:
+    """The gradient of `inputs`, None where not needed, and those of all weights and, where there are any, of the SAETs;
+    the last is zeros where not needed.
+
+    Each has memory of its own: a view would keep the others alive, in memory and in a file that it is saved to."""
     d_images, kept, inputs = d_images.contiguous(), kept.contiguous(), inputs.contiguous()
     weights = [w.contiguous() for w in weights]
     saet = None if saet is None else saet.contiguous()
     net = _net(inputs, saet, weights, channels, patch, sum_norm)
     d_inputs = torch.empty_like(inputs) if need_inputs else None
-    d_weights = inputs.new_empty(sum(w.numel() for w in weights) + (0 if saet is None else saet.numel()))
-    partial = inputs.new_empty(net.parts, d_weights.numel())
+    d_weights = [torch.empty_like(t) for t in (weights if saet is None else [*weights, saet])]
+    partial = inputs.new_empty(net.partial)
     native().decode_backward(net, d_images.data_ptr(), kept.data_ptr(), address(d_inputs),
-                             need_saet and saet is not None, d_weights.data_ptr(), partial.data_ptr())
+                             need_saet and saet is not None, [t.data_ptr() for t in d_weights], partial.data_ptr())
     return d_inputs, d_weights
 
 
@@ -218,14 +220,11 @@ def tokens_to_images_fwd(state: Tensor, weight: Tensor, bias: Tensor, channels: 
 def tokens_to_images_bwd(d_images: Tensor, state: Tensor, weight: Tensor, patch: int, need_state: bool = True,
                          need_weight: bool = True) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """d_state [N, J, D], d_weight [L, D] and d_bias [L], None where not needed (the last two together): one pass over
-    the tokens finds them all, and what is not needed is not copied."""
+    the tokens finds them all."""
     bias = weight.new_empty(weight.shape[0])  # of no consequence to the gradients
     nothing, channels = state.new_empty(0), d_images.shape[1]
     d_state, d_weights = decode_bwd(d_images, nothing, state, None, [weight, bias], channels, patch, False, need_state)
-    if not need_weight:
-        return d_state, None, None
-    d_weight, d_bias = d_weights[:weight.numel()].reshape(weight.shape).clone(), d_weights[weight.numel():].clone()
-    return d_state, d_weight, d_bias
+    return d_state, *(d_weights if need_weight else (None, None))
 
 
 def _norm_act_pool(x: Tensor, weight: Tensor, bias: Tensor, eps: float, like: torch.memory_format):

@@ -17,11 +17,19 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 
-def custom_op(name: str) -> Callable[[Callable], Registered]:
-    """`torch.library.custom_op` of a function that writes to none of its arguments."""
+def custom_op(name: str, fits: Callable | None = None) -> Callable[[Callable], Registered]:
+    """`torch.library.custom_op` of a function that writes to none of its arguments.
+
+    `fits` refuses what comes by way of the dispatcher. The short way is this package's own: who calls there has looked.
+    """
 
     def register(body: Callable) -> Registered:
-        op = torch.library.custom_op(name, mutates_args=())(body)
+        def checked(*arguments: object) -> object:
+            fits(*arguments)
+            return body(*arguments)
+
+        schema = torch.library.infer_schema(body, mutates_args=())
+        op = torch.library.custom_op(name, body if fits is None else checked, mutates_args=(), schema=schema)
         op.__class__ = Registered  # it holds no state but what follows
         op.body, op.function = body, None
         return op
@@ -86,9 +94,11 @@ def _plain(arguments: tuple) -> bool:
     # A profile names what goes through the dispatcher; forward-mode differentiation has no key.
     if not _in_no_mode() or torch.autograd._profiler_enabled() or forward_ad._current_level >= 0:
         return False
+    keys = torch._C._dispatch_keys
     for argument in arguments:
-        if type(argument) is Tensor or type(argument) is nn.Parameter:
-            if _of_tensor(argument) not in _known and not _is_known_now(argument):
+        kind = type(argument)
+        if kind is Tensor or kind is nn.Parameter:
+            if keys(argument).raw_repr() not in _known and not _is_known_now(argument):
                 return False
         elif isinstance(argument, (Tensor, list, tuple)):
             return False

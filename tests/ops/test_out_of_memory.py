@@ -21,7 +21,7 @@ CALLS = {
     "decode": "n.decode(n.Net(1, 1, 1 << 20, 1, 1, 1, 1, False, row, 0, 0, 0, 0, [0] * 12, 2), 0, 0)",
     "decode, of codes": "n.decode(n.Net(1, 1, 1 << 20, 1, 1, 1, 1, False, 0, 1, 1 << 20, 0, 0, [0] * 12, 2), 0, 0)",
     "decode_backward": "n.decode_backward(n.Net(1, 1, 1 << 20, 1, 1, 1, 1, False, row, 0, 0, 0, 0, [0] * 12, 2), "
-                       "0, 0, 0, True, 0, 0)",
+                       "0, 0, 0, True, [0] * 12, 0)",
     "topk": "n.topk(n.Topk(0, 0, 2, 1 << 15, 1 << 14, 1, 0, 0, 0, 0, 0, 0, 2))",
 }
 SCRIPT = """
