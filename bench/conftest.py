@@ -102,7 +102,8 @@ def in_time(request):
 
 def pytest_runtest_logreport(report):
     if report.failed or (report.skipped and "left out" in str(report.longrepr)):
-        text = getattr(getattr(report.longrepr, "reprcrash", None), "message", "") or str(report.longrepr)
+        why = report.longrepr[2] if report.skipped else report.longrepr  # not the path of who skips
+        text = getattr(getattr(why, "reprcrash", None), "message", "") or str(why)
         _missing.append(f"{report.nodeid}: {' '.join(text.split())[:300]}")
 
 

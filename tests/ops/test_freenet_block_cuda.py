@@ -3,14 +3,13 @@ are computed, both norms, with and without a state, tokens that fill no tile, an
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import types
 
 import emulation
 import pytest
 import torch
-from support import poisoned_memory
+from support import built, poisoned_memory
 
 from speedk.ops import BlockWeights, dispatch, freenet_block, native, native_block
 from speedk.ops.freenet_block import EPS, freenet_block_reference
@@ -158,20 +157,8 @@ def test_addresses_that_vectors_cannot_be_read_from(product, in_its_place):
 @pytest.mark.skipif(not torch.cuda.is_available() or not dispatch.native_cuda(), reason="there is no GPU")
 @NORMS
 @pytest.mark.parametrize(("N", "J"), [(1, 1), (1, 128), (3, 50), (700, 49)])
-def test_on_the_gpu(product, stateful, norm, N, J, monkeypatch):
-    monkeypatch.undo()  # what may be computed in tf32 is for PyTorch to say
-    with tf32(product[1]):
-        check(product, stateful, norm, N, J, "cuda")
-
-
-@contextlib.contextmanager
-def tf32(allowed):
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high" if allowed else "highest")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
+def test_on_the_gpu(product, stateful, norm, N, J):
+    check(product, stateful, norm, N, J, "cuda")
 
 
 def test_each_vector_has_a_gradient_of_its_own(product, in_its_place):
@@ -219,7 +206,7 @@ def test_what_tf32_cuts_off_is_made_up_for(product, emulated, in_its_place):
     assert abs(((partial[0].double() - want) / want).mean()) < 2e-4  # 7e-4 otherwise
 
 
-@pytest.mark.skipif(dispatch.native() is None, reason="the extension is not built")
+@built
 def test_where_there_is_no_kernel_for_a_gpu(monkeypatch):
     """Too little shared memory for float32 (99 KB), or no tensor cores for these types."""
     gpu = types.SimpleNamespace(major=8, shared_memory_per_block_optin=101_376)
@@ -234,7 +221,7 @@ def test_where_there_is_no_kernel_for_a_gpu(monkeypatch):
     assert "8.0" in native_block.why_not(torch.float16, 0)
 
 
-@pytest.mark.skipif(dispatch.native() is None, reason="the extension is not built")
+@built
 def test_a_width_that_varies_is_traced(monkeypatch):
     """The choice asks for D, which need not be a number to `torch.compile`."""
     monkeypatch.setattr(dispatch, "why_not_native_cuda", lambda *tensors: None)
@@ -249,6 +236,16 @@ def test_a_width_that_varies_is_traced(monkeypatch):
                    for name in BlockWeights._fields]  # fmt: skip
         x = torch.randn(2, 3, width)
         torch.testing.assert_close(compiled(x, *weights), block(x, *weights))
+
+
+@pytest.mark.parametrize("asked", ["highest", "high"])
+def test_what_pytorch_allows_is_what_is_computed(asked):
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision(asked)
+        assert native_block.tf32_allowed() == (asked == "high")
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def test_a_backend_without_a_kernel_is_refused():
