@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import gc
+
 import pytest
 import torch
-from peaks import usual_peak
+from peaks import in_use, usual_peak
 from toys import DEVICES
 
 import speedk
 from speedk import networks
+from speedk.distillation import unroll as unroll_module
 from speedk.distillation.step_graph import Training
 from speedk.distillation.unroll import dsa_steps
 from speedk.geometry import Geometry
@@ -41,12 +44,20 @@ def test_memory_hardly_grows_with_the_steps(device):
 
 
 @pytest.fixture
-def one_thread():
-    """What two threads hold at once is a matter of when they meet, by up to 8 MB here: the limit is of kept graphs."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+def held(monkeypatch, device):
+    """What is allocated as each step is taken, forward and then back: a list, to be cleared before each call."""
+    samples = []
+
+    def spied(op):
+        def spy(*args):
+            samples.append(in_use(device))
+            return op(*args)
+
+        return spy
+
+    for name in ("unroll_step", "unroll_step_adjoint"):
+        monkeypatch.setattr(unroll_module, name, spied(getattr(unroll_module, name)))
+    return samples
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -56,19 +67,25 @@ def one_thread():
     ({"name": "mlp"}, 64, False, 10e6),
     ({"name": "mlp"}, 64, True, 30e6),  # and what an augmentation saves is, too.
 ])
-def test_the_peak_keeps_to_the_limit(sizes, batch, augmented, limit, device, one_thread):
+def test_what_is_kept_keeps_to_the_limit(sizes, batch, augmented, limit, device, held):
     call = unrolled(**sizes, geometry=Geometry(10, 3, 32), device=device, batch=batch,
                     augment=(lambda images, step: images.sin().exp().tanh()) if augmented else None)
     call(2, "full")
 
-    def beyond_constant(memory) -> int:
-        limited, constant = (usual_peak(lambda m=m: call(30, m), device) for m in (memory, "constant"))
-        return limited - constant
+    def samples(memory):
+        held.clear()
+        gc.collect()
+        call(30, memory)
+        assert len(held) == 60
+        return list(held)
 
-    assert beyond_constant("full") > 1.5 * limit  # so that the next line can fail
-    # Two peaks of the same differ by 4 MB, as threads meet or do not, and now and then by more: what earlier tests left
-    # free counts for one and not for the other. What is kept does not come and go.
-    assert any(beyond_constant(int(limit)) < 1.05 * limit + 4e6 for _ in range(4))
+    constant = samples("constant")
+
+    def beyond(memory) -> int:
+        return max(a - b for a, b in zip(samples(memory), constant, strict=True))
+
+    assert beyond("full") > 1.5 * limit  # so that the next line can fail
+    assert 0.5 * limit < beyond(int(limit)) < 1.05 * limit
 
 
 def test_the_last_steps_are_kept_as_many_as_fit(monkeypatch):
