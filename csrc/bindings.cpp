@@ -7,6 +7,7 @@
 #include "freenet.h"
 #include "freenet_block.h"
 #include "isa.h"
+#include "linear_backward.h"
 #include "mhsc.h"
 #include "norm_act_pool.h"
 #include "parallel.h"
@@ -165,7 +166,23 @@ PYBIND11_MODULE(_native, m) {
         for (size_t i = 0; i < left.size(); ++i) job.left[i] = at(left[i]), job.right[i] = at(right[i]);
         return job;
       }));
+  py::class_<LinearBackward>(m, "LinearBackward")
+      .def(py::init([](bool tf32, int64_t images, int64_t parts, int64_t J, int64_t K, int64_t W, uintptr_t inputs,
+                       uintptr_t weight, int64_t part, int64_t of_k, int64_t of_column, uintptr_t d_tokens,
+                       int64_t channels, int64_t side) {
+        require(images >= 0 && parts > 0 && J >= 0 && J % kLinearTokens == 0, "no whole number of tokens' tiles");
+        require(linear_slice(K, W, channels, side) > 0, "there is no kernel for these sizes");
+        require(channels == 0 || (parts == 1 && J == side * side), "the patches do not make a square");
+        return LinearBackward{tf32, images, parts, J, K, W, at<const float>(inputs), at<const float>(weight), part,
+                              of_k, of_column, at<const float>(d_tokens), channels, side, nullptr};
+      }));
+  m.def("linear_programs", &linear_programs);
 #ifdef SPEEDK_CUDA
+  m.def("linear_backward_cuda", [](LinearBackward job, uintptr_t, uintptr_t d_inputs, uintptr_t partial, int64_t size,
+                                   int64_t splits, uintptr_t stream) {
+    job.d_inputs = at<float>(d_inputs);
+    return linear_backward_cuda(job, at<float>(partial), size, splits, at(stream));
+  }, released);
   m.def("freenet_block_cuda", [](const FreenetBlock& job, uintptr_t out, uintptr_t stream) {
     return freenet_block_cuda(job, at(out), at(stream));
   }, released);

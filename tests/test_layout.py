@@ -137,7 +137,8 @@ def _imported_at_the_top(path: Path, name: str) -> bool:
 
 def ops() -> list[str]:
     # The last is a part of freenet, in its own file.
-    shared = {"__init__", "arguments", "dispatch", "native", "native_block", "registered", "freenet_block"}
+    shared = {"__init__", "arguments", "dispatch", "native", "native_block", "native_linear", "registered",
+              "freenet_block"}
     return sorted(p.stem for p in (PACKAGE / "ops").glob("*.py") if p.stem not in shared)
 
 

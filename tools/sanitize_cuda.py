@@ -13,9 +13,11 @@ from speedk.ops import (
     BlockWeights,
     coo_encode,
     freenet_block,
+    mhsc,
     native_block,
     norm_act_pool,
     sparsify,
+    tokens_to_images,
     topk_mask,
     unroll_step,
     unroll_step_adjoint,
@@ -88,6 +90,16 @@ def blocks(tokens: int, norm: str, dtype: torch.dtype) -> None:
     assert all(t.isfinite().all() for t in (out, *found))
 
 
+def linears(width: int, parts: int) -> None:
+    """Through the kernel that goes back alone, whose forward passes are Triton's."""
+    scm, saet, weight, bias = (torch.randn(shape, device="cuda", requires_grad=True)
+                               for shape in ((3, parts, 16, 128), (128, parts * width), (48, parts * width), (48,)))
+    tokens = mhsc(scm, saet)
+    images = tokens_to_images(tokens, weight, bias, 3, 4)
+    found = torch.autograd.grad(images.square().sum(), [scm, saet, weight, bias])
+    assert all(t.isfinite().all() for t in found)
+
+
 if __name__ == "__main__":
     torch.manual_seed(0)
     with use_backend("native"):
@@ -103,4 +115,7 @@ if __name__ == "__main__":
             torch.backends.cuda.matmul.allow_tf32 = tf32
             for tokens, norm in itertools.product((1, 150), NORMS):
                 blocks(tokens, norm, dtype)
+    for tf32, (width, parts) in itertools.product((False, True), ((32, 3), (48, 2), (64, 3))):
+        torch.backends.cuda.matmul.allow_tf32 = tf32
+        linears(width, parts)
     print("the CUDA ops agree with PyTorch")

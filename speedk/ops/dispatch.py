@@ -259,6 +259,12 @@ def launchers(backend: str, module: str) -> ModuleType:
     return importlib.import_module(f"speedk.kernels.{module}" if backend == "triton" else "speedk.ops.native")
 
 
+def way_back(backend: str, why_not_native: WhyNot, *arguments: object) -> str:
+    """The backend of the gradients of an op that runs on `backend`: the CUDA kernel beside Triton's, which goes one way
+    alone, where it takes the arguments and nobody insists on Triton."""
+    return "native" if backend == "triton" and _forced is None and why_not_native(*arguments) is None else backend
+
+
 def why_not_triton(*tensors: Tensor) -> str | None:
     """The part of a Triton backend's `why_not` that is the same for every op: hardware, devices, dtypes."""
     missing = triton_missing()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from speedk.ops import arguments, dispatch, native, registered
+from speedk.ops import arguments, dispatch, native, native_linear, registered
 
 
 @dispatch.public
@@ -16,7 +16,8 @@ def mhsc(scm: Tensor, saet: Tensor) -> Tensor:
 
     scm: [N, H, J, K] floating, any strides; saet: [K, D] of the same dtype, any strides, D a multiple of H.
     Returns [N, J, D]. Raises ValueError where the shapes or dtypes do not fit.
-    Backends: Triton, native (CPU; float32 and float64), torch.
+    Backends: Triton (its gradients in float32 by CUDA where there is a kernel for the sizes), native (CPU; float32 and
+    float64), torch.
     """
     fits_mhsc(scm, saet)
     backend = _op.choose(scm, saet)
@@ -82,7 +83,8 @@ def _mhsc_bwd(d_out: Tensor, scm: Tensor, saet: Tensor, need_scm: bool, need_sae
     fits_mhsc(scm, saet)
     arguments.shaped("d_out", d_out, (scm.shape[0], scm.shape[2], saet.shape[1]))
     arguments.alike(d_out=d_out, scm=scm)
-    grads = dispatch.launchers(backend, "mhsc").mhsc_bwd(d_out, scm, saet, need_scm, need_saet)
+    launchers = native_linear if backend == "native" and scm.is_cuda else dispatch.launchers(backend, "mhsc")
+    grads = launchers.mhsc_bwd(d_out, scm, saet, need_scm, need_saet)
     return tuple(scm.new_empty(0) if grad is None else grad for grad in grads)
 
 
@@ -93,7 +95,8 @@ def _(d_out: Tensor, scm: Tensor, saet: Tensor, need_scm: bool, need_saet: bool,
 
 
 def _save(ctx, inputs, output) -> None:
-    scm, saet, ctx.backend = inputs
+    scm, saet, backend = inputs
+    ctx.backend = dispatch.way_back(backend, native_linear.why_not_mhsc, scm, saet)
     ctx.save_for_backward(scm, saet)
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear, pad
 
-from speedk.ops import arguments, dispatch, native, registered
+from speedk.ops import arguments, dispatch, native, native_linear, registered
 
 
 @dispatch.public
@@ -68,7 +68,8 @@ def tokens_to_images(state: Tensor, weight: Tensor, bias: Tensor, channels: int,
     Where D is 0, each patch is the bias.
     Returns [N, C, H, W] with H = W = patch * sqrt(J).
     Raises ValueError where the shapes or dtypes do not fit.
-    Backends: Triton, native (CPU, float32), torch.
+    Backends: Triton (its gradients in float32 by CUDA where there is a kernel for the sizes), native (CPU, float32),
+    torch.
     """
     _fits_projection(state, weight, bias, channels, patch)
     backend = _project.choose(state, weight, bias, channels, patch)
@@ -220,8 +221,8 @@ def _tokens_to_images_bwd(d_images: Tensor, state: Tensor, weight: Tensor, patch
     _fits_projection(state, weight, weight.new_empty(len(weight)), d_images.shape[1], patch)
     arguments.shaped("d_images", d_images, (state.shape[0], d_images.shape[1], side, side))
     arguments.alike(d_images=d_images, state=state)
-    launch = dispatch.launchers(backend, "patches").tokens_to_images_bwd
-    grads = launch(d_images, *_at_least_one(state, weight), patch, need_state, need_weight)
+    launchers = native_linear if backend == "native" and state.is_cuda else dispatch.launchers(backend, "patches")
+    grads = launchers.tokens_to_images_bwd(d_images, *_at_least_one(state, weight), patch, need_state, need_weight)
     if not state.shape[2]:  # without the column again
         grads = (*(grad if grad is None else grad[..., :0].clone() for grad in grads[:2]), grads[2])
     return tuple(state.new_empty(0) if grad is None else grad for grad in grads)
@@ -235,7 +236,8 @@ def _(d_images: Tensor, state: Tensor, weight: Tensor, patch: int, need_state: b
 
 
 def _project_save(ctx, inputs, output) -> None:
-    state, weight, _, _, ctx.patch, ctx.backend = inputs
+    state, weight, _, _, ctx.patch, backend = inputs
+    ctx.backend = dispatch.way_back(backend, native_linear.why_not_projection, state, weight, ctx.patch)
     ctx.save_for_backward(state, weight)
 
 

@@ -1,0 +1,47 @@
+// The way back through tokens = inputs x weight on a GPU, float32, both gradients in one pass: of multi-head sparse
+// coding (Eq. 3), whose inputs are codes, and of the last linear, whose tokens are patches of images.
+#pragma once
+#include <cstdint>
+
+namespace speedk {
+
+constexpr int64_t kLinearTokens = 16;  // a warp's, all of one image
+constexpr int64_t kPatchSide = 4;  // pixels, of the patches that there is a kernel for
+
+// Inputs [images, parts, J, K] and their gradient, contiguous; J a multiple of kLinearTokens. Part p's weight is
+// [K, W], its value (k, w) at `weight[p part + k of_k + column(w) of_column]`, and so is its gradient.
+//
+// Rows: d_tokens [images, J, parts W], contiguous, column(w) = w.
+// Patches: d_tokens are images [images, channels, side patch, side patch], contiguous, of side^2 = J patches, side a
+// power of two; w = (channel patch + row) patch + column, W = channels patch^2, parts = 1, and column(w) is its place
+// among a token's values, (row patch + column) channels + channel.
+struct LinearBackward {
+  bool tf32;
+  int64_t images, parts, J, K, W;
+  const float* inputs;
+  const float* weight;
+  int64_t part, of_k, of_column;
+  const float* d_tokens;
+  int64_t channels, side;  // 0 for rows
+  float* d_inputs;  // or null
+};
+
+// Columns of the inputs that one program takes, 0 where there is no kernel for these sizes.
+inline constexpr int64_t linear_slice(int64_t K, int64_t W, int64_t channels, int64_t side) {
+  if (channels > 0) {
+    const bool fits = W == 48 && channels * kPatchSide * kPatchSide == W && side >= 4 && (side & (side - 1)) == 0;
+    return fits && K % 48 == 0 ? 48 : 0;
+  }
+  return (W == 32 || W == 48 || W == 64) && K % 64 == 0 ? 64 : 0;
+}
+
+// Programs that fit a multiprocessor: what the sums leave of its registers decides.
+inline constexpr int linear_programs(int64_t W, bool tf32) { return W <= 32 || (W <= 48 && tf32) ? 3 : 2; }
+
+#ifdef SPEEDK_CUDA
+// partial [splits, size] float32, or null: sums over a fixed split of the tokens, of the gradient of `weight`, laid out
+// as it is, and, of patches, of that of the bias [W] behind it. Returns a cudaError_t.
+int linear_backward_cuda(const LinearBackward& job, float* partial, int64_t size, int64_t splits, void* stream);
+#endif
+
+}  // namespace speedk

@@ -1,0 +1,152 @@
+"""The CUDA kernel of the way back through codes times SAETs and through the last linear, on the CPU, a thread at a
+time, and on a GPU, against float64: heads of each width, slices of codes, one gradient alone, images in patches."""
+
+from __future__ import annotations
+
+import ctypes
+
+import emulation
+import pytest
+import torch
+from support import poisoned_memory
+
+from speedk.ops import dispatch, mhsc, native, native_linear, tokens_to_images, use_backend
+from speedk.ops.mhsc import mhsc_reference
+from speedk.ops.patches import tokens_to_images_reference
+
+PRODUCTS = {"tf32": (True, 1e-3), "float32": (False, 2e-6)}  # tf32 allowed, how far off a result may be, of its length
+CODES = [(1, 1, 16, 64, 32), (3, 2, 48, 64, 32), (2, 2, 32, 128, 48), (1, 3, 16, 64, 64)]  # N, H, J, K, D / H
+PATCHES = [(1, 16, 48, 3), (3, 64, 96, 3), (1, 16, 96, 3)]  # N, J, D, channels
+
+
+@pytest.fixture(scope="module")
+def emulated(tmp_path_factory):
+    linear = emulation.emulated("linear_backward", tmp_path_factory.mktemp("emulated"))
+    turn = emulation.also(linear, "in_the_other_order")
+
+    class Emulated:
+        """Stands where speedk._native does."""
+
+        in_the_other_order = staticmethod(turn)
+        linear_programs = staticmethod(lambda W, tf32: 1)
+
+        @staticmethod
+        def LinearBackward(tf32, images, parts, J, K, W, inputs, weight, part, of_k, of_column, d_tokens, *image):
+            assert all(address % 16 == 0 for address in (inputs, weight, d_tokens)) and J % 16 == 0
+            return tf32, (images, parts, J, K, W, part, of_k, of_column, *image), (inputs, weight, d_tokens)
+
+        @staticmethod
+        def linear_backward(job, inputs, d_inputs, partial, size, splits, threads):
+            tf32, sizes, tensors = job
+            assert linear(tf32, (ctypes.c_int64 * 10)(*sizes), (ctypes.c_void_p * 5)(*tensors, d_inputs, partial),
+                          ctypes.c_int64(size), ctypes.c_int64(splits))
+
+        @staticmethod
+        def sum_rows(dtype, partial, out, rows, size, threads):
+            for address, row in ((out, 1), (partial, rows)):
+                assert address and row
+            values = torch.frombuffer((ctypes.c_float * (rows * size)).from_address(partial), dtype=torch.float32)
+            torch.frombuffer((ctypes.c_float * size).from_address(out), dtype=torch.float32).copy_(
+                values.view(rows, size).sum(0))
+
+    return Emulated()
+
+
+@pytest.fixture(params=["", "in the other order"])
+def in_its_place(request, emulated, monkeypatch):
+    for module in (native, native_linear):
+        monkeypatch.setattr(module, "native", lambda: emulated)
+    emulated.in_the_other_order(bool(request.param))
+
+
+@pytest.fixture(params=PRODUCTS)
+def close(request, monkeypatch):
+    tf32, close = PRODUCTS[request.param]
+    monkeypatch.setattr(native_linear, "tf32_allowed", lambda: tf32)
+    return close
+
+
+def alike(found, wanted, close):
+    for got, want in zip(found, wanted, strict=True):
+        assert got.shape == want.shape and got.dtype == torch.float32
+        assert (got.double() - want).norm() <= close * want.norm()
+
+
+def check_codes(N, H, J, K, width, close, device):
+    scm, saet = torch.randn(N, H, J, K, device=device), torch.randn(K, H * width, device=device)
+    d_out = torch.randn(N, H * width, J, device=device).mT  # of other strides
+    leaves = [t.double().requires_grad_() for t in (scm, saet)]
+    wanted = torch.autograd.grad(mhsc_reference(*leaves), leaves, d_out.double())
+    with poisoned_memory():
+        alike(native_linear.mhsc_bwd(d_out, scm, saet, True, True), wanted, close)
+        d_scm, none = native_linear.mhsc_bwd(d_out, scm, saet, True, False)
+        assert none is None
+        also_none, d_saet = native_linear.mhsc_bwd(d_out, scm, saet, False, True)
+        assert also_none is None
+    alike((d_scm, d_saet), wanted, close)
+
+
+def check_patches(N, J, D, channels, close, device):
+    state, weight = torch.randn(N, J, D, device=device), torch.randn(16 * channels, D, device=device)
+    side = 4 * round(J**0.5)
+    d_images = torch.randn(N, channels, side, side, device=device) + 0.3
+    leaves = [t.double().requires_grad_() for t in (state, weight, torch.randn(len(weight), device=device))]
+    wanted = torch.autograd.grad(tokens_to_images_reference(*leaves, channels, 4), leaves, d_images.double())
+    with poisoned_memory():
+        alike(native_linear.tokens_to_images_bwd(d_images, state, weight, 4), wanted, close)
+        d_state, *none = native_linear.tokens_to_images_bwd(d_images, state, weight, 4, need_weight=False)
+        also_none, *found = native_linear.tokens_to_images_bwd(d_images, state, weight, 4, need_state=False)
+        assert none == [None, None] and also_none is None
+    alike((d_state, *found), wanted, close)
+
+
+@pytest.mark.parametrize("programs", [1, 8])
+@pytest.mark.parametrize(("N", "H", "J", "K", "width"), CODES)
+def test_codes_emulated(N, H, J, K, width, programs, close, in_its_place, monkeypatch):
+    monkeypatch.setattr(native_linear, "MULTIPROCESSORS", programs)
+    check_codes(N, H, J, K, width, close, "cpu")
+
+
+@pytest.mark.parametrize("programs", [1, 8])
+@pytest.mark.parametrize(("N", "J", "D", "channels"), PATCHES)
+def test_patches_emulated(N, J, D, channels, programs, close, in_its_place, monkeypatch):
+    monkeypatch.setattr(native_linear, "MULTIPROCESSORS", programs)
+    check_patches(N, J, D, channels, close, "cpu")
+
+
+def test_a_nan_stays_in_its_token(close, in_its_place):
+    scm, saet, d_out = torch.randn(1, 1, 16, 64), torch.randn(64, 32), torch.randn(1, 16, 32)
+    d_out[0, 7, 3] = torch.nan
+    d_scm, _ = native_linear.mhsc_bwd(d_out, scm, saet, True, False)
+    assert d_scm[0, 0, 7].isnan().all() and d_scm[0, 0, torch.arange(16) != 7].isfinite().all()
+
+
+gpu = pytest.mark.skipif(not torch.cuda.is_available() or not dispatch.native_cuda(), reason="there is no GPU")
+
+
+@gpu
+@pytest.mark.parametrize(("N", "H", "J", "K", "width"), [*CODES, (300, 3, 64, 64, 32), (20, 4, 256, 256, 48)])
+def test_codes_on_the_gpu(N, H, J, K, width, close):
+    check_codes(N, H, J, K, width, close, "cuda")
+
+
+@gpu
+@pytest.mark.parametrize(("N", "J", "D", "channels"), [*PATCHES, (300, 64, 96, 3), (50, 64, 192, 3)])
+def test_patches_on_the_gpu(N, J, D, channels, close):
+    check_patches(N, J, D, channels, close, "cuda")
+
+
+@gpu
+def test_the_ops_take_it(monkeypatch):
+    """Where nothing else is insisted on."""
+    calls = []
+    monkeypatch.setattr(native_linear, "launch", lambda name, *rest, **more: calls.append(name) or
+                        native.launch(name, *rest, **more))  # fmt: skip
+    scm, saet = torch.randn(2, 3, 64, 64, device="cuda").requires_grad_(), torch.randn(64, 96, device="cuda")
+    weight, bias = torch.randn(48, 96, device="cuda"), torch.randn(48, device="cuda")
+    for name, count in ((None, 2), ("triton", 0)):
+        calls.clear()
+        with use_backend(name):
+            images = tokens_to_images(mhsc(scm, saet), weight, bias, 3, 4)
+        images.sum().backward()
+        assert calls.count("linear_backward") == count
