@@ -169,14 +169,17 @@ PYBIND11_MODULE(_native, m) {
   py::class_<LinearBackward>(m, "LinearBackward")
       .def(py::init([](bool tf32, int64_t images, int64_t parts, int64_t J, int64_t K, int64_t W, uintptr_t inputs,
                        uintptr_t weight, int64_t part, int64_t of_k, int64_t of_column, uintptr_t d_tokens,
-                       int64_t channels, int64_t side) {
+                       int64_t patch, int64_t side) {
         require(images >= 0 && parts > 0 && J >= 0 && J % kLinearTokens == 0, "no whole number of tokens' tiles");
-        require(linear_slice(K, W, channels, side) > 0, "there is no kernel for these sizes");
-        require(channels == 0 || (parts == 1 && J == side * side), "the patches do not make a square");
+        require(linear_slice(K, W, patch, side) > 0, "there is no kernel for these sizes");
+        require(patch == 0 || (parts == 1 && J == side * side && of_k == 1 && of_column == K),
+                "patches make a square, and their weight is [W, K]");
         return LinearBackward{tf32, images, parts, J, K, W, at<const float>(inputs), at<const float>(weight), part,
-                              of_k, of_column, at<const float>(d_tokens), channels, side, nullptr};
+                              of_k, of_column, at<const float>(d_tokens), patch, side, nullptr};
       }));
   m.def("linear_programs", &linear_programs);
+  m.def("linear_slice", &linear_slice);
+  m.def("linear_bytes", &linear_bytes);
 #ifdef SPEEDK_CUDA
   m.def("linear_backward_cuda", [](LinearBackward job, uintptr_t, uintptr_t d_inputs, uintptr_t partial, int64_t size,
                                    int64_t splits, uintptr_t stream) {

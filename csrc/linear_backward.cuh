@@ -6,8 +6,6 @@
 
 namespace speedk {
 
-constexpr int kLinearThreads = 128;
-
 // Of `columns` values of a row, lane g of eight has value v at near_column(v, g), and lane t of four value u at
 // far_column(u, t): four on end, or two of the last 16.
 template <int columns> __device__ __forceinline__ constexpr int near_column(int v, int g) {
@@ -19,36 +17,72 @@ __device__ __forceinline__ constexpr int input_column(int n, int at) {
   return 16 * (n / 2) + 4 * (at >> 1) + 2 * (n & 1) + (at & 1);
 }
 
-__device__ __forceinline__ void read(float* to, const float4& v) { to[0] = v.x, to[1] = v.y, to[2] = v.z, to[3] = v.w; }
-
-// The tokens' gradient in memory.
-template <int W, bool Patches> struct Gradient {
-  const LinearBackward& job;
+// The tokens' gradient in memory: rows of parts W values, or, where `side` is that of a patch, patches of images.
+template <int W, int side> struct Gradient {
   const float* base;
+  int64_t of_image;
+  int of_token, across;  // patches in a row of an image
 
-  __device__ __forceinline__ Gradient(const LinearBackward& job, int part)
-      : job(job), base(job.d_tokens + (Patches ? 0 : part * W)) {}
+  __device__ __forceinline__ Gradient(const LinearBackward& job, int part) : base(job.d_tokens) {
+    if constexpr (side == 0) base += part * W;
+    of_image = job.J * job.parts * W, of_token = static_cast<int>(job.parts) * W, across = static_cast<int>(job.side);
+  }
   // Where column w of a token lies, from its first one on.
   __device__ __forceinline__ int place(int w) const {
-    if constexpr (!Patches) return w;
-    constexpr int P = kPatchSide;
-    const int line = w / P, width = static_cast<int>(job.side) * P;
-    return (line / P * width + line % P) * width + w % P;
+    if constexpr (side == 0) return w;
+    else return (w / side / side * across * side + w / side % side) * across * side + w % side;
   }
   __device__ __forceinline__ const float* token(int64_t image, int j) const {
-    if constexpr (!Patches) return base + (image * job.J + j) * job.parts * W;
-    constexpr int P = kPatchSide;
-    const int side = static_cast<int>(job.side), width = side * P, across = j & (side - 1), down = j - across;
-    return base + image * job.channels * width * width + down * P * P + across * P;
+    if constexpr (side == 0) return base + image * of_image + static_cast<int64_t>(j) * of_token;
+    const int column = j & (across - 1);
+    return base + image * of_image + (j - column) * side * side + column * side;
   }
   // Its column among a token's values.
-  __device__ __forceinline__ int column(int w) const {
-    if constexpr (!Patches) return w;
-    constexpr int P = kPatchSide;
-    const int line = w / P;
-    return (line % P * P + w % P) * static_cast<int>(job.channels) + line / P;
+  __device__ __forceinline__ static constexpr int column(int w) {
+    if constexpr (side == 0) return w;
+    else return (w / side % side * side + w % side) * (W / side / side) + w / side / side;
   }
 };
+
+__device__ __forceinline__ void read(float* to, const float* from) {
+  const float4 four = *reinterpret_cast<const float4*>(from);
+  to[0] = four.x, to[1] = four.y, to[2] = four.z, to[3] = four.w;
+}
+
+// A lane's of `columns` values of a row; `place(c)` is where its c-th four, or the last two, lie.
+template <int columns, class F>
+__device__ __forceinline__ void read_near(float (&to)[columns / 8], const float* row, F place) {
+#pragma unroll
+  for (int c = 0; c < columns / 32; ++c) read(to + 4 * c, row + place(c));
+  if constexpr (columns % 32 > 0) {
+    const float2 pair = *reinterpret_cast<const float2*>(row + place(columns / 32));
+    to[columns / 8 - 2] = pair.x, to[columns / 8 - 1] = pair.y;
+  }
+}
+
+// sums [S, W] += inputs^T d_tokens, of which a lane has tokens t, t + 4, t + 8 and t + 12; of_bias is the sum of
+// d_tokens alone. The tensor cores cut values off to tf32, of both sides but where one is rounded before.
+template <Product P, int S, int W>
+__device__ __forceinline__ void add_tokens(float (&sums)[S / 16][W / 8][4], float (&of_bias)[W / 8],
+                                           const float (&inputs)[4][S / 8], float (&d_tokens)[4][W / 8]) {
+  constexpr float by = P == Product::tf32 ? 1.0f + 2 * kCutOff : 1.0f;
+#pragma unroll
+  for (int step = 0; step < 4; step += 2) {  // of 8 tokens
+#pragma unroll
+    for (int n = 0; n < W / 8; ++n) {
+      of_bias[n] += d_tokens[step][n] + d_tokens[step + 1][n];
+      d_tokens[step][n] *= by, d_tokens[step + 1][n] *= by;
+    }
+#pragma unroll
+    for (int m = 0; m < S / 16; ++m) {
+      Split<P, 4> a;
+#pragma unroll
+      for (int i = 0; i < 4; ++i) a.set(i, inputs[step + i / 2][2 * m + i % 2]);
+#pragma unroll
+      for (int n = 0; n < W / 8; ++n) add_product_8<P>(sums[m][n], a, d_tokens[step][n], d_tokens[step + 1][n]);
+    }
+  }
+}
 
 #ifndef SPEEDK_EMULATED
 // From shared memory, each time anew: the compiler would keep the whole weight in registers, which are for sums.
@@ -60,28 +94,66 @@ __device__ __forceinline__ float2 read_anew(const float2* from) {
 }
 #endif
 
-template <int W, int S> constexpr int kLinearBytes = 4 * W * S;  // the weight, and later the sums
-
-template <Product P, int W, int S, bool Patches>
-__global__ void __launch_bounds__(kLinearThreads, linear_programs(W, P == Product::tf32))
-linear_backward_kernel(LinearBackward job, float* partial, int64_t size) {
-  constexpr int kSteps = W / 8, kTiles = S / 8, kWarps = kLinearThreads / 32;
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane >> 2, t = lane & 3;
-  const int slices = static_cast<int>(job.K / S), part = blockIdx.y / slices, slice = blockIdx.y % slices;
-  const Gradient<W, Patches> gradient(job, part);
-  const auto at = [&](int k, int w) {
-    return part * job.part + (slice * S + k) * job.of_k + gradient.column(w) * job.of_column;
-  };
-
-  // The weight as the right operand of d_tokens weight^T, in the order in which lanes read it.
+// The weight as the right operand of d_tokens weight^T, in the order in which lanes read it: `value(k, w)` for K
+// columns of inputs and W of tokens.
+template <Product P, int W, int K, int threads, class F>
+__device__ __forceinline__ float2* stage_operand(F value) {
   auto* operand = reinterpret_cast<float2*>(block_memory());
-  for (int i = threadIdx.x; i < kSteps * kTiles * 32; i += kLinearThreads) {
-    const int k = input_column(i / 32 % kTiles, i % 32 / 4), step = i / 32 / kTiles;
-    const float2 pair = {job.weight[at(k, far_column(2 * step, i % 4))],
-                         job.weight[at(k, far_column(2 * step + 1, i % 4))]};
+#pragma unroll 4
+  for (int i = threadIdx.x; i < W * K / 2; i += threads) {
+    const int k = input_column(i / 32 % (K / 8), i % 32 / 4), step = i / (4 * K), t = i % 4;
+    const float2 pair = {value(k, far_column(2 * step, t)), value(k, far_column(2 * step + 1, t))};
     operand[i] = P == Product::tf32 ? nearest(pair) : pair;
   }
   __syncthreads();
+  return operand;
+}
+
+// d [16, 16] += d_tokens weight^T for W values of tokens g and g + 8, in `rows`; at `operand` is a lane's first pair
+// for them, and K the columns of all inputs.
+template <Product P, int W, int K>
+__device__ __forceinline__ void add_inputs(float (&d)[2][4], const Split<P, 4> (&rows)[W / 8], const float2* operand) {
+#pragma unroll
+  for (int s = 0; s < W / 8; ++s) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const float2 right = read_anew(operand + (s * (K / 8) + i) * 32);
+      add_product_8<P>(d[i], rows[s], right.x, right.y);
+    }
+  }
+}
+
+template <Product P, int W> __device__ __forceinline__ void split_rows(Split<P, 4> (&to)[W / 8],
+                                                                       const float (&rows)[2][W / 4]) {
+  constexpr float by = P == Product::tf32 ? 1.0f + kCutOff : 1.0f;
+#pragma unroll
+  for (int s = 0; s < W / 8; ++s) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) to[s].set(i, by * rows[i % 2][2 * s + i / 2]);
+  }
+}
+
+// To column `to` of token g on, the one 8 tokens on at `next`.
+__device__ __forceinline__ void write_inputs(float* to, int64_t next, const float (&d)[2][4]) {
+  *reinterpret_cast<float4*>(to) = {d[0][0], d[0][1], d[1][0], d[1][1]};
+  *reinterpret_cast<float4*>(to + next) = {d[0][2], d[0][3], d[1][2], d[1][3]};
+}
+
+constexpr int kLinearThreads = 128;
+
+// Each warp takes tokens of its own, for S columns of the inputs; `side` as in Gradient.
+template <Product P, int W, int S, int side>
+__global__ void __launch_bounds__(kLinearThreads, linear_programs(W, P == Product::tf32))
+linear_backward_kernel(LinearBackward job, float* partial, int64_t size) {
+  constexpr int kWarps = kLinearThreads / 32;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane >> 2, t = lane & 3;
+  const int slices = static_cast<int>(job.K / S), part = blockIdx.y / slices, slice = blockIdx.y % slices;
+  const Gradient<W, side> gradient(job, part);
+  const auto at = [&](int k, int w) {
+    return part * job.part + (slice * S + k) * job.of_k + gradient.column(w) * job.of_column;
+  };
+  const auto* operand =
+      stage_operand<P, W, S, kLinearThreads>([&](int k, int w) { return job.weight[at(k, w)]; }) + lane;
 
   int near[W / 32 + 1], far[W / 16];  // where this lane's columns begin
 #pragma unroll
@@ -98,79 +170,29 @@ linear_backward_kernel(LinearBackward job, float* partial, int64_t size) {
     const int first = static_cast<int>(tile % of_image) * static_cast<int>(kLinearTokens);
     const int64_t corner = ((image * job.parts + part) * job.J + first) * job.K + slice * S;
 
-    float column[4][W / 8], input[4][S / 8];  // d_tokens and inputs by columns: tokens t, t + 4, t + 8 and t + 12
+    float d_tokens[4][W / 8], inputs[4][S / 8];
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const float* from = gradient.token(image, first + t + 4 * i);
-      const float* in = job.inputs + corner + (t + 4 * i) * job.K;
-#pragma unroll
-      for (int c = 0; c < W / 32; ++c) read(column[i] + 4 * c, *reinterpret_cast<const float4*>(from + near[c]));
-      if constexpr (W % 32 > 0) {
-        const float2 pair = *reinterpret_cast<const float2*>(from + near[W / 32]);
-        column[i][W / 8 - 2] = pair.x, column[i][W / 8 - 1] = pair.y;
-      }
-#pragma unroll
-      for (int c = 0; c < S / 32; ++c) {
-        read(input[i] + 4 * c, *reinterpret_cast<const float4*>(in + near_column<S>(4 * c, g)));
-      }
-      if constexpr (S % 32 > 0) {
-        const float2 pair = *reinterpret_cast<const float2*>(in + near_column<S>(S / 32 * 4, g));
-        input[i][S / 8 - 2] = pair.x, input[i][S / 8 - 1] = pair.y;
-      }
+      read_near<W>(d_tokens[i], gradient.token(image, first + t + 4 * i), [&](int c) { return near[c]; });
+      read_near<S>(inputs[i], job.inputs + corner + (t + 4 * i) * job.K,
+                   [&](int c) { return near_column<S>(4 * c, g); });
     }
-
-    if (partial) {
-      // The tensor cores cut values off to tf32, of both sides but where one is rounded before.
-      constexpr float by = P == Product::tf32 ? 1.0f + 2 * kCutOff : 1.0f;
+    if (partial) add_tokens<P, S, W>(sums, of_bias, inputs, d_tokens);
+    if (!job.d_inputs) continue;
+    float rows[2][W / 4];
 #pragma unroll
-      for (int step = 0; step < 4; step += 2) {  // of 8 tokens
+    for (int half = 0; half < 2; ++half) {
+      const float* from = gradient.token(image, first + g + 8 * half);
 #pragma unroll
-        for (int n = 0; n < W / 8; ++n) {
-          if constexpr (Patches) of_bias[n] += column[step][n] + column[step + 1][n];
-          column[step][n] *= by, column[step + 1][n] *= by;
-        }
-#pragma unroll
-        for (int m = 0; m < S / 16; ++m) {
-          Split<P, 4> a;
-#pragma unroll
-          for (int i = 0; i < 4; ++i) a.set(i, input[step + i / 2][2 * m + i % 2]);
-#pragma unroll
-          for (int n = 0; n < W / 8; ++n) add_product_8<P>(sums[m][n], a, column[step][n], column[step + 1][n]);
-        }
-      }
+      for (int c = 0; c < W / 16; ++c) read(rows[half] + 4 * c, from + far[c]);
     }
-    if (job.d_inputs) {
-      float row[2][W / 4];  // d_tokens by rows: tokens g and g + 8
+    Split<P, 4> left[W / 8];
+    split_rows<P, W>(left, rows);
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const float* from = gradient.token(image, first + g + 8 * half);
-#pragma unroll
-        for (int c = 0; c < W / 16; ++c) read(row[half] + 4 * c, *reinterpret_cast<const float4*>(from + far[c]));
-      }
-      constexpr float by = P == Product::tf32 ? 1.0f + kCutOff : 1.0f;
-      Split<P, 4> left[kSteps];
-#pragma unroll
-      for (int s = 0; s < kSteps; ++s) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) left[s].set(i, by * row[i % 2][2 * s + i / 2]);
-      }
-#pragma unroll
-      for (int n = 0; n < kTiles; n += 2) {
-        float d[2][4] = {};
-#pragma unroll
-        for (int s = 0; s < kSteps; ++s) {
-#pragma unroll
-          for (int i = 0; i < 2; ++i) {
-            const float2 right = read_anew(operand + (s * kTiles + n + i) * 32 + lane);
-            add_product_8<P>(d[i], left[s], right.x, right.y);
-          }
-        }
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          float* to = job.d_inputs + corner + (g + 8 * half) * job.K + input_column(n, 2 * t);
-          *reinterpret_cast<float4*>(to) = {d[0][2 * half], d[0][2 * half + 1], d[1][2 * half], d[1][2 * half + 1]};
-        }
-      }
+    for (int n = 0; n < S / 8; n += 2) {
+      float d[2][4] = {};
+      add_inputs<P, W, S>(d, left, operand + 32 * n);
+      write_inputs(job.d_inputs + corner + g * job.K + input_column(n, 2 * t), 8 * job.K, d);
     }
   }
   if (!partial) return;
@@ -199,7 +221,7 @@ linear_backward_kernel(LinearBackward job, float* partial, int64_t size) {
     const int value = i / 32 % 4, n = i / 128 % (W / 8), m = i / (16 * W);
     partial[at(near_column<S>(2 * m + value / 2, i % 32 / 4), near_column<W>(n, 2 * (i % 4) + value % 2))] = all[i];
   }
-  if (!Patches || slice > 0) return;
+  if (side == 0 || slice > 0) return;
   __syncthreads();
 #pragma unroll
   for (int n = 0; n < W / 8; ++n) {
@@ -211,6 +233,79 @@ linear_backward_kernel(LinearBackward job, float* partial, int64_t size) {
     float sum = all[w];
     for (int other = 1; other < kWarps; ++other) sum += all[other * W + w];
     partial[job.K * W + gradient.column(w)] = sum;
+  }
+}
+
+constexpr int kWideThreads = 384, kWideInputs = 64, kWideColumns = 48;
+
+// Where sums of [K, W] are too many for a warp: 12 of them share the tokens, each with its own 64 columns of inputs and
+// 48 of tokens for the weight's gradient, and 16 columns of the inputs' one. For patches of `side`.
+template <Product P, int W, int K, int side>
+__global__ void __launch_bounds__(kWideThreads, 1)
+wide_linear_backward_kernel(LinearBackward job, float* partial, int64_t size) {
+  constexpr int kDown = K / kWideInputs, kInputs = kWideInputs, kColumns = kWideColumns;
+  static_assert(kDown * (W / kColumns) * 32 == kWideThreads && K / 16 * 32 == kWideThreads, "a warp for each part");
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane >> 2, t = lane & 3;
+  const int k0 = warp % kDown * kInputs, w0 = warp / kDown * kColumns;
+  const Gradient<W, side> gradient(job, 0);
+  const auto* operand = stage_operand<P, W, K, kWideThreads>([&](int k, int w) {
+    return job.weight[k * job.of_k + gradient.column(w) * job.of_column];
+  }) + 64 * warp + lane;
+
+  float sums[kInputs / 16][kColumns / 8][4] = {}, of_bias[kColumns / 8] = {};
+  const int of_image = static_cast<int>(job.J / kLinearTokens);
+  const int64_t tiles = job.images * of_image;
+  for (int64_t tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
+    __syncthreads();  // so that what one warp has read the others find in the multiprocessor's cache
+    const int64_t image = tile / of_image;
+    const int first = static_cast<int>(tile % of_image) * static_cast<int>(kLinearTokens);
+    const int64_t corner = (image * job.J + first) * K;
+    if (partial) {
+      float d_tokens[4][kColumns / 8], inputs[4][kInputs / 8];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        read_near<kColumns>(d_tokens[i], gradient.token(image, first + t + 4 * i),
+                            [&](int c) { return gradient.place(w0 + near_column<kColumns>(4 * c, g)); });
+        read_near<kInputs>(inputs[i], job.inputs + corner + (t + 4 * i) * K + k0,
+                           [&](int c) { return near_column<kInputs>(4 * c, g); });
+      }
+      add_tokens<P, kInputs, kColumns>(sums, of_bias, inputs, d_tokens);
+    }
+    if (!job.d_inputs) continue;
+    float d[2][4] = {};
+#pragma unroll 1
+    for (int w = 0; w < W; w += kColumns) {
+      float rows[2][kColumns / 4];
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const float* from = gradient.token(image, first + g + 8 * half);
+#pragma unroll
+        for (int c = 0; c < kColumns / 16; ++c) {
+          read(rows[half] + 4 * c, from + gradient.place(w + far_column(4 * c, t)));
+        }
+      }
+      Split<P, 4> left[kColumns / 8];
+      split_rows<P, kColumns>(left, rows);
+      add_inputs<P, kColumns, K>(d, left, operand + w * (K / 2));
+    }
+    write_inputs(job.d_inputs + corner + g * K + 16 * warp + 4 * t, 8 * K, d);
+  }
+  if (!partial) return;
+
+  partial += blockIdx.x * size;
+#pragma unroll
+  for (int n = 0; n < kColumns / 8; ++n) {
+    const float two = of_bias[n] + across(of_bias[n], 1), four = two + across(two, 2);
+    if (k0 == 0 && t == 0) partial[K * W + gradient.column(w0 + near_column<kColumns>(n, g))] = four;
+#pragma unroll
+    for (int e = 0; e < 2; ++e) {
+      float* to = partial + gradient.column(w0 + near_column<kColumns>(n, 2 * t + e)) * K + k0 + 4 * g;
+#pragma unroll
+      for (int m = 0; m < kInputs / 16; m += 2) {  // four columns on end
+        *reinterpret_cast<float4*>(to + near_column<kInputs>(2 * m, 0)) = {sums[m][n][e], sums[m][n][2 + e],
+                                                                         sums[m + 1][n][e], sums[m + 1][n][2 + e]};
+      }
+    }
   }
 }
 

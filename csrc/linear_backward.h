@@ -6,15 +6,14 @@
 namespace speedk {
 
 constexpr int64_t kLinearTokens = 16;  // a warp's, all of one image
-constexpr int64_t kPatchSide = 4;  // pixels, of the patches that there is a kernel for
 
 // Inputs [images, parts, J, K] and their gradient, contiguous; J a multiple of kLinearTokens. Part p's weight is
 // [K, W], its value (k, w) at `weight[p part + k of_k + column(w) of_column]`, and so is its gradient.
 //
 // Rows: d_tokens [images, J, parts W], contiguous, column(w) = w.
-// Patches: d_tokens are images [images, channels, side patch, side patch], contiguous, of side^2 = J patches, side a
-// power of two; w = (channel patch + row) patch + column, W = channels patch^2, parts = 1, and column(w) is its place
-// among a token's values, (row patch + column) channels + channel.
+// Patches of `patch` pixels a side: d_tokens are images [images, 3, side patch, side patch], contiguous, of side^2 = J
+// patches, side a power of two; w = (channel patch + row) patch + column, W = 3 patch^2, parts = 1, and column(w) is
+// its place among a token's values, (row patch + column) 3 + channel; of_k = 1 and of_column = K.
 struct LinearBackward {
   bool tf32;
   int64_t images, parts, J, K, W;
@@ -22,21 +21,23 @@ struct LinearBackward {
   const float* weight;
   int64_t part, of_k, of_column;
   const float* d_tokens;
-  int64_t channels, side;  // 0 for rows
+  int64_t patch, side;  // 0 for rows
   float* d_inputs;  // or null
 };
 
 // Columns of the inputs that one program takes, 0 where there is no kernel for these sizes.
-inline constexpr int64_t linear_slice(int64_t K, int64_t W, int64_t channels, int64_t side) {
-  if (channels > 0) {
-    const bool fits = W == 48 && channels * kPatchSide * kPatchSide == W && side >= 4 && (side & (side - 1)) == 0;
-    return fits && K % 48 == 0 ? 48 : 0;
-  }
-  return (W == 32 || W == 48 || W == 64) && K % 64 == 0 ? 64 : 0;
+inline constexpr int64_t linear_slice(int64_t K, int64_t W, int64_t patch, int64_t side) {
+  if (patch == 0) return (W == 32 || W == 48 || W == 64) && K % 64 == 0 ? 64 : 0;
+  if (W != 3 * patch * patch || side < 4 || (side & (side - 1)) != 0) return 0;
+  return patch == 4 ? K % 48 == 0 ? 48 : 0 : patch == 8 && K == 192 ? K : 0;
 }
 
 // Programs that fit a multiprocessor: what the sums leave of its registers decides.
-inline constexpr int linear_programs(int64_t W, bool tf32) { return W <= 32 || (W <= 48 && tf32) ? 3 : 2; }
+inline constexpr int linear_programs(int64_t W, bool tf32) {
+  return W <= 32 || (W <= 48 && tf32) ? 3 : W <= 64 ? 2 : 1;
+}
+// Shared memory of one.
+inline constexpr int64_t linear_bytes(int64_t W, int64_t slice) { return 4 * W * slice; }
 
 #ifdef SPEEDK_CUDA
 // partial [splits, size] float32, or null: sums over a fixed split of the tokens, of the gradient of `weight`, laid out

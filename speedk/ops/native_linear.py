@@ -18,41 +18,44 @@ MULTIPROCESSORS = 132
 inputs. Fixed, so that the sums have one order everywhere."""
 
 HEADS, SLICE = (32, 48, 64), 64  # widths D / H of a head, and what K is a multiple of
-PATCH, VALUES, COLUMNS = 4, 48, 48  # a patch's side and its values, and what D is a multiple of
+COLUMNS = {4: 48, 8: 192}  # by a patch's side, of which L is 3 squares: of so many columns one program takes of D
 TOKENS = 16  # what J is a multiple of
 
 
-def _missing(*tensors: Tensor) -> str | None:
-    missing = dispatch.why_not_native_cuda(*tensors)
+def _missing(inputs: Tensor, weight: Tensor, columns: int, width: int) -> str | None:
+    missing = dispatch.why_not_native_cuda(inputs, weight)
     if missing is not None:
         return missing
-    if any(tensor.dtype != torch.float32 for tensor in tensors):
+    if inputs.dtype != torch.float32:
         return "the kernel is for float32"
-    return _too_old(tensors[0].device.index)
+    return _too_small(inputs.device.index, 4 * columns * width)
 
 
 @torch.compiler.assume_constant_result
-def _too_old(device: int | None) -> str | None:
-    if torch.cuda.get_device_properties(device).major < 8:
+def _too_small(device: int | None, needed: int) -> str | None:
+    gpu = torch.cuda.get_device_properties(device)
+    if gpu.major < 8:
         return "it needs a GPU of compute capability 8.0 or later"
-    return None
+    has = gpu.shared_memory_per_block_optin
+    return None if needed <= has else f"it needs {needed:,} bytes of shared memory, this GPU has {has:,}"
 
 
 def why_not_mhsc(scm: Tensor, saet: Tensor) -> str | None:
     _, H, J, K = scm.shape
+    width = saet.shape[1] // H
     fits = K and J and K % SLICE == J % TOKENS == 0
-    if not fits or saet.shape[1] // H not in HEADS or not scm.is_contiguous():
-        return f"there is no kernel for heads of {saet.shape[1] // H}, {J} patches and {K} tokens"
-    return _missing(scm, saet)
+    if not fits or width not in HEADS or not scm.is_contiguous():
+        return f"there is no kernel for heads of {width}, {J} patches and {K} tokens"
+    return _missing(scm, saet, SLICE, width)
 
 
 def why_not_projection(state: Tensor, weight: Tensor, patch: int) -> str | None:
-    _, J, D = state.shape
-    side = math.isqrt(int(J))
-    fits = patch == PATCH and weight.shape[0] == VALUES and D and D % COLUMNS == 0
+    (_, J, D), L = state.shape, weight.shape[0]
+    side, columns = math.isqrt(int(J)), COLUMNS.get(patch, 0)
+    fits = columns and D and 3 * patch**2 == L and (patch == 4 or columns == D) and D % columns == 0
     if not fits or side < 4 or side & (side - 1) or not state.is_contiguous():
-        return f"there is no kernel for patches of {patch}, {J} of them, and D={D}"
-    return _missing(state, weight)
+        return f"there is no kernel for {J} patches of {L} values and D={D}"
+    return _missing(state, weight, columns, L)
 
 
 def _ready(tensor: Tensor) -> Tensor:
@@ -64,7 +67,8 @@ def _ready(tensor: Tensor) -> Tensor:
 def _backward(inputs: Tensor, weight: Tensor, d_tokens: Tensor, sizes: tuple[int, ...], strides: tuple[int, ...],
               image: tuple[int, int], wanted: tuple[bool, bool], slices: int, bias: int) -> tuple[Tensor | None, ...]:
     """d_inputs, and the gradients of the weight and, behind it, of so many biases, flat; None where not wanted.
-    `sizes`: images, parts, J, K, W; `strides`: of a part, of k, of a column; `image`: channels and side."""
+    `sizes`: images, parts, J, K, W; `strides`: of a part, of k, of a column; `image`: the sides of a patch and, in
+    patches, of an image."""
     d_inputs = torch.empty_like(inputs) if wanted[0] else None
     size, tokens = weight.numel() + bias, sizes[0] * sizes[2]
     programs = MULTIPROCESSORS * native().linear_programs(sizes[4], tf32_allowed())
@@ -97,7 +101,7 @@ def tokens_to_images_bwd(d_images: Tensor, state: Tensor, weight: Tensor, patch:
     if N == 0 or not (need_state or need_weight):
         return (state.new_zeros(N, J, D) if need_state else None,
                 *((weight.new_zeros(L, D), weight.new_zeros(L)) if need_weight else (None, None)))  # fmt: skip
-    image = d_images.shape[1], math.isqrt(J)
+    image = patch, math.isqrt(J)
     d_state, found = _backward(_ready(state), _ready(weight), _ready(d_images), (N, 1, J, D, L), (0, 1, D), image,
-                               (need_state, need_weight), D // COLUMNS, L)  # fmt: skip
+                               (need_state, need_weight), D // COLUMNS[patch], L)  # fmt: skip
     return (d_state, None, None) if found is None else (d_state, found[:-L].view(L, D), found[-L:])

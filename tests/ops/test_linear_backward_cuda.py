@@ -8,7 +8,7 @@ import ctypes
 import emulation
 import pytest
 import torch
-from support import poisoned_memory
+from support import built, poisoned_memory
 
 from speedk.ops import dispatch, mhsc, native, native_linear, tokens_to_images, use_backend
 from speedk.ops.mhsc import mhsc_reference
@@ -16,7 +16,7 @@ from speedk.ops.patches import tokens_to_images_reference
 
 PRODUCTS = {"tf32": (True, 1e-3), "float32": (False, 2e-6)}  # tf32 allowed, how far off a result may be, of its length
 CODES = [(1, 1, 16, 64, 32), (3, 2, 48, 64, 32), (2, 2, 32, 128, 48), (1, 3, 16, 64, 64)]  # N, H, J, K, D / H
-PATCHES = [(1, 16, 48, 3), (3, 64, 96, 3), (1, 16, 96, 3)]  # N, J, D, channels
+PATCHES = [(1, 16, 48, 4), (3, 64, 96, 4), (1, 16, 96, 4), (2, 16, 192, 8)]  # N, J, D, patch
 
 
 @pytest.fixture(scope="module")
@@ -86,16 +86,16 @@ def check_codes(N, H, J, K, width, close, device):
     alike((d_scm, d_saet), wanted, close)
 
 
-def check_patches(N, J, D, channels, close, device):
-    state, weight = torch.randn(N, J, D, device=device), torch.randn(16 * channels, D, device=device)
-    side = 4 * round(J**0.5)
-    d_images = torch.randn(N, channels, side, side, device=device) + 0.3
+def check_patches(N, J, D, patch, close, device):
+    state, weight = torch.randn(N, J, D, device=device), torch.randn(3 * patch**2, D, device=device)
+    side = patch * round(J**0.5)
+    d_images = torch.randn(N, 3, side, side, device=device) + 0.3
     leaves = [t.double().requires_grad_() for t in (state, weight, torch.randn(len(weight), device=device))]
-    wanted = torch.autograd.grad(tokens_to_images_reference(*leaves, channels, 4), leaves, d_images.double())
+    wanted = torch.autograd.grad(tokens_to_images_reference(*leaves, 3, patch), leaves, d_images.double())
     with poisoned_memory():
-        alike(native_linear.tokens_to_images_bwd(d_images, state, weight, 4), wanted, close)
-        d_state, *none = native_linear.tokens_to_images_bwd(d_images, state, weight, 4, need_weight=False)
-        also_none, *found = native_linear.tokens_to_images_bwd(d_images, state, weight, 4, need_state=False)
+        alike(native_linear.tokens_to_images_bwd(d_images, state, weight, patch), wanted, close)
+        d_state, *none = native_linear.tokens_to_images_bwd(d_images, state, weight, patch, need_weight=False)
+        also_none, *found = native_linear.tokens_to_images_bwd(d_images, state, weight, patch, need_state=False)
         assert none == [None, None] and also_none is None
     alike((d_state, *found), wanted, close)
 
@@ -108,10 +108,10 @@ def test_codes_emulated(N, H, J, K, width, programs, close, in_its_place, monkey
 
 
 @pytest.mark.parametrize("programs", [1, 8])
-@pytest.mark.parametrize(("N", "J", "D", "channels"), PATCHES)
-def test_patches_emulated(N, J, D, channels, programs, close, in_its_place, monkeypatch):
+@pytest.mark.parametrize(("N", "J", "D", "patch"), PATCHES)
+def test_patches_emulated(N, J, D, patch, programs, close, in_its_place, monkeypatch):
     monkeypatch.setattr(native_linear, "MULTIPROCESSORS", programs)
-    check_patches(N, J, D, channels, close, "cpu")
+    check_patches(N, J, D, patch, close, "cpu")
 
 
 def test_a_nan_stays_in_its_token(close, in_its_place):
@@ -119,6 +119,19 @@ def test_a_nan_stays_in_its_token(close, in_its_place):
     d_out[0, 7, 3] = torch.nan
     d_scm, _ = native_linear.mhsc_bwd(d_out, scm, saet, True, False)
     assert d_scm[0, 0, 7].isnan().all() and d_scm[0, 0, torch.arange(16) != 7].isfinite().all()
+
+
+@built
+def test_the_launcher_knows_what_there_is():
+    """As the extension says, whose sizes PyTorch's compiler cannot ask for."""
+    extension = dispatch.native()
+    for K in (48, 64, 128, 192, 256):
+        for width in (16, 32, 48, 64, 96):
+            assert (extension.linear_slice(K, width, 0, 0) > 0) == (width in native_linear.HEADS and K % 64 == 0)
+        for patch, columns in native_linear.COLUMNS.items():
+            found = extension.linear_slice(K, 3 * patch**2, patch, 8)
+            assert found in (0, columns) and (found > 0) == (K % columns == 0)
+            assert extension.linear_slice(K, 3 * patch**2, patch, 6) == 0
 
 
 gpu = pytest.mark.skipif(not torch.cuda.is_available() or not dispatch.native_cuda(), reason="there is no GPU")
@@ -131,9 +144,9 @@ def test_codes_on_the_gpu(N, H, J, K, width, close):
 
 
 @gpu
-@pytest.mark.parametrize(("N", "J", "D", "channels"), [*PATCHES, (300, 64, 96, 3), (50, 64, 192, 3)])
-def test_patches_on_the_gpu(N, J, D, channels, close):
-    check_patches(N, J, D, channels, close, "cuda")
+@pytest.mark.parametrize(("N", "J", "D", "patch"), [*PATCHES, (300, 64, 96, 4), (50, 64, 192, 4), (20, 256, 192, 8)])
+def test_patches_on_the_gpu(N, J, D, patch, close):
+    check_patches(N, J, D, patch, close, "cuda")
 
 
 @gpu
