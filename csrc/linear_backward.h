@@ -12,8 +12,8 @@ constexpr int64_t kLinearTokens = 16;  // a warp's, all of one image
 //
 // Rows: d_tokens [images, J, parts W], contiguous, column(w) = w.
 // Patches of `patch` pixels a side: d_tokens are images [images, 3, side patch, side patch], contiguous, of side^2 = J
-// patches, side a power of two; w = (channel patch + row) patch + column, W = 3 patch^2, parts = 1, and column(w) is
-// its place among a token's values, (row patch + column) 3 + channel; of_k = 1 and of_column = K.
+// patches, side a power of two up to 1,024; w = (channel patch + row) patch + column, W = 3 patch^2, parts = 1, and
+// column(w) is its place among a token's values, (row patch + column) 3 + channel; of_k = 1 and of_column = K.
 struct LinearBackward {
   bool tf32;
   int64_t images, parts, J, K, W;
@@ -28,7 +28,7 @@ struct LinearBackward {
 // Columns of the inputs that one program takes, 0 where there is no kernel for these sizes.
 inline constexpr int64_t linear_slice(int64_t K, int64_t W, int64_t patch, int64_t side) {
   if (patch == 0) return (W == 32 || W == 48 || W == 64) && K % 64 == 0 ? 64 : 0;
-  if (W != 3 * patch * patch || side < 4 || (side & (side - 1)) != 0) return 0;
+  if (W != 3 * patch * patch || side < 4 || side > 1024 || (side & (side - 1)) != 0) return 0;
   return patch == 4 ? K % 48 == 0 ? 48 : 0 : patch == 8 && K == 192 ? K : 0;
 }
 

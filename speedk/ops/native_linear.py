@@ -10,7 +10,7 @@ from torch import Tensor
 
 from speedk.ops import dispatch
 from speedk.ops.dispatch import native
-from speedk.ops.native import launch
+from speedk.ops.native import launch, takes
 from speedk.precision import tf32_allowed
 
 MULTIPROCESSORS = 132
@@ -20,6 +20,7 @@ inputs. Fixed, so that the sums have one order everywhere."""
 HEADS, SLICE = (32, 48, 64), 64  # widths D / H of a head, and what K is a multiple of
 COLUMNS = {4: 48, 8: 192}  # by a patch's side, of which L is 3 squares: of so many columns one program takes of D
 TOKENS = 16  # what J is a multiple of
+SQUARES = tuple(4**n for n in range(2, 11))  # J of an image in patches, whose side is a power of two
 
 
 def _missing(inputs: Tensor, weight: Tensor, columns: int, width: int) -> str | None:
@@ -51,9 +52,9 @@ def why_not_mhsc(scm: Tensor, saet: Tensor) -> str | None:
 
 def why_not_projection(state: Tensor, weight: Tensor, patch: int) -> str | None:
     (_, J, D), L = state.shape, weight.shape[0]
-    side, columns = math.isqrt(int(J)), COLUMNS.get(patch, 0)
+    columns = COLUMNS.get(patch, 0)
     fits = columns and D and 3 * patch**2 == L and (patch == 4 or columns == D) and D % columns == 0
-    if not fits or side < 4 or side & (side - 1) or not state.is_contiguous():
+    if not fits or J not in SQUARES or not state.is_contiguous():
         return f"there is no kernel for {J} patches of {L} values and D={D}"
     return _missing(state, weight, columns, L)
 
@@ -69,6 +70,7 @@ def _backward(inputs: Tensor, weight: Tensor, d_tokens: Tensor, sizes: tuple[int
     """d_inputs, and the gradients of the weight and, behind it, of so many biases, flat; None where not wanted.
     `sizes`: images, parts, J, K, W; `strides`: of a part, of k, of a column; `image`: the sides of a patch and, in
     patches, of an image."""
+    takes(inputs, (torch.float32,), cuda=True)
     d_inputs = torch.empty_like(inputs) if wanted[0] else None
     size, tokens = weight.numel() + bias, sizes[0] * sizes[2]
     programs = MULTIPROCESSORS * native().linear_programs(sizes[4], tf32_allowed())

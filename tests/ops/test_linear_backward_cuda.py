@@ -134,6 +134,20 @@ def test_the_launcher_knows_what_there_is():
             assert extension.linear_slice(K, 3 * patch**2, patch, 6) == 0
 
 
+def test_sizes_that_vary_are_traced(monkeypatch):
+    """The choice asks for sizes, which need not be numbers to `torch.compile`."""
+    monkeypatch.setattr(native_linear, "_missing", lambda *given: None)
+
+    def chosen(scm, saet, state, weight):
+        return scm + 2.0 * (native_linear.why_not_mhsc(scm, saet) is None) + (
+            native_linear.why_not_projection(state, weight, 4) is None)
+
+    compiled = torch.compile(chosen, fullgraph=True, dynamic=True, backend="eager")
+    for J, K, D in ((16, 64, 96), (64, 64, 96), (15, 64, 96), (16, 48, 96), (16, 64, 192), (64, 128, 32)):
+        given = [torch.randn(shape) for shape in ((2, 3, J, K), (K, D - D % 3), (2, J, D), (48, D))]
+        assert torch.equal(compiled(*given), chosen(*given))
+
+
 gpu = pytest.mark.skipif(not torch.cuda.is_available() or not dispatch.native_cuda(), reason="there is no GPU")
 
 
