@@ -20,24 +20,36 @@ __device__ constexpr int kMatrixAt[3] = {0, 4, 6};
 __device__ constexpr int kVectorAt[kVectors] = {1, 2, 3, 5, 7, 8, 9};
 enum { kProjBias, kNorm1Weight, kNorm1Bias, kFc1Bias, kFc2Bias, kNorm2Weight, kNorm2Bias };
 
-template <Product P> __device__ __forceinline__ float scalar(const void* values, int i) {
-  if constexpr (!kShort<P>) return static_cast<const float*>(values)[i];
-  else return unpacked<P>(static_cast<const uint16_t*>(values)[i]).x;
-}
-
-// All weights into shared memory.
+// Ask for all weights, in shared memory. The vectors, which any product may need, are asked for first.
 template <Product P, int D, int threads> __device__ __forceinline__ void stage(const FreenetBlock& job, char* shared) {
+  static_assert(threads >= D, "a thread has one value of each vector");
+  const unsigned i = threadIdx.x < D ? threadIdx.x : 0;
+  uint32_t bits[kVectors];  // as they are, so that nothing waits for them before all is asked for
+#pragma unroll
+  for (int v = 0; v < kVectors; ++v) {
+    const void* vector = job.weights[kVectorAt[v]];
+    bits[v] = kShort<P> ? static_cast<const uint16_t*>(vector)[i] : static_cast<const uint32_t*>(vector)[i];
+  }
 #pragma unroll 1
   for (int m = 0; m < 3; ++m) {
     const void* weight = job.weights[kMatrixAt[0]];
     if (m > 0) weight = m == 1 ? job.weights[kMatrixAt[1]] : job.weights[kMatrixAt[2]];
-    stage_weight<P, D, threads>(weight, shared + m * kWeightBytes<P, D>);
+    fetch_weight<P, D, threads>(weight, shared + m * kWeightBytes<P, D>);
+    end_of_stage();
   }
   auto* vectors = reinterpret_cast<float*>(shared + 3 * kWeightBytes<P, D>);
 #pragma unroll
   for (int v = 0; v < kVectors; ++v) {
-    for (int i = threadIdx.x; i < D; i += threads) vectors[v * D + i] = scalar<P>(job.weights[kVectorAt[v]], i);
+    if (threadIdx.x >= D) continue;
+    if constexpr (kShort<P>) vectors[v * D + i] = unpacked<P>(bits[v]).x;
+    else vectors[v * D + i] = __uint_as_float(bits[v]);
   }
+}
+
+// The vectors and the matrices, but for so many of the last, are there for all threads, which go on together.
+template <int left> __device__ __forceinline__ void await_weights_but() {
+  await_all_but<left>();
+  __syncthreads();
 }
 
 // The input of the MLP from what the projection gives, x; `see` looks at that once it is normalised. Returns the scale.
@@ -62,17 +74,18 @@ template <Product P, int D>
 __global__ void __launch_bounds__(kForwardThreads<P>, kForwardBlocks<P>) block_kernel(FreenetBlock job, void* out) {
   char* shared = block_memory();
   stage<P, D, kForwardThreads<P>>(job, shared);
-  __syncthreads();
   constexpr int kWeight = kWeightBytes<P, D>;
   const auto* vectors = reinterpret_cast<const float*>(shared + 3 * kWeight);
-  const int lane = threadIdx.x % 32, t = lane & 3, warps = kForwardThreads<P> / 32;
+  constexpr int kTokens = kForwardThreads<P> / 2;
+  const int lane = threadIdx.x % 32, t = lane & 3, of_warp = threadIdx.x / 32 * 16;
   const float eps = static_cast<float>(job.eps);
-  for (int64_t tile = static_cast<int64_t>(blockIdx.x) * warps + threadIdx.x / 32; tile * 16 < job.M;
-       tile += static_cast<int64_t>(gridDim.x) * warps) {
-    const int64_t first = tile * 16;
+  for (unsigned tile = blockIdx.x; static_cast<int64_t>(tile) * kTokens < job.M; tile += gridDim.x) {
+    const int64_t first = static_cast<int64_t>(tile) * kTokens + of_warp;
     Tokens<D> x;
     Rows<P, D> rows;
     load<P, D>(rows, job.features, first, job.M, lane);
+    const bool arriving = tile == blockIdx.x;
+    if (arriving) await_weights_but<2>();
     fill<D>(x, vectors + kProjBias * D, t);
 #pragma unroll 1
     for (int product = 0; product < 3; ++product) {
@@ -80,10 +93,12 @@ __global__ void __launch_bounds__(kForwardThreads<P>, kForwardBlocks<P>) block_k
       if (product == 0) {
         to_hidden<P, D>(job, vectors, x, rows, first, lane, eps, [] {});
         fill<D>(x, vectors + kFc1Bias * D, t);
+        if (arriving) await_weights_but<1>();
       } else if (product == 1) {
         each<D>([&](int n, int half, int e) { x[n][2 * half + e] *= normal_at(x[n][2 * half + e]).below; });
         swap<P, D>(x, rows);
         each_column<D>(vectors + kFc2Bias * D, t, [&](int n, int e, float v) { x[n][e] += v, x[n][2 + e] += v; });
+        if (arriving) await_weights_but<0>();
       } else {
         normalise<D>(x, eps);
         scale<D>(x, vectors + kNorm2Weight * D, vectors + kNorm2Bias * D, t);
@@ -110,13 +125,13 @@ __global__ void __launch_bounds__(kBackwardThreads, 1) block_backward_kernel(Fre
     if (job.state) ask_for(static_cast<const char*>(job.state) + at);
   }
   stage<P, D, kBackwardThreads>(job, shared);
-  __syncthreads();
   const auto* vectors = reinterpret_cast<const float*>(shared + 3 * kWeight);
   auto* all_sums = const_cast<float*>(vectors) + kVectors * D;
   float* sums = all_sums + warp * kVectors * D;
   const float eps = static_cast<float>(job.eps);
   float2 scale1 = {0, 0};
 
+  await_weights_but<2>();
   fill<D>(x, vectors + kProjBias * D, t);
 #pragma unroll 1
   for (int product = 0; product < 3; ++product) {
@@ -124,6 +139,7 @@ __global__ void __launch_bounds__(kBackwardThreads, 1) block_backward_kernel(Fre
     if (product == 0) {
       scale1 = to_hidden<P, D>(job, vectors, x, rows, first, lane, eps, [&] { keep<P, D>(normalised, x); });
       store<P, D>(rows, to.hidden, first, M, lane);
+      await_weights_but<1>();
       fill<D>(x, vectors + kFc1Bias * D, t);
     } else if (product == 1) {
 #pragma unroll
@@ -139,6 +155,7 @@ __global__ void __launch_bounds__(kBackwardThreads, 1) block_backward_kernel(Fre
       }
       swap<P, D>(x, rows);
       each_column<D>(vectors + kFc2Bias * D, t, [&](int n, int e, float v) { x[n][e] += v, x[n][2 + e] += v; });
+      await_weights_but<0>();
       store<P, D>(rows, to.active, first, M, lane);
     } else {
       const float2 scale2 = normalise<D>(x, eps);

@@ -14,18 +14,6 @@ template <Product P> constexpr int kStageTokens = kGroups * kStep<P>;
 template <Product P, int D> constexpr int kRowBytes = kShort<P> ? 4 * D + 16 : 8 * D;
 template <Product P, int D> constexpr int kProductBytes = kStages * kStageTokens<P> * kRowBytes<P, D>;
 
-#ifndef SPEEDK_EMULATED
-// 16 bytes from memory to shared memory, behind the thread's back; zeros unless `there`.
-__device__ __forceinline__ void fetch(void* to, const void* from, bool there) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
-               :: "r"(static_cast<uint32_t>(__cvta_generic_to_shared(to))), "l"(from), "r"(there ? 16 : 0) : "memory");
-}
-__device__ __forceinline__ void end_of_stage() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-template <int left> __device__ __forceinline__ void await_all_but() {  // so many of the last stages
-  asm volatile("cp.async.wait_group %0;" :: "n"(left) : "memory");
-}
-#endif
-
 // Where the 16 bytes `chunk` of token `row` of a stage lie: of float32, so that a column of four rows has no conflicts.
 template <Product P, int D> __device__ __forceinline__ int place(int row, int chunk) {
   return row * kRowBytes<P, D> + 16 * (kShort<P> ? chunk : chunk ^ (2 * (row & 3)));

@@ -100,6 +100,22 @@ template <bool turned> __device__ __forceinline__ void load_matrices(uint32_t (&
                  : "=r"(m[0]), "=r"(m[1]), "=r"(m[2]), "=r"(m[3]) : "r"(at));
   }
 }
+
+// So many bytes from memory to shared memory, behind the thread's back; zeros unless `there`.
+template <int bytes = 16> __device__ __forceinline__ void fetch(void* to, const void* from, bool there = true) {
+  const auto at = static_cast<uint32_t>(__cvta_generic_to_shared(to));
+  const int given = there ? bytes : 0;
+  if constexpr (bytes == 16) {  // what is smaller has to go through the first-level cache
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" :: "r"(at), "l"(from), "r"(given) : "memory");
+  } else {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %3, %2;" :: "r"(at), "l"(from), "r"(given), "n"(bytes)
+                 : "memory");
+  }
+}
+__device__ __forceinline__ void end_of_stage() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int left> __device__ __forceinline__ void await_all_but() {  // so many of the last stages
+  asm volatile("cp.async.wait_group %0;" :: "n"(left) : "memory");
+}
 #endif
 
 // The nearest value of tf32. NaN may become zero; what is left of it then is NaN.
@@ -108,7 +124,7 @@ __device__ __forceinline__ float to_tf32(float value) {
 }
 
 // A product in tf32 cuts off what is beyond 10 bits of its operands, 1 / 3072 of each on average. To make one operand
-// larger by that is about as good as to round it, in one instruction, and NaN stays NaN.
+// larger by that is about as good as to round it, in one instruction, and NaN stays NaN; by twice that, to round both.
 constexpr float kCutOff = 1.0f / 3072;
 
 // 16 rows as they are kept and multiplied: 16-bit pairs, or float32.
@@ -148,33 +164,29 @@ __device__ __forceinline__ float2 nearest(float2 v) {
   return {v.x == v.x ? to_tf32(v.x) : v.x, v.y == v.y ? to_tf32(v.y) : v.y};
 }
 
-// Lay `weight` [D, D], contiguous in memory, out in shared memory, all `threads` of a block together.
+// The position of a column, or of a row of 16-bit values: each bit of one is a bit of the other.
+__device__ __forceinline__ constexpr int position_of(int column) {
+  return (column & ~31) + 8 * (column >> 1 & 3) + 2 * (column >> 3 & 3) + (column & 1);
+}
+
+// Fetch `weight` [D, D], contiguous in memory, into its place in shared memory, all `threads` of a block together, a
+// pair of values at a time. A warp takes 16 pairs of two rows 16 apart, which have no bank in common.
 template <Product P, int D, int threads>
-__device__ __forceinline__ void stage_weight(const void* weight, char* shared) {
-  constexpr int kChunks = D * D * (kShort<P> ? 2 : 4) / 16, kOfRow = kChunks / D, kAtOnce = 9;
-  for (int base = threadIdx.x; base < kChunks; base += kAtOnce * threads) {
-    uint4 chunks[kAtOnce];
+__device__ __forceinline__ void fetch_weight(const void* weight, char* shared) {
+  constexpr int kPair = kShort<P> ? 4 : 8, kStride = kWeightBytes<P, D> / D, kWarps = threads / 32;
+  constexpr int kAcross = kWarps % (D / 32) == 0 ? D / 32 : 1, kRows = kWarps / kAcross;  // warps of a row, and rows
+  static_assert(16 % kRows == 0, "those of a thread differ in bits that its first one has not");
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int row = warp / kAcross + (lane & 16), pair = 16 * (warp % kAcross) + (lane & 15);
+  const char* from = static_cast<const char*>(weight) + (row * (D / 2) + pair) * kPair;
 #pragma unroll
-    for (int i = 0; i < kAtOnce; ++i) {
-      const int c = base + i * threads;
-      if (c < kChunks) chunks[i] = static_cast<const uint4*>(weight)[c];
-    }
+  for (int i = 0; i < D / 2 / kRows; ++i) {
+    const int r = i * kRows / 16 * 32 + i * kRows % 16;
+    char* to = shared;
+    if constexpr (kShort<P>) to += (position_of(row) + position_of(r)) * kStride + 2 * position_of(2 * pair);
+    else to += (row + r) * kStride + 8 * (place_of(row, pair) ^ place_of(r, 0));
 #pragma unroll
-    for (int i = 0; i < kAtOnce; ++i) {
-      const int c = base + i * threads, row = c / kOfRow, chunk = c % kOfRow;
-      const uint4 w = chunks[i];
-      if (c >= kChunks) continue;
-      if constexpr (kShort<P>) {
-        const int position = (row & ~31) + 8 * (row >> 1 & 3) + 2 * (row >> 3 & 3) + (row & 1);
-        auto* to = reinterpret_cast<uint32_t*>(shared + position * (2 * D + 16) + 64 * (chunk >> 2) + 4 * (chunk & 3));
-        to[0] = w.x, to[4] = w.y, to[8] = w.z, to[12] = w.w;
-      } else {
-        float2 low = {__uint_as_float(w.x), __uint_as_float(w.y)}, high = {__uint_as_float(w.z), __uint_as_float(w.w)};
-        if constexpr (P == Product::tf32) low = nearest(low), high = nearest(high);
-        auto* to = reinterpret_cast<float2*>(shared) + row * (D / 2);
-        to[place_of(row, 2 * chunk)] = low, to[place_of(row, 2 * chunk + 1)] = high;
-      }
-    }
+    for (int p = 0; p < D / 2; p += 16 * kAcross) fetch<kPair>(to + kPair * p, from + (r * (D / 2) + p) * kPair);
   }
 }
 
@@ -238,7 +250,7 @@ __device__ __forceinline__ void add_product(float (&acc)[D / 8][4], const Rows<P
       for (int j = 0; j < 4; ++j) {
         Split<P, 4> a;
         const float(&x)[4] = left.value[4 * q + j];
-        constexpr float by = P == Product::tf32 ? 1.0f + kCutOff : 1.0f;
+        constexpr float by = P == Product::tf32 ? 1.0f + 2 * kCutOff : 1.0f;  // for the weights, too
         a.set(0, by * x[0]), a.set(1, by * x[2]), a.set(2, by * x[1]), a.set(3, by * x[3]);
 #pragma unroll
         for (int n = 0; n < D / 8; ++n) {

@@ -10,19 +10,18 @@ namespace {
 template <Product P> bool run(const FreenetBlock& job, void* out, const BlockGradients* to) {
   constexpr int D = kBlockWidth;
   if (to) {
-    return emulated::run((job.M + kBlockTokens - 1) / kBlockTokens, kBackwardThreads, 1,
-                         [&] { block_backward_kernel<P, D>(job, *to); });
+    return launch((job.M + kBlockTokens - 1) / kBlockTokens, kBackwardThreads,
+                  [&] { block_backward_kernel<P, D>(job, *to); });
   }
-  return emulated::run(1, kForwardThreads<P>, 1, [&] { block_kernel<P, D>(job, out); });
+  return launch<int64_t>(job.M > 0, kForwardThreads<P>, [&] { block_kernel<P, D>(job, out); });
 }
 
 template <Product P> bool run(const RowProducts& job, float* partial, int64_t splits, bool more) {
   constexpr int D = kProductWidth;
   const int64_t stages = (job.M + kStageTokens<P> - 1) / kStageTokens<P>, of_split = (stages + splits - 1) / splits;
   const emulated::Index grid{static_cast<unsigned>(splits), static_cast<unsigned>(job.count), 1};
-  return emulated::run(grid, kGroups * kGroupThreads<D>, 1,
-                       [&] { row_products_kernel<P, D>(job, partial, of_split * kStageTokens<P>, more); }) &&
-         !on_the_way();
+  return launch(grid, kGroups * kGroupThreads<D>,
+                [&] { row_products_kernel<P, D>(job, partial, of_split * kStageTokens<P>, more); });
 }
 
 // f(product) for a dtype.

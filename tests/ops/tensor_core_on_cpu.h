@@ -1,4 +1,4 @@
-// What csrc/tensor_core.cuh and row_products.cuh take from a GPU, by PTX's definitions, for kernels on the CPU.
+// What csrc/tensor_core.cuh takes from a GPU, by PTX's definitions, for kernels on the CPU.
 #pragma once
 #define SPEEDK_EMULATED
 #include "cuda_on_cpu.h"
@@ -29,10 +29,8 @@ inline float rsqrtf(float x) { return 1 / std::sqrt(x); }
 
 namespace speedk {
 
-inline char* block_memory() {
-  alignas(128) static char memory[232448];  // what a block of an H100 may have
-  return memory;
-}
+alignas(128) inline char shared_memory[232448];  // what a block of an H100 may have
+inline char* block_memory() { return shared_memory; }
 
 inline float across(float value, int lanes) { return __shfl_xor_sync(0xffffffffu, value, lanes); }
 
@@ -124,10 +122,11 @@ template <bool turned> void load_matrices(uint32_t (&m)[4], const void* row) {
 struct Copy {
   void* to;
   const void* from;
+  size_t bytes;
   bool there;
   void make() const {
-    if (there) std::memcpy(to, from, 16);
-    else std::memset(to, 0, 16);
+    if (there) std::memcpy(to, from, bytes);
+    else std::memset(to, 0, bytes);
   }
 };
 inline bool late;
@@ -138,8 +137,8 @@ inline std::vector<std::vector<Copy>>& own_copies() {
   if (own.empty()) own.resize(1);
   return own;
 }
-inline void fetch(void* to, const void* from, bool there) {
-  own_copies().back().push_back({to, from, there});
+template <int bytes = 16> void fetch(void* to, const void* from, bool there = true) {
+  own_copies().back().push_back({to, from, bytes, there});
   if (!late) own_copies().back().back().make();
 }
 inline void end_of_stage() { own_copies().emplace_back(); }
@@ -150,12 +149,14 @@ template <int left> void await_all_but() {
     own.erase(own.begin());
   }
 }
-// Whether some are still on the way where a kernel has ended.
-inline bool on_the_way() {
-  bool any = false;
-  for (const auto& own : copies) for (const auto& stage : own) any |= !stage.empty();
+// Runs a kernel that finds NaN in its shared memory, not what one before it left there; false, too, where copies are
+// still on the way when it has ended.
+template <class Blocks, class F> bool launch(Blocks blocks, unsigned threads, F kernel) {
+  std::memset(shared_memory, 0xff, sizeof(shared_memory));
+  bool ended = emulated::run(blocks, threads, 1, kernel);
+  for (const auto& own : copies) for (const auto& stage : own) ended &= stage.empty();
   copies.clear();
-  return any;
+  return ended;
 }
 
 }  // namespace speedk
