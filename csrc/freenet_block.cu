@@ -32,8 +32,8 @@ template <Product P> int block_backward(const FreenetBlock& job, const BlockGrad
       cudaFuncSetAttribute(block_backward_kernel<P, D>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
   if (set != cudaSuccess) return static_cast<int>(cudaGetLastError());
   const auto blocks = static_cast<unsigned>((job.M + kBlockTokens - 1) / kBlockTokens);
-  block_backward_kernel<P, D><<<blocks, kBackwardThreads, bytes, static_cast<cudaStream_t>(stream)>>>(job, to);
-  return static_cast<int>(cudaGetLastError());
+  return launch(block_backward_kernel<P, D>, dim3(blocks), kBackwardThreads, bytes, static_cast<cudaStream_t>(stream),
+                to.more, job, to);
 }
 
 #ifdef SPEEDK_PRODUCT

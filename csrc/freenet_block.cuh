@@ -1,6 +1,7 @@
 // A warp carries 16 tokens through the block, forwards and back, in its registers. Beyond M are zeros: what they
 // give is written nowhere, and their gradient is zero.
 #pragma once
+#include "early_launch.cuh"
 #include "freenet_block.h"
 #include "tokens.cuh"
 
@@ -118,6 +119,8 @@ __global__ void __launch_bounds__(kBackwardThreads, 1) block_backward_kernel(Fre
   const int64_t first = static_cast<int64_t>(blockIdx.x) * kBlockTokens + 16 * warp, M = job.M;
   Tokens<D> x;
   Rows<P, D> rows, normalised, slope;
+  let_the_next_begin();
+  if (!to.more) await_the_one_before();  // who may have written any of the inputs; later it is row_products
   load<P, D>(rows, job.features, first, M, lane);
   if (first + lane / 2 < M) {
     const int64_t at = (first + lane / 2) * D * (kShort<P> ? 2 : 4) + 128 * (lane & 1);  // two lines of each token
@@ -131,6 +134,7 @@ __global__ void __launch_bounds__(kBackwardThreads, 1) block_backward_kernel(Fre
   const float eps = static_cast<float>(job.eps);
   float2 scale1 = {0, 0};
 
+  if (to.more) await_the_one_before();
   await_weights_but<2>();
   fill<D>(x, vectors + kProjBias * D, t);
 #pragma unroll 1

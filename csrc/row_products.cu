@@ -13,8 +13,8 @@ int launch(const RowProducts& job, float* partial, int64_t splits, bool more, cu
   if (set != cudaSuccess) return static_cast<int>(cudaGetLastError());
   const int64_t stages = (job.M + tokens - 1) / tokens, of_split = (stages + splits - 1) / splits;
   const dim3 grid(static_cast<unsigned>(splits), static_cast<unsigned>(job.count));
-  row_products_kernel<P, D><<<grid, kGroups * kGroupThreads<D>, bytes, stream>>>(job, partial, of_split * tokens, more);
-  return static_cast<int>(cudaGetLastError());
+  return launch(row_products_kernel<P, D>, grid, kGroups * kGroupThreads<D>, bytes, stream, true, job, partial,
+                of_split * tokens, more);
 }
 
 }  // namespace
@@ -33,14 +33,10 @@ int row_products_cuda(const RowProducts& job, float* partial, int64_t splits, bo
 int sum_rows_cuda(Dtype dtype, const float* partial, int64_t rows, int64_t size, void* out, void* stream) {
   const auto blocks = static_cast<unsigned>((size + 31) / 32);
   auto* on = static_cast<cudaStream_t>(stream);
-  if (dtype == Dtype::bfloat16) {
-    sum_rows_kernel<Product::bfloat16><<<blocks, kSumThreads, 0, on>>>(partial, rows, size, out);
-  } else if (dtype == Dtype::float16) {
-    sum_rows_kernel<Product::float16><<<blocks, kSumThreads, 0, on>>>(partial, rows, size, out);
-  } else {
-    sum_rows_kernel<Product::float32><<<blocks, kSumThreads, 0, on>>>(partial, rows, size, out);
-  }
-  return static_cast<int>(cudaGetLastError());
+  const auto sum = dtype == Dtype::bfloat16  ? sum_rows_kernel<Product::bfloat16>
+                   : dtype == Dtype::float16 ? sum_rows_kernel<Product::float16>
+                                             : sum_rows_kernel<Product::float32>;
+  return launch(sum, dim3(blocks), kSumThreads, 0, on, true, partial, rows, size, out);
 }
 
 }  // namespace speedk

@@ -1,6 +1,7 @@
 // The tokens come through shared memory, a few at a time, and several such are on the way. A warp takes 32 rows of a
 // product, and each group of warps some of the tokens; the groups' sums are added up at the end.
 #pragma once
+#include "early_launch.cuh"
 #include "row_products.h"
 #include "tensor_core.cuh"
 
@@ -91,6 +92,8 @@ row_products_kernel(RowProducts job, float* partial, int64_t tokens, bool more) 
   float acc[2][D / 8][4];
 #pragma unroll
   for (int i = 0; i < D; ++i) acc[i / (D / 2)][i / 4 % (D / 8)][i % 4] = 0;
+  let_the_next_begin();
+  await_the_one_before();
   for (int stage = 0; stage < kStages - 1; ++stage) request(stage);
   for (int stage = 0; stage < stages; ++stage) {
     await_all_but<kStages - 2>();
@@ -137,6 +140,7 @@ constexpr int kSumThreads = 256;
 template <Product P> __global__ void __launch_bounds__(kSumThreads)
 sum_rows_kernel(const float* partial, int64_t rows, int64_t size, void* out) {
   __shared__ float sums[kSumThreads];
+  await_the_one_before();
   const int64_t column = static_cast<int64_t>(blockIdx.x) * 32 + threadIdx.x % 32;
   float sum = 0;
   if (column < size) {

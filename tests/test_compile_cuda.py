@@ -18,7 +18,7 @@ SOURCES = sorted((ROOT / "csrc").glob("*.cu"))
 # At most 64, so that two blocks of 512 threads fit a multiprocessor; at blocks of 256, three fit with 80. Where tokens
 # stay in registers, all that a thread may have; and a few, moved once, may be in memory.
 REGISTERS = {"norm_act_pool.cu": 80, "freenet_block.cu": 255, "row_products.cu": 168, "linear_backward.cu": 255}
-SPILLED = {"freenet_block.cu": 256, "row_products.cu": 64, "linear_backward.cu": 64}  # bytes, stored and loaded
+SPILLED = {"freenet_block.cu": 256, "row_products.cu": 64, "linear_backward.cu": 96}  # bytes, stored and loaded
 
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not here")
