@@ -199,9 +199,11 @@ PYBIND11_MODULE(_native, m) {
                                 uintptr_t stream) {
     return row_products_cuda(job, at<float>(partial), splits, more, at(stream));
   }, released);
-  m.def("sum_rows_cuda", [](int dtype, uintptr_t partial, uintptr_t out, int64_t rows, int64_t size,
-                            uintptr_t stream) {
-    return sum_rows_cuda(static_cast<Dtype>(dtype), at<const float>(partial), rows, size, at(out), at(stream));
+  m.def("sum_rows_cuda", [](int dtype, uintptr_t partial, uintptr_t out, uintptr_t rest, int64_t rows, int64_t size,
+                            int64_t first, uintptr_t stream) {
+    require(first == size || rest, "the values beyond the first ones have a place");
+    return sum_rows_cuda(static_cast<Dtype>(dtype), at<const float>(partial), rows, size, first, at(out), at(rest),
+                         at(stream));
   }, released);
 #endif
 

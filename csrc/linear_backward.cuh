@@ -143,7 +143,7 @@ constexpr int kLinearThreads = 128;
 
 // Each warp takes tokens of its own, for S columns of the inputs; `side` as in Gradient.
 template <Product P, int W, int S, int side>
-__global__ void __launch_bounds__(kLinearThreads, linear_programs(W, P == Product::tf32))
+__global__ void __launch_bounds__(kLinearThreads, linear_programs(W))
 linear_backward_kernel(LinearBackward job, float* partial, int64_t size) {
   constexpr int kWarps = kLinearThreads / 32;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane >> 2, t = lane & 3;

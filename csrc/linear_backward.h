@@ -33,9 +33,7 @@ inline constexpr int64_t linear_slice(int64_t K, int64_t W, int64_t patch, int64
 }
 
 // Programs that fit a multiprocessor: what the sums leave of its registers decides.
-inline constexpr int linear_programs(int64_t W, bool tf32) {
-  return W <= 32 || (W <= 48 && tf32) ? 3 : W <= 64 ? 2 : 1;
-}
+inline constexpr int linear_programs(int64_t W) { return W <= 32 ? 3 : W <= 64 ? 2 : 1; }
 // Shared memory of one.
 inline constexpr int64_t linear_bytes(int64_t W, int64_t slice) { return 4 * W * slice; }
 

@@ -30,13 +30,14 @@ int row_products_cuda(const RowProducts& job, float* partial, int64_t splits, bo
   }
 }
 
-int sum_rows_cuda(Dtype dtype, const float* partial, int64_t rows, int64_t size, void* out, void* stream) {
+int sum_rows_cuda(Dtype dtype, const float* partial, int64_t rows, int64_t size, int64_t first, void* out, void* rest,
+                  void* stream) {
   const auto blocks = static_cast<unsigned>((size + 31) / 32);
   auto* on = static_cast<cudaStream_t>(stream);
   const auto sum = dtype == Dtype::bfloat16  ? sum_rows_kernel<Product::bfloat16>
                    : dtype == Dtype::float16 ? sum_rows_kernel<Product::float16>
                                              : sum_rows_kernel<Product::float32>;
-  return launch(sum, dim3(blocks), kSumThreads, 0, on, true, partial, rows, size, out);
+  return launch(sum, dim3(blocks), kSumThreads, 0, on, true, partial, rows, size, first, out, rest);
 }
 
 }  // namespace speedk

@@ -138,7 +138,7 @@ constexpr int kSumThreads = 256;
 
 // Eight threads a column.
 template <Product P> __global__ void __launch_bounds__(kSumThreads)
-sum_rows_kernel(const float* partial, int64_t rows, int64_t size, void* out) {
+sum_rows_kernel(const float* partial, int64_t rows, int64_t size, int64_t first, void* out, void* rest) {
   __shared__ float sums[kSumThreads];
   await_the_one_before();
   const int64_t column = static_cast<int64_t>(blockIdx.x) * 32 + threadIdx.x % 32;
@@ -151,8 +151,10 @@ sum_rows_kernel(const float* partial, int64_t rows, int64_t size, void* out) {
   __syncthreads();
   if (threadIdx.x >= 32 || column >= size) return;
   for (int i = 1; i < kSumThreads / 32; ++i) sum += sums[32 * i + threadIdx.x];
-  if constexpr (kShort<P>) static_cast<uint16_t*>(out)[column] = static_cast<uint16_t>(packed<P>(sum, 0));
-  else static_cast<float*>(out)[column] = sum;
+  const int64_t at = column < first ? column : column - first;
+  void* to = column < first ? out : rest;
+  if constexpr (kShort<P>) static_cast<uint16_t*>(to)[at] = static_cast<uint16_t>(packed<P>(sum, 0));
+  else static_cast<float*>(to)[at] = sum;
 }
 
 }  // namespace speedk

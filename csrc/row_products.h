@@ -22,8 +22,10 @@ struct RowProducts {
 #ifdef SPEEDK_CUDA
 // partial [splits, count, D, D] float32, or, if there is `more`, what is added to it. They return a cudaError_t.
 int row_products_cuda(const RowProducts& job, float* partial, int64_t splits, bool more, void* stream);
-// out [size] of `dtype` is the sum over the rows of partial [rows, size], float32.
-int sum_rows_cuda(Dtype dtype, const float* partial, int64_t rows, int64_t size, void* out, void* stream);
+// The sum over the rows of partial [rows, size], float32: its first values to out [first], the others to rest [size -
+// first], of `dtype`.
+int sum_rows_cuda(Dtype dtype, const float* partial, int64_t rows, int64_t size, int64_t first, void* out, void* rest,
+                  void* stream);
 #endif
 
 }  // namespace speedk

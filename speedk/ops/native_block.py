@@ -108,5 +108,5 @@ def freenet_block_bwd(
 def _sum_rows(partial: Tensor, dtype: torch.dtype) -> Tensor:
     """partial [rows, ...] float32 -> its sum over rows, in `dtype`, in one order everywhere."""
     out = torch.empty(partial.shape[1:], dtype=dtype, device=partial.device)
-    launch("sum_rows", DTYPES[dtype], partial, out, numbers=(len(partial), out.numel()))
+    launch("sum_rows", DTYPES[dtype], partial, out, None, numbers=(len(partial), out.numel(), out.numel()))
     return out

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from speedk.ops import dispatch
 from speedk.ops.dispatch import native
-from speedk.ops.native import launch, takes
+from speedk.ops.native import DTYPES, launch, takes
 from speedk.precision import tf32_allowed
 
 MULTIPROCESSORS = 132
@@ -67,23 +67,23 @@ def _ready(tensor: Tensor) -> Tensor:
 
 def _backward(inputs: Tensor, weight: Tensor, d_tokens: Tensor, sizes: tuple[int, ...], strides: tuple[int, ...],
               image: tuple[int, int], wanted: tuple[bool, bool], slices: int, bias: int) -> tuple[Tensor | None, ...]:
-    """d_inputs, and the gradients of the weight and, behind it, of so many biases, flat; None where not wanted.
+    """d_inputs, and the gradients of the weight, flat, and of so many biases; None where not wanted.
     `sizes`: images, parts, J, K, W; `strides`: of a part, of k, of a column; `image`: the sides of a patch and, in
     patches, of an image."""
     takes(inputs, (torch.float32,), cuda=True)
     d_inputs = torch.empty_like(inputs) if wanted[0] else None
     size, tokens = weight.numel() + bias, sizes[0] * sizes[2]
-    programs = MULTIPROCESSORS * native().linear_programs(sizes[4], tf32_allowed())
+    programs = MULTIPROCESSORS * native().linear_programs(sizes[4])
     splits = max(1, min(programs // slices, tokens // TOKENS, inputs.numel() // size))
     partial = torch.empty(splits, size, dtype=torch.float32, device=inputs.device) if wanted[1] else None
     job = native().LinearBackward(tf32_allowed(), *sizes, inputs.data_ptr(), weight.data_ptr(), *strides,
                                   d_tokens.data_ptr(), *image)  # fmt: skip
     launch("linear_backward", job, inputs, d_inputs, partial, numbers=(size, splits))
     if partial is None:
-        return d_inputs, None
-    total = torch.empty(size, dtype=torch.float32, device=inputs.device)
-    launch("sum_rows", 0, partial, total, numbers=(splits, size))
-    return d_inputs, total
+        return d_inputs, None, None
+    d_weight, d_bias = (torch.empty(n, dtype=torch.float32, device=inputs.device) for n in (weight.numel(), bias))
+    launch("sum_rows", DTYPES[torch.float32], partial, d_weight, d_bias, numbers=(splits, size, weight.numel()))
+    return d_inputs, d_weight, d_bias
 
 
 def mhsc_bwd(d_out: Tensor, scm: Tensor, saet: Tensor, need_scm: bool, need_saet: bool):
@@ -91,8 +91,8 @@ def mhsc_bwd(d_out: Tensor, scm: Tensor, saet: Tensor, need_scm: bool, need_saet
     (N, H, J, K), D = scm.shape, saet.shape[1]
     if N == 0 or not (need_scm or need_saet):
         return scm.new_zeros(scm.shape) if need_scm else None, saet.new_zeros(K, D) if need_saet else None
-    d_scm, d_saet = _backward(_ready(scm), _ready(saet), _ready(d_out), (N, H, J, K, D // H), (D // H, D, 1), (0, 0),
-                              (need_scm, need_saet), H * (K // SLICE), 0)  # fmt: skip
+    d_scm, d_saet, _ = _backward(_ready(scm), _ready(saet), _ready(d_out), (N, H, J, K, D // H), (D // H, D, 1),
+                                 (0, 0), (need_scm, need_saet), H * (K // SLICE), 0)  # fmt: skip
     return d_scm, None if d_saet is None else d_saet.view(K, D)
 
 
@@ -104,6 +104,6 @@ def tokens_to_images_bwd(d_images: Tensor, state: Tensor, weight: Tensor, patch:
         return (state.new_zeros(N, J, D) if need_state else None,
                 *((weight.new_zeros(L, D), weight.new_zeros(L)) if need_weight else (None, None)))  # fmt: skip
     image = patch, math.isqrt(J)
-    d_state, found = _backward(_ready(state), _ready(weight), _ready(d_images), (N, 1, J, D, L), (0, 1, D), image,
-                               (need_state, need_weight), D // COLUMNS[patch], L)  # fmt: skip
-    return (d_state, None, None) if found is None else (d_state, found[:-L].view(L, D), found[-L:])
+    d_state, d_weight, d_bias = _backward(_ready(state), _ready(weight), _ready(d_images), (N, 1, J, D, L), (0, 1, D),
+                                          image, (need_state, need_weight), D // COLUMNS[patch], L)  # fmt: skip
+    return d_state, None if d_weight is None else d_weight.view(L, D), d_bias

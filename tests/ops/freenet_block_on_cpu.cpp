@@ -64,7 +64,7 @@ extern "C" bool row_products_on_cpu(int dtype, bool tf32, int64_t M, int count, 
 extern "C" bool sum_rows_on_cpu(int dtype, const float* partial, int64_t rows, int64_t size, void* out) {
   return with_product(dtype, false, [&](auto product) {
     return emulated::run((size + 31) / 32, kSumThreads, 1,
-                         [&] { sum_rows_kernel<product()>(partial, rows, size, out); });
+                         [&] { sum_rows_kernel<product()>(partial, rows, size, size, out, nullptr); });
   });
 }
 

@@ -1,6 +1,7 @@
 #include "tensor_core_on_cpu.h"
 
 #include "linear_backward.cuh"
+#include "row_products.cuh"
 
 using namespace speedk;
 
@@ -36,6 +37,12 @@ extern "C" bool linear_backward_on_cpu(bool tf32, const int64_t* sizes, void** t
                            sizes[5], sizes[6], sizes[7], of(2),    sizes[8], sizes[9], of(3)};
   if (linear_slice(job.K, job.W, job.patch, job.side) == 0) return false;
   return tf32 ? run<Product::tf32>(job, of(4), size, splits) : run<Product::float32>(job, of(4), size, splits);
+}
+
+extern "C" bool sum_rows_on_cpu(const float* partial, int64_t rows, int64_t size, int64_t first, void* out,
+                                void* rest) {
+  return emulated::run((size + 31) / 32, kSumThreads, 1,
+                       [&] { sum_rows_kernel<Product::float32>(partial, rows, size, first, out, rest); });
 }
 
 // The last warp goes first.

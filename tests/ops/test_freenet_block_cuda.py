@@ -68,7 +68,8 @@ def emulated(tmp_path_factory):
                             ctypes.c_void_p(partial), ctypes.c_int64(splits), more)
 
         @staticmethod
-        def sum_rows(dtype, partial, out, rows, size, threads):
+        def sum_rows(dtype, partial, out, rest, rows, size, first, threads):
+            assert rest == 0 and first == size
             assert sums(dtype, ctypes.c_void_p(partial), ctypes.c_int64(rows), ctypes.c_int64(size),
                         ctypes.c_void_p(out))
 

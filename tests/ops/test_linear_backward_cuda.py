@@ -22,13 +22,13 @@ PATCHES = [(1, 16, 48, 4), (3, 64, 96, 4), (1, 16, 96, 4), (2, 16, 192, 8)]  # N
 @pytest.fixture(scope="module")
 def emulated(tmp_path_factory):
     linear = emulation.emulated("linear_backward", tmp_path_factory.mktemp("emulated"))
-    turn = emulation.also(linear, "in_the_other_order")
+    sums, turn = (emulation.also(linear, name) for name in ("sum_rows", "in_the_other_order"))
 
     class Emulated:
         """Stands where speedk._native does."""
 
         in_the_other_order = staticmethod(turn)
-        linear_programs = staticmethod(lambda W, tf32: 1)
+        linear_programs = staticmethod(lambda W: 1)
 
         @staticmethod
         def LinearBackward(tf32, images, parts, J, K, W, inputs, weight, part, of_k, of_column, d_tokens, *image):
@@ -42,12 +42,10 @@ def emulated(tmp_path_factory):
                           ctypes.c_int64(size), ctypes.c_int64(splits))
 
         @staticmethod
-        def sum_rows(dtype, partial, out, rows, size, threads):
-            for address, row in ((out, 1), (partial, rows)):
-                assert address and row
-            values = torch.frombuffer((ctypes.c_float * (rows * size)).from_address(partial), dtype=torch.float32)
-            torch.frombuffer((ctypes.c_float * size).from_address(out), dtype=torch.float32).copy_(
-                values.view(rows, size).sum(0))
+        def sum_rows(dtype, partial, out, rest, rows, size, first, threads):
+            assert dtype == native.DTYPES[torch.float32] and (rest or first == size)
+            assert sums(ctypes.c_void_p(partial), *map(ctypes.c_int64, (rows, size, first)),
+                        *map(ctypes.c_void_p, (out, rest)))  # fmt: skip
 
     return Emulated()
 
@@ -119,6 +117,18 @@ def test_a_nan_stays_in_its_token(close, in_its_place):
     d_out[0, 7, 3] = torch.nan
     d_scm, _ = native_linear.mhsc_bwd(d_out, scm, saet, True, False)
     assert d_scm[0, 0, 7].isnan().all() and d_scm[0, 0, torch.arange(16) != 7].isfinite().all()
+
+
+def test_as_registered_ops(close, in_its_place, monkeypatch):
+    """PyTorch looks at what they return: no two results may share memory."""
+    monkeypatch.setattr(dispatch, "launchers", lambda backend, module: native_linear)
+    scm, saet, d_out = torch.randn(1, 3, 16, 64), torch.randn(64, 96), torch.randn(1, 16, 96)
+    state, weight, d_images = torch.randn(1, 16, 96), torch.randn(48, 96), torch.randn(1, 3, 16, 16)
+    for op, given, launch in (("mhsc_bwd", (d_out, scm, saet), native_linear.mhsc_bwd),
+                              ("tokens_to_images_bwd", (d_images, state, weight, 4),
+                               native_linear.tokens_to_images_bwd)):
+        found = getattr(torch.ops.speedk, op)(*given, True, True, "native")
+        assert all(torch.equal(got, want) for got, want in zip(found, launch(*given, True, True), strict=True))
 
 
 @built
