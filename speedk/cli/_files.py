@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 
 from speedk.distillation import runfiles
@@ -13,6 +14,15 @@ def distilled_file(path: str | Path) -> Path:
     return inside if inside.is_file() else Path(path)
 
 
+LONGEST = 200
+"""Bytes of a folder's name, of the 255 that file systems allow."""
+
+
 def flat(name: str) -> str:
-    """`name`, of a folder that is made of what a user said, without folders in it."""
-    return name.replace("/", "_")
+    """`name`, of a folder that is made of what a user said, without folders in it, and no longer than a name may be:
+    the end of a longer one is its checksum."""
+    name = name.replace("/", "_")
+    if len(name.encode()) <= LONGEST:
+        return name
+    checksum = hashlib.sha256(name.encode()).hexdigest()[:16]
+    return name.encode()[:LONGEST - len(checksum) - 1].decode(errors="ignore") + "-" + checksum
