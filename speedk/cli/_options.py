@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from pathlib import Path
 
 from speedk.errors import ConfigError
@@ -53,6 +54,13 @@ def add_evaluation(parser: argparse.ArgumentParser, protocol: str) -> None:
     parser.add_argument("--precision", choices=PRECISIONS, default="float32", help="of the networks' "
                         "convolutions and matrix products; bf16 is faster and not the published protocol (default: "
                         "float32)")
+
+
+def check_minutes(option: str, minutes: float | None) -> None:
+    """Raise ConfigError unless the time that `option` gives is some."""
+    if minutes is not None and not 0 < minutes < math.inf:
+        raise ConfigError(f"{option} {minutes:g} must be above 0 minutes" if not minutes > 0 else
+                          f"{option} inf is no limit: leave it out")
 
 
 def add_networks(parser: argparse.ArgumentParser) -> None:

@@ -26,6 +26,7 @@ examples:
   speedk distill --data my_images/ --ipc 5 --dry-run
   speedk distill --dataset cifar10 k=24 images_per_class=30 rates.scm=0.02
   speedk distill --out runs/mine --resume
+  speedk distill --out runs/mine --resume --minutes 50
 """
 LOWER = "lower batch (as in batch=64), images_per_class or the resolution"
 
@@ -49,6 +50,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", metavar="S", type=int, help="of everything random (default: 0)")
     _options.add_device(parser)
     parser.add_argument("--steps", metavar="N", type=int, help="outer iterations (default: the recipe's)")
+    parser.add_argument("--minutes", metavar="M", type=float, help="stop after so long: the file is written as the set "
+                        "then is, and --resume goes on")
     parser.add_argument("--resume", action="store_true", help="go on with the run in --out, or begin it")
     parser.add_argument("--evaluate", action="store_true", help="evaluate the file at the end (protocol quick)")
     parser.add_argument("--dry-run", action="store_true",
@@ -60,23 +63,24 @@ def run(args: argparse.Namespace) -> int:
     from speedk.distillation import plan as plans
     from speedk.distillation.recipe import parse_overrides
 
+    _options.check_minutes("--minutes", args.minutes)
     made = plans.plan(args.dataset, data=args.data, ipc=args.ipc, method=args.method, objective=args.objective,
                       recipe=args.recipe, out=args.out, seed=args.seed, device=args.device, steps=args.steps,
                       network=args.network, overrides=parse_overrides(args.fields), resume=args.resume, progress=True)
     _announce(made)
     if args.dry_run:
-        _dry_run(made)
+        _dry_run(made, args.minutes)
         return 0
     bars = Bars()
     try:
-        path = made.run(resume=args.resume, progress=bars.progress())
+        path = made.run(resume=args.resume, progress=bars.progress(), minutes=args.minutes)
     except Interrupted as stop:
         bars.close()
         print(f"{stop}; go on with: {_to_go_on(made, args)}")
         return 130
     finally:
         bars.close()
-    _conclude(made, path)
+    _conclude(made, path, args)
     if args.evaluate:
         from speedk.cli.evaluate import conclude
         from speedk.evaluation import evaluate
@@ -137,7 +141,7 @@ def _facts(made: Plan) -> dict:
     return recipes.read(name) if name else {}
 
 
-def _dry_run(made: Plan) -> None:
+def _dry_run(made: Plan, minutes: float | None) -> None:
     from speedk.distillation import recipe as recipes
     from speedk.distillation.plan import ESTIMATE_STEPS, estimate
     from speedk.text import duration
@@ -148,11 +152,19 @@ def _dry_run(made: Plan) -> None:
     steps = made.recipe.objective.steps
     print(f"time    about {duration(measured.seconds(steps))}: the start {duration(measured.start_seconds)}, then "
           f"{steps:,} steps of {duration(measured.step_seconds)} (measured over {ESTIMATE_STEPS})")
+    if minutes is not None and 60 * minutes < measured.seconds(steps):
+        fit = max(1, int((60 * minutes - measured.start_seconds) / max(measured.step_seconds, 1e-9)))
+        print(f"        in {duration(60 * minutes)} about {fit:,} of these steps")
     print(f"memory  peak of {measured.peak_bytes / 2**30:.2f} GiB so far on {made.device}, the data among it")
 
 
-def _conclude(made: Plan, path: Path) -> None:
+def _conclude(made: Plan, path: Path, args: argparse.Namespace) -> None:
+    from speedk.distillation import artifact
+
     spent = made.recipe.budget(made.real.geometry)
     print(f"\n{path}: {path.stat().st_size:,} bytes, {spent.counted:,.0f} float32 numbers counted of {spent.allowed:,}")
     print(f"{path.with_name(runfiles.PREVIEW)}: what was distilled")
+    done, steps = artifact.load(path).header["objective"].get("steps"), made.recipe.objective.steps
+    if done is not None:
+        print(f"the minutes were over after {done:,} of {steps:,} steps; go on with: {_to_go_on(made, args)}")
     print(f"next: speedk evaluate {path} --protocol quick")

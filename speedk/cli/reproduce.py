@@ -6,7 +6,6 @@ import argparse
 import contextlib
 import dataclasses
 import functools
-import math
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -153,9 +152,7 @@ def _named(cells: list[Cell]) -> str:
 def _check(args: argparse.Namespace, names: list[str]) -> None:
     if len(names) > 1:
         raise ConfigError(f"one table at a time, not {' and '.join(names)}; rows are named with --row")
-    if args.budget is not None and not 0 < args.budget < math.inf:
-        raise ConfigError(f"--budget {args.budget:g} must be above 0 minutes" if not args.budget > 0 else
-                          "--budget inf is no budget: leave it out")
+    _options.check_minutes("--budget", args.budget)
     if args.runs < 1:
         raise ConfigError(f"--runs {args.runs} must be at least 1")
     if args.results.suffix == ".md":

@@ -116,6 +116,34 @@ def test_dry_run_says_what_it_would_take_and_leaves_nothing(folder, recipe, tmp_
     assert not (tmp_path / "run").exists()
 
 
+def test_minutes_stop_a_run_that_goes_on_to_the_same_file(folder, recipe, tmp_path, capsys):
+    words = ("--data", folder, "--recipe", recipe, "--ipc", 2, "steps=3")
+    assert distill(*words, "--out", tmp_path / "whole", "--minutes", 60) == 0
+    assert "the minutes were over" not in capsys.readouterr().out
+    assert distill(*words, "--out", tmp_path / "run", "--minutes", 1e-6) == 0
+    page = capsys.readouterr().out
+    assert "the minutes were over after 1 of 3 steps; go on with: speedk distill" in page
+    assert speedk.load(tmp_path / "run" / "distilled.safetensors").header["objective"]["steps"] == 1
+    command = shlex.split(page.partition("go on with: speedk ")[2].splitlines()[0])
+    assert main(command) == 0
+    whole, resumed = (tmp_path / run / "distilled.safetensors" for run in ("whole", "run"))
+    assert resumed.read_bytes() == whole.read_bytes()
+
+
+@pytest.mark.parametrize("minutes", ["0", "-1", "nan", "inf"])
+def test_minutes_are_some(minutes, folder, tmp_path, capsys):
+    assert distill("--data", folder, "--out", tmp_path / "run", f"--minutes={minutes}") == 1
+    assert f"--minutes {minutes} " in capsys.readouterr().err and not (tmp_path / "run").exists()
+
+
+def test_dry_run_says_how_far_the_minutes_reach(folder, recipe, tmp_path, capsys):
+    words = ("--data", folder, "--recipe", recipe, "--ipc", 2, "--out", tmp_path / "run", "--dry-run", "--minutes")
+    assert distill(*words, 1e-6, "steps=1000") == 0
+    assert "about 1 of these steps" in capsys.readouterr().out
+    assert distill(*words, 1e6) == 0
+    assert "of these steps" not in capsys.readouterr().out
+
+
 def test_without_a_recipe_the_sizes_are_solved_for(folder, tmp_path, capsys):
     out = tmp_path / "run"
     assert distill("--data", folder, "--ipc", 3, "--out", out, "steps=1", "batch=4", "fit_steps=2") == 0

@@ -206,7 +206,7 @@ def test_a_run_that_is_stopped_says_how_it_goes_on(run, capsys, monkeypatch, com
     (["T", "--row", "Random", "epochs=0"], "epochs=0 must be a whole number"),
     (["T", "--budget", "0"], "--budget 0 must be above 0"),
     (["T", "--budget", "nan"], "--budget nan must be above 0"),
-    (["T", "--budget", "inf"], "--budget inf is no budget"),
+    (["T", "--budget", "inf"], "--budget inf is no limit"),
     (["T", "--runs", "0"], "--runs 0 must be at least 1"),
     (["T", "--results", "a.md"], "the page is written beside it"),
     (["T", "--results", "no/a.jsonl"], "create it first"),
