@@ -181,6 +181,7 @@ PYBIND11_MODULE(_native, m) {
   m.def("linear_slice", &linear_slice);
   m.def("linear_bytes", &linear_bytes);
 #ifdef SPEEDK_CUDA
+  // The first address is of a tensor that `launch` finds the GPU by.
   m.def("linear_backward_cuda", [](LinearBackward job, uintptr_t, uintptr_t d_inputs, uintptr_t partial, int64_t size,
                                    int64_t splits, uintptr_t stream) {
     job.d_inputs = at<float>(d_inputs);

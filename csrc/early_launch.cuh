@@ -1,5 +1,6 @@
-// A kernel that begins while the one before it in its stream ends: until `await_the_one_before` it must not read what
-// that one writes, and write nothing.
+// A kernel that begins while the one before it in its stream ends. Until `await_the_one_before` it must write nothing,
+// and not read what any kernel writes since the last one that was launched as usual: those before it may have begun
+// early, too. Every thread has to call it, as the kernels behind count on that.
 #pragma once
 #ifndef SPEEDK_EMULATED
 #include <cuda_runtime.h>

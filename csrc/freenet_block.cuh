@@ -120,7 +120,7 @@ __global__ void __launch_bounds__(kBackwardThreads, 1) block_backward_kernel(Fre
   Tokens<D> x;
   Rows<P, D> rows, normalised, slope;
   let_the_next_begin();
-  if (!to.more) await_the_one_before();  // who may have written any of the inputs; later it is row_products
+  if (!to.more) await_the_one_before();  // which may have written the inputs; of later chunks they are there
   load<P, D>(rows, job.features, first, M, lane);
   if (first + lane / 2 < M) {
     const int64_t at = (first + lane / 2) * D * (kShort<P> ? 2 : 4) + 128 * (lane & 1);  // two lines of each token

@@ -94,6 +94,10 @@ __device__ __forceinline__ float2 read_anew(const float2* from) {
 }
 #endif
 
+__device__ __forceinline__ float2 nearest(float2 v) {
+  return {v.x == v.x ? to_tf32(v.x) : v.x, v.y == v.y ? to_tf32(v.y) : v.y};
+}
+
 // The weight as the right operand of d_tokens weight^T, in the order in which lanes read it: `value(k, w)` for K
 // columns of inputs and W of tokens.
 template <Product P, int W, int K, int threads, class F>

@@ -160,10 +160,6 @@ template <Product P, int D> constexpr int kWeightBytes = kShort<P> ? D * (2 * D 
 // Where the pair of float32 values `pair` of row r lies in its row.
 __device__ __forceinline__ int place_of(int row, int pair) { return pair ^ (row >> 3 & 3) ^ (row & 1) << 1; }
 
-__device__ __forceinline__ float2 nearest(float2 v) {
-  return {v.x == v.x ? to_tf32(v.x) : v.x, v.y == v.y ? to_tf32(v.y) : v.y};
-}
-
 // The position of a column, or of a row of 16-bit values: each bit of one is a bit of the other.
 __device__ __forceinline__ constexpr int position_of(int column) {
   return (column & ~31) + 8 * (column >> 1 & 3) + 2 * (column >> 3 & 3) + (column & 1);

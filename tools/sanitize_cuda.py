@@ -90,12 +90,13 @@ def blocks(tokens: int, norm: str, dtype: torch.dtype) -> None:
     assert all(t.isfinite().all() for t in (out, *found))
 
 
-def linears(width: int, parts: int) -> None:
+def linears(width: int, parts: int, patch: int) -> None:
     """Through the kernel that goes back alone, whose forward passes are Triton's."""
+    L, D = 3 * patch**2, parts * width
     scm, saet, weight, bias = (torch.randn(shape, device="cuda", requires_grad=True)
-                               for shape in ((3, parts, 16, 128), (128, parts * width), (48, parts * width), (48,)))
+                               for shape in ((3, parts, 16, 128), (128, D), (L, D), (L,)))
     tokens = mhsc(scm, saet)
-    images = tokens_to_images(tokens, weight, bias, 3, 4)
+    images = tokens_to_images(tokens, weight, bias, 3, patch)
     found = torch.autograd.grad(images.square().sum(), [scm, saet, weight, bias])
     assert all(t.isfinite().all() for t in found)
 
@@ -115,7 +116,7 @@ if __name__ == "__main__":
             torch.backends.cuda.matmul.allow_tf32 = tf32
             for tokens, norm in itertools.product((1, 150), NORMS):
                 blocks(tokens, norm, dtype)
-    for tf32, (width, parts) in itertools.product((False, True), ((32, 3), (48, 2), (64, 3))):
+    for tf32, sizes in itertools.product((False, True), ((32, 3, 4), (48, 2, 4), (64, 3, 4), (48, 4, 8))):
         torch.backends.cuda.matmul.allow_tf32 = tf32
-        linears(width, parts)
+        linears(*sizes)
     print("the CUDA ops agree with PyTorch")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from pathlib import Path
 
 from speedk.distillation import runfiles
@@ -22,7 +23,8 @@ def flat(name: str) -> str:
     """`name`, of a folder that is made of what a user said, without folders in it, and no longer than a name may be:
     the end of a longer one is its checksum."""
     name = name.replace("/", "_")
-    if len(name.encode()) <= LONGEST:
+    whole = os.fsencode(name)
+    if len(whole) <= LONGEST:
         return name
-    checksum = hashlib.sha256(name.encode()).hexdigest()[:16]
-    return name.encode()[:LONGEST - len(checksum) - 1].decode(errors="ignore") + "-" + checksum
+    checksum = hashlib.sha256(whole).hexdigest()[:16]
+    return whole[:LONGEST - len(checksum) - 1].decode(errors="ignore") + "-" + checksum

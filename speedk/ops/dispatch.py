@@ -254,14 +254,23 @@ def native_missing() -> str | None:
     return None if native() is not None else "the extension speedk._native is not built (see `make install`)"
 
 
-def launchers(backend: str, module: str) -> ModuleType:
-    """Where the kernels of `backend` are launched from: `speedk.kernels.<module>` or `speedk.ops.native`."""
-    return importlib.import_module(f"speedk.kernels.{module}" if backend == "triton" else "speedk.ops.native")
+CUDA_LAUNCHERS = {"freenet": "native_block", "mhsc": "native_linear", "patches": "native_linear"}
+"""By the module of Triton's: where native kernels that are for the GPU alone are launched from."""
+
+
+def launchers(backend: str, module: str, cuda: bool = False) -> ModuleType:
+    """Where the kernels of `backend` are launched from: `speedk.kernels.<module>`, or `speedk.ops.native`, or with
+    `cuda` the module that launches those for the GPU. Raises ValueError where `backend` has none."""
+    if backend not in ("triton", "native"):
+        raise ValueError(f"backend={backend!r} has no kernel of {module}")
+    native_module = CUDA_LAUNCHERS[module] if cuda else "native"
+    return importlib.import_module(f"speedk.kernels.{module}" if backend == "triton" else f"speedk.ops.{native_module}")
 
 
 def way_back(backend: str, why_not_native: WhyNot, *arguments: object) -> str:
     """The backend of the gradients of an op that runs on `backend`: the CUDA kernel beside Triton's, which goes one way
-    alone, where it takes the arguments and nobody insists on Triton."""
+    alone, where it takes the arguments and nobody insists on Triton. An argument of the registered op, so that what is
+    compiled, and cached, for one choice is not taken for another."""
     return "native" if backend == "triton" and _forced is None and why_not_native(*arguments) is None else backend
 
 

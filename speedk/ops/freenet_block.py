@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from types import ModuleType
 from typing import NamedTuple
 
 from torch import Tensor
@@ -117,16 +116,11 @@ def why_not_native(features: Tensor, state: Tensor | None, weights: Sequence[Ten
 _op = dispatch.Op("freenet_block", triton=why_not_triton, native=why_not_native, cuda=True, cpu=False, first="native")
 
 
-def _launchers(backend: str) -> ModuleType:
-    if backend not in ("native", "triton"):
-        raise ValueError(f"backend={backend!r} has no kernel of a block")
-    return native_block if backend == "native" else dispatch.launchers(backend, "freenet")
-
-
 @registered.custom_op("speedk::freenet_block")
 def _freenet_block(features: Tensor, state: Tensor | None, weights: list[Tensor], norm: str, backend: str) -> Tensor:
     _fits(features, state, weights, norm)
-    return _launchers(backend).freenet_block_fwd(features, state, tuple(weights), norm, EPS)
+    launch = dispatch.launchers(backend, "freenet", cuda=True).freenet_block_fwd
+    return launch(features, state, tuple(weights), norm, EPS)
 
 
 @_freenet_block.register_fake
@@ -141,7 +135,7 @@ def _freenet_block_bwd(d_out: Tensor, features: Tensor, state: Tensor | None, we
     _fits(features, state, weights, norm)
     arguments.shaped("d_out", d_out, features.shape)
     arguments.alike(d_out=d_out, features=features)
-    launch = _launchers(backend).freenet_block_bwd
+    launch = dispatch.launchers(backend, "freenet", cuda=True).freenet_block_bwd
     d_features, d_state, d_matrices, d_vectors = launch(d_out, features, state, tuple(weights), norm, EPS)
     return [d_features, features.new_empty(0) if d_state is None else d_state, d_matrices, d_vectors]
 

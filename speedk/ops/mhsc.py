@@ -23,7 +23,7 @@ def mhsc(scm: Tensor, saet: Tensor) -> Tensor:
     backend = _op.choose(scm, saet)
     if backend == "torch":
         return mhsc_reference(scm, saet)
-    return _mhsc(scm, saet, backend)
+    return _mhsc(scm, saet, backend, dispatch.way_back(backend, native_linear.why_not_mhsc, scm, saet))
 
 
 def mhsc_reference(scm: Tensor, saet: Tensor) -> Tensor:
@@ -67,13 +67,14 @@ _op = dispatch.Op("mhsc", triton=why_not_triton, native=why_not_native)
 
 
 @registered.custom_op("speedk::mhsc")
-def _mhsc(scm: Tensor, saet: Tensor, backend: str) -> Tensor:
+def _mhsc(scm: Tensor, saet: Tensor, backend: str, back: str) -> Tensor:
+    """`back`: the backend of the gradients."""
     fits_mhsc(scm, saet)
     return dispatch.launchers(backend, "mhsc").mhsc_fwd(scm, saet)
 
 
 @_mhsc.register_fake
-def _(scm: Tensor, saet: Tensor, backend: str) -> Tensor:
+def _(scm: Tensor, saet: Tensor, backend: str, back: str) -> Tensor:
     return scm.new_empty(scm.shape[0], scm.shape[2], saet.shape[1])
 
 
@@ -83,8 +84,8 @@ def _mhsc_bwd(d_out: Tensor, scm: Tensor, saet: Tensor, need_scm: bool, need_sae
     fits_mhsc(scm, saet)
     arguments.shaped("d_out", d_out, (scm.shape[0], scm.shape[2], saet.shape[1]))
     arguments.alike(d_out=d_out, scm=scm)
-    launchers = native_linear if backend == "native" and scm.is_cuda else dispatch.launchers(backend, "mhsc")
-    grads = launchers.mhsc_bwd(d_out, scm, saet, need_scm, need_saet)
+    launch = dispatch.launchers(backend, "mhsc", scm.is_cuda).mhsc_bwd
+    grads = launch(d_out, scm, saet, need_scm, need_saet)
     return tuple(scm.new_empty(0) if grad is None else grad for grad in grads)
 
 
@@ -95,15 +96,14 @@ def _(d_out: Tensor, scm: Tensor, saet: Tensor, need_scm: bool, need_saet: bool,
 
 
 def _save(ctx, inputs, output) -> None:
-    scm, saet, backend = inputs
-    ctx.backend = dispatch.way_back(backend, native_linear.why_not_mhsc, scm, saet)
+    scm, saet, _, ctx.backend = inputs
     ctx.save_for_backward(scm, saet)
 
 
 def _backward(ctx, d_out: Tensor):
-    need_scm, need_saet, _ = ctx.needs_input_grad
+    need_scm, need_saet, *_ = ctx.needs_input_grad
     d_scm, d_saet = _mhsc_bwd(d_out, *ctx.saved_tensors, need_scm, need_saet, ctx.backend)
-    return d_scm if need_scm else None, d_saet if need_saet else None, None
+    return d_scm if need_scm else None, d_saet if need_saet else None, None, None
 
 
 _mhsc.register_autograd(_backward, setup_context=_save)

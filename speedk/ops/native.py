@@ -24,6 +24,12 @@ def takes(tensor: Tensor, dtypes: Collection[torch.dtype], cuda: bool = False) -
         raise ValueError(f"the native kernel does not take {tensor.dtype} on {tensor.device}")
 
 
+def ready(tensor: Tensor) -> Tensor:
+    """`tensor` in memory order, at an address that is a multiple of 16."""
+    tensor = tensor.contiguous()
+    return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()
+
+
 def address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from speedk.ops.dispatch import native
-from speedk.ops.native import DTYPES, address, launch, takes
+from speedk.ops.native import DTYPES, address, launch, ready, takes
 from speedk.precision import tf32_allowed
 
 DTYPES_OF_BLOCK = (torch.float32, torch.float16, torch.bfloat16)
@@ -46,12 +46,6 @@ def _takes(tensor: Tensor) -> None:
         raise ValueError(f"the native kernel of a block is for the GPU, a tensor is on {tensor.device}")
 
 
-def _ready(tensor: Tensor) -> Tensor:
-    """`tensor` in memory order, at an address that is a multiple of 16."""
-    tensor = tensor.contiguous()
-    return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()
-
-
 def _block(features: Tensor, state: Tensor | None, weights: list[Tensor], norm: str, eps: float):
     """For tokens [M, D]."""
     return native().FreenetBlock(DTYPES[features.dtype], tf32_allowed(), norm == "sum", *features.shape,
@@ -59,7 +53,7 @@ def _block(features: Tensor, state: Tensor | None, weights: list[Tensor], norm: 
 
 
 def _tokens(D: int, *tensors: Tensor | None) -> list[Tensor | None]:
-    return [None if t is None else _ready(t).view(-1, D) for t in tensors]
+    return [None if t is None else ready(t).view(-1, D) for t in tensors]
 
 
 def freenet_block_fwd(features: Tensor, state: Tensor | None, weights: tuple[Tensor, ...], norm: str,
@@ -68,7 +62,7 @@ def freenet_block_fwd(features: Tensor, state: Tensor | None, weights: tuple[Ten
     _takes(features)
     out = torch.empty(features.shape, dtype=features.dtype, device=features.device)
     rows, state = _tokens(features.shape[-1], features, state)
-    weights = [_ready(w) for w in weights]
+    weights = [ready(w) for w in weights]
     launch("freenet_block", _block(rows, state, weights, norm, eps), out)
     return out
 
@@ -80,7 +74,7 @@ def freenet_block_bwd(
     matrices [3, D, D] and of those that are vectors [7, D]."""
     _takes(features)
     shape, D, like = features.shape, features.shape[-1], dict(dtype=features.dtype, device=features.device)
-    weights = [_ready(w) for w in weights]
+    weights = [ready(w) for w in weights]
     d_out, features, state = _tokens(D, d_out, features, state)
     d_features, d_state = torch.empty(shape, **like), None if state is None else torch.empty(shape, **like)
     M = len(features)

@@ -75,7 +75,8 @@ def tokens_to_images(state: Tensor, weight: Tensor, bias: Tensor, channels: int,
     backend = _project.choose(state, weight, bias, channels, patch)
     if backend == "torch":
         return tokens_to_images_reference(state, weight, bias, channels, patch)
-    return _tokens_to_images(state, weight, bias, channels, patch, backend)
+    back = dispatch.way_back(backend, native_linear.why_not_projection, state, weight, patch)
+    return _tokens_to_images(state, weight, bias, channels, patch, backend, back)
 
 
 def tokens_to_images_reference(state: Tensor, weight: Tensor, bias: Tensor, channels: int, patch: int) -> Tensor:
@@ -201,14 +202,16 @@ _unpatchify.register_autograd(_unpatchify_backward, setup_context=_unpatchify_sa
 
 
 @registered.custom_op("speedk::tokens_to_images")
-def _tokens_to_images(state: Tensor, weight: Tensor, bias: Tensor, channels: int, patch: int, backend: str) -> Tensor:
+def _tokens_to_images(state: Tensor, weight: Tensor, bias: Tensor, channels: int, patch: int, backend: str,
+                      back: str) -> Tensor:
+    """`back`: the backend of the gradients."""
     _fits_projection(state, weight, bias, channels, patch)
     launch = dispatch.launchers(backend, "patches").tokens_to_images_fwd
     return launch(*_at_least_one(state, weight), bias, channels, patch)
 
 
 @_tokens_to_images.register_fake
-def _(state: Tensor, weight: Tensor, bias: Tensor, channels: int, patch: int, backend: str) -> Tensor:
+def _(state: Tensor, weight: Tensor, bias: Tensor, channels: int, patch: int, backend: str, back: str) -> Tensor:
     side = square_side(state.shape[1]) * patch
     return state.new_empty(state.shape[0], channels, side, side)
 
@@ -221,8 +224,8 @@ def _tokens_to_images_bwd(d_images: Tensor, state: Tensor, weight: Tensor, patch
     _fits_projection(state, weight, weight.new_empty(len(weight)), d_images.shape[1], patch)
     arguments.shaped("d_images", d_images, (state.shape[0], d_images.shape[1], side, side))
     arguments.alike(d_images=d_images, state=state)
-    launchers = native_linear if backend == "native" and state.is_cuda else dispatch.launchers(backend, "patches")
-    grads = launchers.tokens_to_images_bwd(d_images, *_at_least_one(state, weight), patch, need_state, need_weight)
+    launch = dispatch.launchers(backend, "patches", state.is_cuda).tokens_to_images_bwd
+    grads = launch(d_images, *_at_least_one(state, weight), patch, need_state, need_weight)
     if not state.shape[2]:  # without the column again
         grads = (*(grad if grad is None else grad[..., :0].clone() for grad in grads[:2]), grads[2])
     return tuple(state.new_empty(0) if grad is None else grad for grad in grads)
@@ -236,8 +239,7 @@ def _(d_images: Tensor, state: Tensor, weight: Tensor, patch: int, need_state: b
 
 
 def _project_save(ctx, inputs, output) -> None:
-    state, weight, _, _, ctx.patch, backend = inputs
-    ctx.backend = dispatch.way_back(backend, native_linear.why_not_projection, state, weight, ctx.patch)
+    state, weight, _, _, ctx.patch, _, ctx.backend = inputs
     ctx.save_for_backward(state, weight)
 
 
@@ -246,7 +248,7 @@ def _project_backward(ctx, d_images: Tensor):
     grads = _tokens_to_images_bwd(d_images, *ctx.saved_tensors, ctx.patch, need_state, need_weight or need_bias,
                                   ctx.backend)  # fmt: skip
     needed = zip(grads, (need_state, need_weight, need_bias))
-    return *(grad if need else None for grad, need in needed), None, None, None
+    return *(grad if need else None for grad, need in needed), None, None, None, None
 
 
 _tokens_to_images.register_autograd(_project_backward, setup_context=_project_save)

@@ -10,6 +10,7 @@ from speedk.cli._files import LONGEST, flat
 def test_a_name_has_no_folders_in_it():
     assert flat("a/b=../c") == "a_b=.._c"
     assert flat("x" * LONGEST) == "x" * LONGEST
+    assert flat("\udcff/b") == "\udcff_b" and len(flat("\udcff" * 300)) == 17  # bytes that are no text
 
 
 @pytest.mark.parametrize("letter", ["x", "\u00e9", "\U0001f600"])  # of one, two and four bytes

@@ -11,7 +11,7 @@ template <Product P> bool run(const FreenetBlock& job, void* out, const BlockGra
   constexpr int D = kBlockWidth;
   if (to) {
     return launch((job.M + kBlockTokens - 1) / kBlockTokens, kBackwardThreads,
-                  [&] { block_backward_kernel<P, D>(job, *to); });
+                  [&] { block_backward_kernel<P, D>(job, *to); }, true);
   }
   return launch<int64_t>(job.M > 0, kForwardThreads<P>, [&] { block_kernel<P, D>(job, out); });
 }
@@ -21,7 +21,7 @@ template <Product P> bool run(const RowProducts& job, float* partial, int64_t sp
   const int64_t stages = (job.M + kStageTokens<P> - 1) / kStageTokens<P>, of_split = (stages + splits - 1) / splits;
   const emulated::Index grid{static_cast<unsigned>(splits), static_cast<unsigned>(job.count), 1};
   return launch(grid, kGroups * kGroupThreads<D>,
-                [&] { row_products_kernel<P, D>(job, partial, of_split * kStageTokens<P>, more); });
+                [&] { row_products_kernel<P, D>(job, partial, of_split * kStageTokens<P>, more); }, true);
 }
 
 // f(product) for a dtype.
@@ -63,8 +63,8 @@ extern "C" bool row_products_on_cpu(int dtype, bool tf32, int64_t M, int count, 
 
 extern "C" bool sum_rows_on_cpu(int dtype, const float* partial, int64_t rows, int64_t size, void* out) {
   return with_product(dtype, false, [&](auto product) {
-    return emulated::run((size + 31) / 32, kSumThreads, 1,
-                         [&] { sum_rows_kernel<product()>(partial, rows, size, size, out, nullptr); });
+    return launch((size + 31) / 32, kSumThreads,
+                  [&] { sum_rows_kernel<product()>(partial, rows, size, size, out, nullptr); }, true);
   });
 }
 

@@ -11,10 +11,9 @@ template <Product P, int W, int S, int side>
 bool run(const LinearBackward& job, float* partial, int64_t size, int64_t splits) {
   const emulated::Index grid{static_cast<unsigned>(splits), static_cast<unsigned>(job.parts * (job.K / S)), 1};
   if (W > 64) {
-    return emulated::run(grid, kWideThreads, 1,
-                         [&] { wide_linear_backward_kernel<P, 192, 192, 8>(job, partial, size); });
+    return launch(grid, kWideThreads, [&] { wide_linear_backward_kernel<P, 192, 192, 8>(job, partial, size); });
   }
-  return emulated::run(grid, kLinearThreads, 1, [&] { linear_backward_kernel<P, W, S, side>(job, partial, size); });
+  return launch(grid, kLinearThreads, [&] { linear_backward_kernel<P, W, S, side>(job, partial, size); });
 }
 
 template <Product P> bool run(const LinearBackward& job, float* partial, int64_t size, int64_t splits) {
@@ -41,8 +40,8 @@ extern "C" bool linear_backward_on_cpu(bool tf32, const int64_t* sizes, void** t
 
 extern "C" bool sum_rows_on_cpu(const float* partial, int64_t rows, int64_t size, int64_t first, void* out,
                                 void* rest) {
-  return emulated::run((size + 31) / 32, kSumThreads, 1,
-                       [&] { sum_rows_kernel<Product::float32>(partial, rows, size, first, out, rest); });
+  return launch((size + 31) / 32, kSumThreads,
+                [&] { sum_rows_kernel<Product::float32>(partial, rows, size, first, out, rest); }, true);
 }
 
 // The last warp goes first.

@@ -62,7 +62,8 @@ inline float power_of_2(float x) { return std::exp2(x); }
 inline float inverse(float x) { return 1 / x; }
 inline void ask_for(const void*) {}
 inline void let_the_next_begin() {}
-inline void await_the_one_before() {}
+inline uint64_t awaited;  // by how many threads
+inline void await_the_one_before() { ++awaited; }
 inline float2 read_anew(const float2* from) { return *from; }
 
 // What this lane gets of a product of 16 x K times K x 8: a(lane, register, place in it) and b likewise; each register
@@ -151,11 +152,14 @@ template <int left> void await_all_but() {
     own.erase(own.begin());
   }
 }
+inline uint64_t count_of(int64_t blocks) { return blocks; }
+inline uint64_t count_of(emulated::Index blocks) { return uint64_t{blocks.x} * blocks.y * blocks.z; }
 // Runs a kernel that finds NaN in its shared memory, not what one before it left there; false, too, where copies are
-// still on the way when it has ended.
-template <class Blocks, class F> bool launch(Blocks blocks, unsigned threads, F kernel) {
+// still on the way when it has ended, and where one that begins `early` has not waited in each thread, once.
+template <class Blocks, class F> bool launch(Blocks blocks, unsigned threads, F kernel, bool early = false) {
   std::memset(shared_memory, 0xff, sizeof(shared_memory));
-  bool ended = emulated::run(blocks, threads, 1, kernel);
+  awaited = 0;
+  bool ended = emulated::run(blocks, threads, 1, kernel) && awaited == early * threads * count_of(blocks);
   for (const auto& own : copies) for (const auto& stage : own) ended &= stage.empty();
   copies.clear();
   return ended;

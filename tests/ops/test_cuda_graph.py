@@ -2,33 +2,50 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import pytest
 import torch
 
 from speedk import ops
-from speedk.ops import BlockWeights, FReeNetWeights
+from speedk.ops import BlockWeights, FReeNetWeights, native_block
 
 DEVICE = "cuda"
-N, H, J, K, D, C, P = 3, 2, 16, 8, 12, 3, 2
+C, SIDE = 3, 4
+
+
+class Sizes(NamedTuple):
+    N: int
+    H: int
+    K: int
+    D: int
+    P: int
+    J: int = SIDE**2
 
 
 def draw(*shape: int) -> torch.Tensor:
     return torch.randn(shape, device=DEVICE, requires_grad=True)
 
 
-def block() -> BlockWeights:
-    return BlockWeights(*(draw(D, D) if i in (0, 4, 6) else draw(D) for i in range(10)))
+def block(D: int) -> BlockWeights:
+    return BlockWeights(*(draw(D, D) * D**-0.5 if i in (0, 4, 6) else draw(D) for i in range(10)))
 
 
-def inputs() -> tuple[list[torch.Tensor], FReeNetWeights]:
+def inputs(of: Sizes) -> tuple[list[torch.Tensor], FReeNetWeights]:
     """Leaves of every op, which include those of the decoder, and the decoder."""
-    net = FReeNetWeights((block(), block()), draw(P * P * C, D), draw(P * P * C), C, P, J)
-    flat = [*(weight for b in net.blocks for weight in b), net.weight, net.bias]
-    return [draw(N, H, J, K), draw(K, D), draw(N, J, D), draw(N, C, 8, 8), *(draw(100) for _ in range(3)), *flat], net
+    L = of.P**2 * C
+    with torch.no_grad():
+        blocks = (block(of.D), block(of.D))
+        flat = [t.requires_grad_() for t in (*(weight for b in blocks for weight in b), draw(L, of.D) * 0.1, draw(L))]
+    net = FReeNetWeights(blocks, *flat[-2:], C, of.P, of.J)
+    side = SIDE * of.P
+    return [draw(of.N, of.H, of.J, of.K), draw(of.K, of.D), draw(of.N, of.J, of.D), draw(of.N, C, side, side),
+            *(draw(100) for _ in range(3)), *flat], net  # fmt: skip
 
 
 def forward(leaves: list[torch.Tensor], net: FReeNetWeights, lr: torch.Tensor) -> list[torch.Tensor]:
     scm, saet, state, images, *rest = leaves
+    J, K, P = *scm.shape[2:], net.patch
     stored = ops.coo_encode(scm, 9)
     features = ops.mhsc(ops.sparsify(scm, 9), saet)
     tokens = ops.patchify(images, P)
@@ -50,8 +67,11 @@ def step(leaves: list[torch.Tensor], net: FReeNetWeights, lr: torch.Tensor) -> l
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
-def test_capture_and_replay():
-    given = *inputs(), torch.tensor(0.1, device=DEVICE)
+@pytest.mark.parametrize("of", [Sizes(3, 2, 8, 12, 2), Sizes(20, 3, 64, 96, 4)], ids=["Triton", "CUDA"])
+def test_capture_and_replay(of, monkeypatch):
+    """At sizes that no CUDA kernel of the decoder is for, and at those of all of them, in more chunks than one."""
+    monkeypatch.setattr(native_block, "BLOCK_CHUNK", 128)
+    given = *inputs(of), torch.tensor(0.1, device=DEVICE)
     beside = torch.cuda.Stream()
     beside.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(beside):

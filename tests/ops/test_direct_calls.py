@@ -16,13 +16,13 @@ IMAGES, KEPT, X, ROW = torch.randn(2, 3, 4, 4), torch.randn(2 * 4 * 20), torch.r
 POOLED, STATISTIC, P, LR = torch.randn(2, 3, 2, 2), torch.randn(2, 3), torch.randn(7), torch.tensor(0.1)
 
 CALLS = {  # what goes together, and which of it does not go with the rest once it is a column or an entry shorter
-    "mhsc": ([SCM, SAET, "native"], [0, 1]),
+    "mhsc": ([SCM, SAET, "native", "native"], [0, 1]),
     "mhsc_bwd": ([FEATURES, SCM, SAET, True, True, "native"], [0, 1, 2]),
     "coo_decode": ([VALUES, INDEX, INDEX, 4, 5, True, "native"], [0, 1, 2]),
     "coo_decode_bwd": ([SCM.narrow(1, 0, 3), INDEX, INDEX, "native"], [2]),
     "mhsc_coo": ([VALUES, INDEX, INDEX, SAET, 4, True, "native"], [0, 1, 2, 3]),
     "mhsc_coo_bwd": ([FEATURES, VALUES, INDEX, INDEX, SAET, True, True, "native"], [0, 1, 2, 3, 4]),
-    "tokens_to_images": ([FEATURES, *WEIGHTS[-2:], 3, 2, "native"], [0, 1, 2]),
+    "tokens_to_images": ([FEATURES, *WEIGHTS[-2:], 3, 2, "native", "native"], [0, 1, 2]),
     "tokens_to_images_bwd": ([IMAGES, FEATURES, WEIGHTS[-2], 2, True, True, "native"], [0, 1, 2]),
     "add_layer_norm": ([FEATURES, FEATURES, BLOCK[1], BLOCK[1], 1e-6], [0, 1, 2, 3]),
     "add_layer_norm_bwd": ([FEATURES, FEATURES, FEATURES, BLOCK[1], 1e-6], [0, 1, 2, 3]),
@@ -74,7 +74,7 @@ def test_numbers_that_do_not_go_with_the_tensors():
         lambda: ops.unpatchify(torch.randn(2, 4, 12), 3, 2, 3, "native"),
         lambda: ops.unpatchify(torch.randn(2, 4, 12), 3, 2, 0, "native"),
         lambda: ops.unpatchify(torch.randn(2, 4, 12), 3, -2, 2, "native"),
-        lambda: ops.tokens_to_images(torch.randn(2, 5, 6), *WEIGHTS[-2:], 3, 2, "native"),
+        lambda: ops.tokens_to_images(torch.randn(2, 5, 6), *WEIGHTS[-2:], 3, 2, "native", "native"),
         lambda: ops.unpatchify(torch.randn(2, 4, 11), 3, 2, 2, "native"),
         lambda: ops.patchify(torch.ones(1, 1, 4, 4, dtype=torch.uint8), 2, "native"),
         lambda: ops.coo_decode(VALUES, INDEX.to(torch.uint16), INDEX, 4, 5, True, "native"),

@@ -112,7 +112,7 @@ def test_opcheck(layout):
     d_out = strided(torch.randn(3, 9, 6), layout)
     torch.library.opcheck(_mhsc_bwd, (d_out, scm, saet, True, True, "native"))
     torch.library.opcheck(_mhsc_bwd, (d_out, scm, saet, True, False, "native"))
-    torch.library.opcheck(_mhsc, (scm.requires_grad_(), saet.requires_grad_(), "native"))
+    torch.library.opcheck(_mhsc, (scm.requires_grad_(), saet.requires_grad_(), "native", "native"))
 
 
 @on_backends("mhsc")

@@ -135,7 +135,7 @@ def test_opcheck(layout):
         tensor.requires_grad_()
     torch.library.opcheck(patches._patchify, (images, 2, "native"))
     torch.library.opcheck(patches._unpatchify, (tokens, 3, 2, 2, "native"))
-    torch.library.opcheck(patches._tokens_to_images, (state, weight, bias, 3, 2, "native"))
+    torch.library.opcheck(patches._tokens_to_images, (state, weight, bias, 3, 2, "native", "native"))
 
 
 @on_backends("patchify")
