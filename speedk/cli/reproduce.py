@@ -18,6 +18,7 @@ from speedk.schedule import STANDARDISATIONS
 
 if TYPE_CHECKING:
     from speedk.data import RealData
+    from speedk.distillation.recipe import Recipe
     from speedk.evaluation.tables import Cell, Target
 
 HELP = "Run the rows of a table of the paper, and write what was published and what was measured."
@@ -102,7 +103,8 @@ def run(args: argparse.Namespace) -> int:
             print(f"speedk: {one_line(f'{_named(of_run)}: {why}', 1000)}", file=sys.stderr, flush=True)
             failed.append(_named(of_run))
             continue
-        found = [tables.cell_line(cell, measured | ({"changed": changed} if changed else {})) for cell in of_run]
+        said = _portable(target, changed)
+        found = [tables.cell_line(cell, measured | ({"changed": said} if said else {})) for cell in of_run]
         tables.append(args.results, found)
         tables.write_page(args.results)
         for line in found:
@@ -182,7 +184,7 @@ def _check_changed(target: Target, changed: dict[str, Any]) -> None:
     if fixed := {"name", "data.name", "ipc", "data.ipc"} & set(changed):
         raise ConfigError(f"{fixed.pop()} is not to be changed here: --column says the data set and the images a class")
     if target.kind == "recipe":
-        recipe = recipes.resolve(recipes.read(target.name), target.objective, {**dict(target.fields), **changed})
+        recipe = _resolved(target, changed)
         networks.given(recipe.objective.network)
         recipe.budget(recipes.geometry(recipe))
         return
@@ -194,6 +196,20 @@ def _check_changed(target: Target, changed: dict[str, Any]) -> None:
             raise ConfigError(f"protocol={value!r} is not one of {', '.join(STANDARDISATIONS)}")
         if name == "epochs" and (type(value) is not int or value < 1):
             raise ConfigError(f"epochs={value} must be a whole number of at least 1")
+
+
+def _resolved(target: Target, changed: dict[str, Any]) -> Recipe:
+    from speedk.distillation import recipe as recipes
+
+    return recipes.resolve(recipes.read(target.name), target.objective, {**dict(target.fields), **changed})
+
+
+def _portable(target: Target, changed: dict[str, Any]) -> dict[str, Any]:
+    """`changed` without places on this machine, which the page of results is no place for."""
+    if target.kind != "recipe":
+        return changed
+    local = _resolved(target, changed).objective.LOCAL
+    return {name: value for name, value in changed.items() if name.rpartition(".")[2] not in local}
 
 
 def _listing(lines: list[dict[str, Any]]) -> str:

@@ -166,6 +166,10 @@ def test_experts_count_as_distilling(run, tmp_path, capsys, monkeypatch):
     assert not (tmp_path / "results.jsonl").exists()
     assert run("T", "--row", "TM", *small, "--protocol", "quick", "--runs", "1") == 0
     assert lines(tmp_path)[0]["objective"] == "tm"
+    experts, = (tmp_path / "cache" / "experts").iterdir()
+    assert run("T", "--row", "TM", *small, "--protocol", "quick", "--runs", "1", f"objective.experts={experts}") == 0
+    assert all(line["changed"].keys() == {word.split("=")[0] for word in small} for line in lines(tmp_path))
+    assert str(tmp_path) not in (tmp_path / "results.jsonl").read_text() + (tmp_path / "results.md").read_text()
 
 
 @pytest.mark.parametrize("command", [
