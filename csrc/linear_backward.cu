@@ -21,13 +21,9 @@ int launch(const LinearBackward& job, float* partial, int64_t size, int64_t spli
 
 template <Product P>
 int launch(const LinearBackward& job, float* partial, int64_t size, int64_t splits, cudaStream_t stream) {
-  switch (job.W) {
-    case 32: return launch<P, 32, 64, 0>(job, partial, size, splits, stream);
-    case 48: return job.patch ? launch<P, 48, 48, 4>(job, partial, size, splits, stream)
-                              : launch<P, 48, 64, 0>(job, partial, size, splits, stream);
-    case 64: return launch<P, 64, 64, 0>(job, partial, size, splits, stream);
-    default: return launch<P, 192, 192, 8>(job, partial, size, splits, stream);
-  }
+  return with_sizes(job, [&](auto W, auto S, auto side) {
+    return launch<P, W(), S(), side()>(job, partial, size, splits, stream);
+  });
 }
 
 }  // namespace

@@ -1,6 +1,8 @@
 // A warp takes 16 tokens at a time from memory into its registers, in the order in which the tensor cores want them:
 // which columns of memory a product's columns are is free, so that each lane reads and writes neighbours.
 #pragma once
+#include <type_traits>
+
 #include "linear_backward.h"
 #include "tensor_core.cuh"
 
@@ -310,6 +312,18 @@ wide_linear_backward_kernel(LinearBackward job, float* partial, int64_t size) {
                                                                          sums[m + 1][n][e], sums[m + 1][n][2 + e]};
       }
     }
+  }
+}
+
+template <int value> using Size = std::integral_constant<int, value>;
+
+// f(W, S, side) with the sizes of the kernel for this job.
+template <class F> auto with_sizes(const LinearBackward& job, F f) {
+  switch (job.W) {
+    case 32: return f(Size<32>(), Size<64>(), Size<0>());
+    case 48: return job.patch ? f(Size<48>(), Size<48>(), Size<4>()) : f(Size<48>(), Size<64>(), Size<0>());
+    case 64: return f(Size<64>(), Size<64>(), Size<0>());
+    default: return f(Size<192>(), Size<192>(), Size<8>());
   }
 }
 

@@ -80,7 +80,10 @@ def run(args: argparse.Namespace) -> int:
         return 130
     finally:
         bars.close()
-    _conclude(made, path, args)
+    _conclude(made, path)
+    if args.minutes is not None:
+        _say_how_far(made, path, args)
+    print(f"next: speedk evaluate {path} --protocol quick")
     if args.evaluate:
         from speedk.cli.evaluate import conclude
         from speedk.evaluation import evaluate
@@ -158,13 +161,15 @@ def _dry_run(made: Plan, minutes: float | None) -> None:
     print(f"memory  peak of {measured.peak_bytes / 2**30:.2f} GiB so far on {made.device}, the data among it")
 
 
-def _conclude(made: Plan, path: Path, args: argparse.Namespace) -> None:
-    from speedk.distillation import artifact
-
+def _conclude(made: Plan, path: Path) -> None:
     spent = made.recipe.budget(made.real.geometry)
     print(f"\n{path}: {path.stat().st_size:,} bytes, {spent.counted:,.0f} float32 numbers counted of {spent.allowed:,}")
     print(f"{path.with_name(runfiles.PREVIEW)}: what was distilled")
+
+
+def _say_how_far(made: Plan, path: Path, args: argparse.Namespace) -> None:
+    from speedk.distillation import artifact
+
     done, steps = artifact.load(path).header["objective"].get("steps"), made.recipe.objective.steps
     if done is not None:
         print(f"the minutes were over after {done:,} of {steps:,} steps; go on with: {_to_go_on(made, args)}")
-    print(f"next: speedk evaluate {path} --protocol quick")

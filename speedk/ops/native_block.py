@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from speedk.ops.dispatch import native
-from speedk.ops.native import DTYPES, address, launch, ready, takes
+from speedk.ops.native import DTYPES, address, gpu_lacks, launch, ready, takes
 from speedk.precision import tf32_allowed
 
 DTYPES_OF_BLOCK = (torch.float32, torch.float16, torch.bfloat16)
@@ -25,11 +25,7 @@ def why_not(dtype: torch.dtype, device: int | None) -> str | None:
         return f"{dtype} is computed in PyTorch"
     if not torch.cuda.is_available():
         return None
-    gpu = torch.cuda.get_device_properties(device)
-    if gpu.major < 8:
-        return "it needs a GPU of compute capability 8.0 or later"
-    needed, has = native().block_bytes(DTYPES[dtype]), gpu.shared_memory_per_block_optin
-    return f"it needs {needed:,} bytes of shared memory, this GPU has {has:,}" if needed > has else None
+    return gpu_lacks(device, native().block_bytes(DTYPES[dtype]))
 
 
 BLOCK_CHUNK = 16384

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from speedk.ops import dispatch
 from speedk.ops.dispatch import native
-from speedk.ops.native import DTYPES, launch, ready
+from speedk.ops.native import DTYPES, gpu_lacks, launch, ready
 from speedk.precision import tf32_allowed
 
 MULTIPROCESSORS = 132
@@ -31,16 +31,7 @@ def _missing(inputs: Tensor, weight: Tensor, needed: int) -> str | None:
         return missing
     if inputs.dtype != torch.float32:
         return "the kernel is for float32"
-    return _too_small(inputs.device.index, needed)
-
-
-@torch.compiler.assume_constant_result
-def _too_small(device: int | None, needed: int) -> str | None:
-    gpu = torch.cuda.get_device_properties(device)
-    if gpu.major < 8:
-        return "it needs a GPU of compute capability 8.0 or later"
-    has = gpu.shared_memory_per_block_optin
-    return None if needed <= has else f"it needs {needed:,} bytes of shared memory, this GPU has {has:,}"
+    return gpu_lacks(inputs.device.index, needed)
 
 
 def why_not_mhsc(scm: Tensor, saet: Tensor) -> str | None:

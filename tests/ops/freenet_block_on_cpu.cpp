@@ -67,9 +67,3 @@ extern "C" bool sum_rows_on_cpu(int dtype, const float* partial, int64_t rows, i
                   [&] { sum_rows_kernel<product()>(partial, rows, size, size, out, nullptr); }, true);
   });
 }
-
-// Copies are made late, and the last warp goes first.
-extern "C" bool in_the_other_order_on_cpu(bool wanted) {
-  late = emulated::backwards = wanted;
-  return true;
-}

@@ -7,23 +7,16 @@ using namespace speedk;
 
 namespace {
 
-template <Product P, int W, int S, int side>
-bool run(const LinearBackward& job, float* partial, int64_t size, int64_t splits) {
-  const emulated::Index grid{static_cast<unsigned>(splits), static_cast<unsigned>(job.parts * (job.K / S)), 1};
-  if (W > 64) {
-    return launch(grid, kWideThreads, [&] { wide_linear_backward_kernel<P, 192, 192, 8>(job, partial, size); });
-  }
-  return launch(grid, kLinearThreads, [&] { linear_backward_kernel<P, W, S, side>(job, partial, size); });
-}
-
 template <Product P> bool run(const LinearBackward& job, float* partial, int64_t size, int64_t splits) {
-  switch (job.W) {
-    case 32: return run<P, 32, 64, 0>(job, partial, size, splits);
-    case 48: return job.patch ? run<P, 48, 48, 4>(job, partial, size, splits)
-                              : run<P, 48, 64, 0>(job, partial, size, splits);
-    case 64: return run<P, 64, 64, 0>(job, partial, size, splits);
-    default: return run<P, 192, 192, 8>(job, partial, size, splits);
-  }
+  return with_sizes(job, [&](auto W, auto S, auto side) {
+    const emulated::Index grid{static_cast<unsigned>(splits), static_cast<unsigned>(job.parts * (job.K / S())), 1};
+    if constexpr (W() <= 64) {
+      return launch(grid, kLinearThreads,
+                    [&] { linear_backward_kernel<P, W(), S(), side()>(job, partial, size); });
+    } else {
+      return launch(grid, kWideThreads, [&] { wide_linear_backward_kernel<P, W(), S(), side()>(job, partial, size); });
+    }
+  });
 }
 
 }  // namespace
@@ -42,10 +35,4 @@ extern "C" bool sum_rows_on_cpu(const float* partial, int64_t rows, int64_t size
                                 void* rest) {
   return launch((size + 31) / 32, kSumThreads,
                 [&] { sum_rows_kernel<Product::float32>(partial, rows, size, first, out, rest); }, true);
-}
-
-// The last warp goes first.
-extern "C" bool in_the_other_order_on_cpu(bool wanted) {
-  emulated::backwards = wanted;
-  return true;
 }

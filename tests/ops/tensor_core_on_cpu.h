@@ -166,3 +166,9 @@ template <class Blocks, class F> bool launch(Blocks blocks, unsigned threads, F 
 }
 
 }  // namespace speedk
+
+// Copies are made late, and the last warp goes first. Of each library that a test makes of such kernels.
+extern "C" bool in_the_other_order_on_cpu(bool wanted) {
+  speedk::late = emulated::backwards = wanted;
+  return true;
+}
