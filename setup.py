@@ -95,7 +95,7 @@ def _first_error(text: str) -> str:
 setup(
     packages=[*find_namespace_packages(include=["speedk", "speedk.*"], exclude=["speedk.recipes"]), "speedk.kernels"],
     package_dir={"speedk.kernels": "kernels"},
-    package_data={"speedk": ["recipes/*.toml", "evaluation/paper.toml"]},
+    package_data={"speedk": ["recipes/*.toml", "evaluation/paper/paper.toml"]},
     ext_modules=[Extension("speedk._native", sources=[], optional=True)],
     cmdclass={"build_ext": BuildNative},
 )

@@ -18,7 +18,7 @@ from collections.abc import Callable, Collection, Iterator
 import torch
 from peak import peak_bytes
 
-from speedk.distillation import step_replay
+from speedk.distillation.unroll import replay
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
@@ -115,7 +115,7 @@ def least_peak(call: Call) -> int | None:
 def _device_peak(call: Call) -> int:
     """With all that `speedk.unroll` needs for its CUDA graphs: a first call records them, in memory of their own where
     later calls compute, and where the allocator's peak does not see it."""
-    step_replay.forget()
+    replay.forget()
     gc.collect()
     torch.cuda.empty_cache()
     before = torch.cuda.memory_allocated()

@@ -10,7 +10,7 @@ import pytest
 
 from speedk.cli import _module, _parser, commands
 from speedk.distillation import recipe
-from speedk.evaluation import tables
+from speedk.evaluation.paper import tables
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted([ROOT / "README.md", *ROOT.glob("docs/**/*.md")])

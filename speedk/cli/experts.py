@@ -11,7 +11,7 @@ from speedk.errors import ConfigError
 from speedk.precision import PRECISIONS
 
 if TYPE_CHECKING:
-    from speedk.distillation.expertfolder import ExpertFolder
+    from speedk.distillation.experts.folder import ExpertFolder
 
 HELP = "Train the expert trajectories that trajectory matching needs, or print what a folder of them holds."
 EPILOG = """\
@@ -59,7 +59,7 @@ def _train(args: argparse.Namespace) -> int:
     from speedk.distillation import experts
     from speedk.distillation import plan as plans
     from speedk.distillation import recipe as recipes
-    from speedk.distillation.expertfolder import ExpertFolder
+    from speedk.distillation.experts.folder import ExpertFolder
     from speedk.distillation.objectives import tm
     from speedk.text import duration, table
 
@@ -110,7 +110,7 @@ def _train(args: argparse.Namespace) -> int:
 
 
 def _info(path: Path) -> int:
-    from speedk.distillation.expertfolder import ExpertFolder
+    from speedk.distillation.experts.folder import ExpertFolder
     from speedk.errors import one_line
     from speedk.text import table
 

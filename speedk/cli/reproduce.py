@@ -19,7 +19,7 @@ from speedk.schedule import STANDARDISATIONS
 if TYPE_CHECKING:
     from speedk.data import RealData
     from speedk.distillation.recipe import Recipe
-    from speedk.evaluation.tables import Cell, Target
+    from speedk.evaluation.paper.tables import Cell, Target
 
 HELP = "Run the rows of a table of the paper, and write what was published and what was measured."
 EPILOG = """\
@@ -63,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
     from speedk import data
     from speedk.distillation.loop import OutOfTime
     from speedk.distillation.recipe import parse_overrides
-    from speedk.evaluation import tables
+    from speedk.evaluation.paper import tables
 
     names = [word for word in args.fields if "=" not in word]
     changed = parse_overrides([word for word in args.fields if "=" in word])
@@ -213,7 +213,7 @@ def _portable(target: Target, changed: dict[str, Any]) -> dict[str, Any]:
 
 
 def _listing(lines: list[dict[str, Any]]) -> str:
-    from speedk.evaluation import tables
+    from speedk.evaluation.paper import tables
     from speedk.text import table
 
     known = {(line["table"], line["row"], line["column"]) for line in lines}

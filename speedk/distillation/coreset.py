@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from speedk import networks, registry
+from speedk import networks, registry, seeds
 from speedk.data import RealData
-from speedk.distillation import artifact, coreset_network, coresets, seeds
+from speedk.distillation import artifact, coreset_network, coresets
 from speedk.distillation.coresets.base import Coreset, Members
 from speedk.distillation.parameterizations.pixels import Pixels, Spec
 from speedk.errors import ConfigError

@@ -14,9 +14,8 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from speedk import networks, training
+from speedk import networks, seeds, training
 from speedk.data import RealData, cache
-from speedk.distillation import seeds
 from speedk.errors import SpeedkError, TrainingError
 from speedk.files import write_atomic
 from speedk.schedule import WHOLE

@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 
-from speedk import registry
+from speedk import registry, seeds
 from speedk.data import RealData
-from speedk.distillation import artifact, checkpoint, objectives, parameterizations, runfiles, seeds, signals
+from speedk.distillation import artifact, checkpoint, objectives, parameterizations, runfiles, signals
 from speedk.distillation.objectives.base import ABSURD, Diverged, Objective, Skip, too_high
 from speedk.distillation.parameterizations.base import Parameterization
 from speedk.distillation.recipe import Recipe

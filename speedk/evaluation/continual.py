@@ -21,8 +21,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from tqdm import tqdm
 
-from speedk import training
-from speedk.distillation import seeds
+from speedk import seeds, training
 from speedk.errors import ConfigError, DataError
 from speedk.evaluation import sources, stepfiles, train
 from speedk.evaluation.evaluate import device_name, resolve

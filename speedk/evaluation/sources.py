@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from speedk.distillation import seeds
+from speedk import seeds
 from speedk.errors import ConfigError, DataError
 from speedk.geometry import Geometry
 from speedk.training import ImageSet

@@ -11,8 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from speedk import networks, training
-from speedk.distillation import seeds
+from speedk import networks, seeds, training
 from speedk.geometry import Geometry
 from speedk.schedule import Schedule
 from speedk.training import ImageSet, separable

@@ -17,7 +17,7 @@ from speedk import data
 from speedk.cli import main
 from speedk.distillation import experts
 from speedk.distillation import recipe as recipes
-from speedk.distillation.expertfolder import ExpertFolder
+from speedk.distillation.experts.folder import ExpertFolder
 
 SMALL = ("--network", "mlp", "expert_batch=6", "expert_rate=0.1")
 

@@ -14,7 +14,8 @@ from speedk.cli import main, reproduce
 from speedk.distillation import loop
 from speedk.distillation import plan as plans
 from speedk.errors import Interrupted, TrainingError
-from speedk.evaluation import cell, tables
+from speedk.evaluation import cell
+from speedk.evaluation.paper import tables
 
 
 @pytest.fixture

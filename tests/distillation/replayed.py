@@ -13,7 +13,7 @@ import torch
 from unrolled import gradients, problem
 
 import speedk
-from speedk.distillation import step_replay
+from speedk.distillation.unroll import replay
 
 
 class Rerun:
@@ -46,24 +46,24 @@ class Rerun:
 @contextlib.contextmanager
 def replaying(device, monkeypatch):
     """Steps on a device are recorded, by the stand-in where it records nothing itself."""
-    step_replay.forget()
+    replay.forget()
     monkeypatch.delenv("SPEEDK_CUDA_GRAPHS", raising=False)
-    monkeypatch.setattr("speedk.distillation.step_graph.GRAPH_PIECE_PIXELS", 1 << 30)
+    monkeypatch.setattr("speedk.distillation.unroll.graph.GRAPH_PIECE_PIXELS", 1 << 30)
     if device == "cpu":
-        monkeypatch.setattr(step_replay, "recorder_of", lambda device: Rerun)
+        monkeypatch.setattr(replay, "recorder_of", lambda device: Rerun)
     yield device
-    step_replay.forget()
+    replay.forget()
 
 
 @contextlib.contextmanager
 def eagerly():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(step_replay, "recorder_of", lambda device: None)
+        patch.setattr(replay, "recorder_of", lambda device: None)
         yield
 
 
 def recorded(student):
-    return [r for kept in step_replay._of_students.get(student, {}).values() for r in kept._found.values()]
+    return [r for kept in replay._of_students.get(student, {}).values() for r in kept._found.values()]
 
 
 def results(student, leaves, schedule, direction, **how):

@@ -16,10 +16,10 @@ from torch import nn
 from toys import DEVICES, make_real
 
 import speedk
-from speedk import networks
+from speedk import networks, seeds
 from speedk.data.normaliser import ChannelNormaliser
-from speedk.distillation import experts, seeds
-from speedk.distillation.expertfolder import ExpertFolder, Identity
+from speedk.distillation import experts
+from speedk.distillation.experts.folder import ExpertFolder, Identity
 from speedk.errors import ArtifactError, ConfigError, TrainingError
 
 

@@ -18,7 +18,7 @@ from speedk import networks
 from speedk.distillation import checkpoint, experts, loop
 from speedk.distillation import plan as plans
 from speedk.distillation import recipe as recipes
-from speedk.distillation.expertfolder import ExpertFolder, Identity
+from speedk.distillation.experts.folder import ExpertFolder, Identity
 from speedk.distillation.objectives import tm
 from speedk.distillation.objectives.base import Skip
 from speedk.distillation.recipe import resolve

@@ -11,9 +11,8 @@ from toys import DEVICES
 from unrolled import GEOMETRY, STUDENTS, gradients, plainly, problem, relative
 
 import speedk
-from speedk import networks
+from speedk import networks, seeds
 from speedk.augment import dsa
-from speedk.distillation import seeds
 from speedk.distillation.unroll import dsa_steps
 from speedk.training import repeatable
 
@@ -41,7 +40,7 @@ def test_exact(name, momentum, device):
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("name", [*STUDENTS, "dropout", "group norm"])
 def test_memory_modes_give_the_same_bits(name, device, monkeypatch):
-    monkeypatch.setattr("speedk.distillation.step_graph.GRAPH_PIECE_PIXELS", 2 * 8 * 8)  # two pieces a batch
+    monkeypatch.setattr("speedk.distillation.unroll.graph.GRAPH_PIECE_PIXELS", 2 * 8 * 8)  # two pieces a batch
     others = {
         "dropout": lambda: networks.fresh("vit", GEOMETRY, 0, dim=8, depth=1, heads=1, hidden=8, dropout=0.3),
         "group norm": lambda: nn.Sequential(nn.Conv2d(1, 4, 3), nn.GroupNorm(2, 4), nn.ReLU(), nn.Flatten(),
@@ -167,7 +166,7 @@ def test_a_loss_of_ones_own():
 
 @pytest.mark.parametrize("momentum", [0, 0.9])
 def test_what_is_frozen_keeps_its_value_and_its_gradient(momentum, monkeypatch):
-    monkeypatch.setattr("speedk.distillation.step_graph.GRAPH_PIECE_PIXELS", 2 * 8 * 8)
+    monkeypatch.setattr("speedk.distillation.unroll.graph.GRAPH_PIECE_PIXELS", 2 * 8 * 8)
     student = STUDENTS["convnet"]()
     first, *_, last = student.parameters()
     theta, images, labels, schedule, lr, direction = problem(student)
@@ -190,7 +189,7 @@ def test_what_is_frozen_keeps_its_value_and_its_gradient(momentum, monkeypatch):
 
 
 def test_threads_do_not_change_a_bit(monkeypatch):
-    monkeypatch.setattr("speedk.distillation.step_graph.GRAPH_PIECE_PIXELS", 8 * 8)
+    monkeypatch.setattr("speedk.distillation.unroll.graph.GRAPH_PIECE_PIXELS", 8 * 8)
     student = STUDENTS["convnet"]()
     theta, images, labels, schedule, lr, direction = problem(student, torch.float32)
     before, results = torch.get_num_threads(), []
@@ -261,7 +260,7 @@ def test_leaves_the_student_and_the_random_state_alone(device):
 
 
 def test_results_that_are_held_hold_no_threads(monkeypatch):
-    monkeypatch.setattr("speedk.distillation.step_graph.GRAPH_PIECE_PIXELS", 8 * 8)
+    monkeypatch.setattr("speedk.distillation.unroll.graph.GRAPH_PIECE_PIXELS", 8 * 8)
     student = STUDENTS["convnet"]()
     theta, images, labels, schedule, lr, _ = problem(student)
     before = torch.get_num_threads()

@@ -97,7 +97,7 @@ def test_what_does_not_fit_is_said_in_a_line():
     (3, "there is a label 3 but the student gives 3 logits: labels are 0 to 2"),
 ])
 def test_labels_of_no_class_are_refused(label, message, monkeypatch):
-    monkeypatch.setattr("speedk.distillation.step_graph.GRAPH_PIECE_PIXELS", 8 * 8)
+    monkeypatch.setattr("speedk.distillation.unroll.graph.GRAPH_PIECE_PIXELS", 8 * 8)
     student = STUDENTS["convnet"]()
     theta, images, labels, schedule, lr, direction = problem(student, soft=False)
     labels[1] = label

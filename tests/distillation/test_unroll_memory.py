@@ -12,8 +12,8 @@ from toys import DEVICES
 import speedk
 from speedk import networks
 from speedk.distillation import unroll as unroll_module
-from speedk.distillation.step_graph import Training
 from speedk.distillation.unroll import dsa_steps
+from speedk.distillation.unroll.graph import Training
 from speedk.geometry import Geometry
 
 

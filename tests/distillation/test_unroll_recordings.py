@@ -15,7 +15,7 @@ from unrolled import GEOMETRY, STUDENTS
 
 import speedk
 from speedk import networks
-from speedk.distillation import step_replay
+from speedk.distillation.unroll import replay
 from speedk.errors import ConfigError
 
 
@@ -51,7 +51,7 @@ def test_what_is_computed_differently_is_recorded_anew(device):
 
 
 def test_few_are_kept(device, monkeypatch):
-    monkeypatch.setattr(step_replay, "RECENT", 30)
+    monkeypatch.setattr(replay, "RECENT", 30)
     student = STUDENTS["convnet"]()
     leaves, _, direction = given(student, device)
     for size in range(1, 8):
@@ -88,8 +88,8 @@ def test_what_cannot_be_recorded_runs_as_it_is(recorder, device, monkeypatch, ca
     leaves, schedule, direction = given(student, device)
     with eagerly():
         want = results(student, leaves, schedule, direction)
-    monkeypatch.setattr(step_replay, "recorder_of", lambda device: recorder)
-    with caplog.at_level(logging.DEBUG, step_replay.__name__):
+    monkeypatch.setattr(replay, "recorder_of", lambda device: recorder)
+    with caplog.at_level(logging.DEBUG, replay.__name__):
         for _ in range(3):
             assert same(results(student, leaves, schedule, direction), want)
     told, = (record.exc_text for record in caplog.records)  # once, with its reason
@@ -101,7 +101,7 @@ def test_without_memory_for_one_there_is_none(device, monkeypatch):
     leaves, schedule, direction = given(student, device)
     monkeypatch.setattr(Failing, "error", torch.OutOfMemoryError("none is left"))
     monkeypatch.setattr(Failing, "after", 2)
-    monkeypatch.setattr(step_replay, "recorder_of", lambda device: Failing)
+    monkeypatch.setattr(replay, "recorder_of", lambda device: Failing)
     with eagerly():
         want = results(student, leaves, schedule, direction)
     for memory, count in (("constant", 1), ("full", 0), ("constant", 0)):
@@ -171,8 +171,8 @@ def test_parameters_of_other_shapes(device):
 
 
 def test_many_kinds(device, monkeypatch):
-    monkeypatch.setattr(step_replay, "MANY", 2)
-    monkeypatch.setattr(step_replay, "RECENT", 10)
+    monkeypatch.setattr(replay, "MANY", 2)
+    monkeypatch.setattr(replay, "RECENT", 10)
     student = Own()
     leaves, schedule, direction = given(student, device)
     for scale in (1.0, 2.0, 3.0, 1.0, 4.0, 5.0):
@@ -180,7 +180,7 @@ def test_many_kinds(device, monkeypatch):
         with eagerly():
             want = results(student, leaves, schedule, direction)
         assert same(results(student, leaves, schedule, direction), want)
-    known, = step_replay._of_students[student].values()
+    known, = replay._of_students[student].values()
     assert len(known._kinds) <= 2 and len(known._eager) <= 2 and len(known._found) <= 4
 
 
@@ -260,10 +260,10 @@ def test_a_torch_without_a_name_that_is_asked_for(device, monkeypatch):
 def test_it_can_be_turned_off(monkeypatch):
     cuda = torch.device("cuda")
     monkeypatch.delenv("SPEEDK_CUDA_GRAPHS", raising=False)
-    assert step_replay.recorder_of(cuda) is step_replay.Recorder
-    assert step_replay.recorder_of(torch.device("cpu")) is None
+    assert replay.recorder_of(cuda) is replay.Recorder
+    assert replay.recorder_of(torch.device("cpu")) is None
     monkeypatch.setenv("SPEEDK_CUDA_GRAPHS", "0")
-    assert step_replay.recorder_of(cuda) is None
+    assert replay.recorder_of(cuda) is None
 
 
 def test_labels_are_still_looked_at(device):
@@ -278,9 +278,9 @@ def test_labels_are_still_looked_at(device):
 
 def test_an_error_of_the_users_says_nothing_of_the_kind(device):
     student = STUDENTS["convnet"]()
-    leaves, schedule, direction = given(student, device, soft=False, steps=step_replay.EAGER)
+    leaves, schedule, direction = given(student, device, soft=False, steps=replay.EAGER)
     theta, images, labels, lr = leaves
-    results(student, leaves, [schedule[0]] * step_replay.EAGER, direction)
+    results(student, leaves, [schedule[0]] * replay.EAGER, direction)
     with pytest.raises(ConfigError, match="there is a label"):  # met by the step that is to be recorded
         speedk.unroll(student, theta, images, labels + 3, schedule[:1], lr)
     assert not recorded(student)
@@ -290,14 +290,14 @@ def test_an_error_of_the_users_says_nothing_of_the_kind(device):
 
 def test_recordings_go_with_their_student(device, monkeypatch):
     if device == "cpu":  # where the stand-in would hold what it runs
-        monkeypatch.setattr(step_replay, "recorder_of", lambda device: Still)
-        monkeypatch.setattr(step_replay._Recording, "_same", lambda *_: True)
+        monkeypatch.setattr(replay, "recorder_of", lambda device: Still)
+        monkeypatch.setattr(replay._Recording, "_same", lambda *_: True)
     student = STUDENTS["convnet"]()
     for memory in ("constant", "full"):
         leaves, schedule, direction = given(student, device)
         results(student, leaves, schedule, direction, memory=memory)
     kept = [weakref.ref(recording) for recording in recorded(student)]
-    assert len(kept) == 2 and len(step_replay._of_students) == 1
+    assert len(kept) == 2 and len(replay._of_students) == 1
     del student
     gc.collect()
-    assert not step_replay._of_students and not any(ref() for ref in kept)
+    assert not replay._of_students and not any(ref() for ref in kept)

@@ -10,8 +10,7 @@ from unrolled import STUDENTS, gradients
 
 import speedk
 from speedk import networks
-from speedk.distillation import step_replay
-from speedk.distillation.unroll import dsa_steps
+from speedk.distillation.unroll import dsa_steps, replay
 from speedk.geometry import Geometry
 
 
@@ -78,9 +77,9 @@ def test_what_another_replay_has_overwritten(device):
     results(student, leaves, schedule, direction, memory="full")
     theta, images, labels, _ = leaves
     schedule = [index.to(device) for index in schedule]
-    training = step_replay.training(student, schedule, None, None, images.device, -1, True)
+    training = replay.training(student, schedule, None, None, images.device, -1, True)
     with eagerly():
-        plain = step_replay.training(student, schedule, None, None, images.device, -1, True)
+        plain = replay.training(student, schedule, None, None, images.device, -1, True)
 
     def steps(training, count):
         return [training.build(step, theta, images, labels, (True, True), pool) for step in range(count)]
@@ -90,7 +89,7 @@ def test_what_another_replay_has_overwritten(device):
         want = gradient, *graph.adjoint(direction, True, pool)
     with training.running() as pool:
         (first, gradient), (second, _) = steps(training, 2)
-        assert isinstance(first, step_replay.Replayed) and second.hold() and not first.hold()
+        assert isinstance(first, replay.Replayed) and second.hold() and not first.hold()
         assert same((gradient, *first.adjoint(direction, True, pool)), want)
         assert same((gradient, *first.adjoint(direction, True, pool)), want)  # by then it is gone
 
@@ -101,7 +100,7 @@ def test_a_replay_that_is_broken_off_has_overwritten_the_last_one(device, monkey
     results(student, leaves, schedule, direction)
     recording, = recorded(student)
     schedule = [index.to(device) for index in schedule]
-    training = step_replay.training(student, schedule, None, None, images.device, -1, False)
+    training = replay.training(student, schedule, None, None, images.device, -1, False)
     for part in ("_forward", "_backward"):
         with training.running() as pool:
             first, second = (training.build(step, theta, images, labels, (True, True), pool)[0] for step in (0, 1))
@@ -124,8 +123,8 @@ def test_as_many_as_fit_are_kept(device, monkeypatch):
     for _ in range(2):
         results(student, leaves, schedule, direction, memory=10**9)
     recording, = recorded(student)
-    adjoint = step_replay._Recording.adjoint
-    monkeypatch.setattr(step_replay._Recording, "adjoint",
+    adjoint = replay._Recording.adjoint
+    monkeypatch.setattr(replay._Recording, "adjoint",
                         lambda *a: kept.append(a[3] is not None) or adjoint(*a))
     images = 4 * leaves[1][0].nbytes + 4 * leaves[2][0].nbytes  # as they are augmented: not at all
     for count in (1, 3, 6):
@@ -144,8 +143,8 @@ def test_the_last_step_is_differentiated_where_it_is(memory, again, device, monk
     schedule = schedule[:7]
     for _ in range(2):
         want = results(student, leaves, schedule, direction, memory=memory)[1:]
-    step = step_replay._Recording._step
-    monkeypatch.setattr(step_replay._Recording, "_step", lambda *a: counts.append(1) or step(*a))
+    step = replay._Recording._step
+    monkeypatch.setattr(replay._Recording, "_step", lambda *a: counts.append(1) or step(*a))
     for between in (0, 1):
         end = speedk.unroll(student, theta, images, labels, schedule, lr, memory=memory)
         if between:

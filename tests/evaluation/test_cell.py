@@ -10,7 +10,8 @@ import pytest
 from stripes import make_real
 
 from speedk.data import zca
-from speedk.evaluation import cell, tables
+from speedk.evaluation import cell
+from speedk.evaluation.paper import tables
 from speedk.evaluation.record import Record
 
 

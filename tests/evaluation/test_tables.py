@@ -12,7 +12,7 @@ from speedk.distillation import coresets, objectives
 from speedk.distillation import recipe as recipes
 from speedk.distillation.recipe import read, resolve, shipped
 from speedk.errors import ConfigError, DataError
-from speedk.evaluation import published, tables
+from speedk.evaluation.paper import published, tables
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 ALL = tables.tables()

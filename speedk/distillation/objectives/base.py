@@ -101,7 +101,7 @@ class Objective:
 
     An objective is one file in this folder: a subclass, a frozen dataclass `Spec` of its recipe fields that extends
     `ObjectiveSpec`, and `PLUGIN = <the class>` at the end. All that is random in step t must come from
-    `speedk.distillation.seeds` with the run's seed and t, so that a run that resumes at t draws what the uninterrupted
+    `speedk.seeds` with the run's seed and t, so that a run that resumes at t draws what the uninterrupted
     run drew; whatever else lives from step to step goes in `state_dict`.
     """
 

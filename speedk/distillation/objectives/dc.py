@@ -10,9 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from speedk import networks, training
+from speedk import networks, seeds, training
 from speedk.augment import dsa
-from speedk.distillation import seeds
 from speedk.distillation.objectives._classwise import Classwise
 from speedk.distillation.objectives.base import ObjectiveSpec
 from speedk.distillation.parameterizations.base import Parameterization

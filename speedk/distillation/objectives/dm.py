@@ -7,9 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from speedk import networks
+from speedk import networks, seeds
 from speedk.augment import dsa
-from speedk.distillation import seeds
 from speedk.distillation.objectives._classwise import Classwise
 from speedk.distillation.objectives.base import ObjectiveSpec
 from speedk.distillation.parameterizations.base import Parameterization

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from speedk import memory, networks
-from speedk.distillation import experts, seeds
-from speedk.distillation.expertfolder import IDENTITY_FILE, ExpertFolder, Identity
+from speedk import memory, networks, seeds
+from speedk.distillation import experts
+from speedk.distillation.experts.folder import IDENTITY_FILE, ExpertFolder, Identity
 from speedk.distillation.objectives.base import ABSURD, Diverged, Objective, ObjectiveSpec, Skip, too_high
 from speedk.distillation.parameterizations.base import Parameterization, detached
 from speedk.distillation.unroll import dsa_steps, unroll

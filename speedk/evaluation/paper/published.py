@@ -12,7 +12,7 @@ from speedk.distillation import recipe as recipes
 from speedk.distillation.objectives import dc
 
 if TYPE_CHECKING:
-    from speedk.evaluation.tables import Target
+    from speedk.evaluation.paper.tables import Target
 
 RUNS = 5
 """Networks that each published number is the mean of."""

@@ -26,7 +26,7 @@ from collections.abc import Callable, Hashable, Iterator
 import torch
 from torch import Tensor, nn
 
-from speedk.distillation.step_graph import Alone, Augment, Batch, Loss, StepGraph, Training, alike, per_sample
+from speedk.distillation.unroll.graph import Alone, Augment, Batch, Loss, StepGraph, Training, alike, per_sample
 from speedk.ops import dispatch
 from speedk.workers import Pool
 

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from speedk import networks
 from speedk.data import RealData
 from speedk.distillation import tensorfile
-from speedk.distillation.step_graph import alike
+from speedk.distillation.unroll.graph import alike
 from speedk.errors import ArtifactError, ConfigError, TrainingError, one_line
 from speedk.files import locked, unwritable, write_atomic
 from speedk.geometry import Geometry

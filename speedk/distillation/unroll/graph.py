@@ -19,8 +19,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.func import functional_call
 
-from speedk import networks
-from speedk.distillation import seeds
+from speedk import networks, seeds
 from speedk.errors import ConfigError
 from speedk.training import repeatable, separable
 from speedk.workers import Pool

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from speedk.errors import ConfigError, DataError
-from speedk.evaluation import published
+from speedk.evaluation.paper import published
 from speedk.files import locked, write_atomic
 from speedk.registry import nearest
 
@@ -96,7 +96,7 @@ class Table:
 
 def tables() -> dict[str, Table]:
     """The paper's tables by their number."""
-    text = (resources.files("speedk.evaluation") / "paper.toml").read_text(encoding="utf-8")
+    text = (resources.files("speedk.evaluation.paper") / "paper.toml").read_text(encoding="utf-8")
     return {name: _table(name, found) for name, found in tomllib.loads(text).items()}
 
 

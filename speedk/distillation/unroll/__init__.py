@@ -14,10 +14,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from speedk import seeds
 from speedk.augment import dsa
-from speedk.distillation import seeds, step_replay
-from speedk.distillation.step_graph import Augment, Loss, StepGraph, Training
-from speedk.distillation.step_replay import Replayed
+from speedk.distillation.unroll import replay
+from speedk.distillation.unroll.graph import Augment, Loss, StepGraph, Training
+from speedk.distillation.unroll.replay import Replayed
 from speedk.errors import ConfigError
 from speedk.ops import unroll_step, unroll_step_adjoint
 from speedk.ordered import add_rows
@@ -63,7 +64,7 @@ def unroll(student: nn.Module, theta: Tensor, images: Tensor, labels: Tensor, sc
     largest = _largest_label(labels) if loss is None else -1
     limit = _limit(memory)
     record = torch.is_grad_enabled() and any(t.requires_grad for t in (theta, images, labels, lr))
-    training = step_replay.training(student, schedule, augment, loss, images.device, largest, record and limit > 0)
+    training = replay.training(student, schedule, augment, loss, images.device, largest, record and limit > 0)
     plan = _Plan(training, momentum, limit, record)
     return _Unroll.apply(plan, theta.contiguous(), images, labels, lr)
 

@@ -17,10 +17,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from speedk import networks, training
+from speedk import networks, seeds, training
 from speedk.data import RealData, cache
-from speedk.distillation import seeds, signals
-from speedk.distillation.expertfolder import ExpertFolder, Identity
+from speedk.distillation import signals
+from speedk.distillation.experts.folder import ExpertFolder, Identity
 from speedk.errors import ConfigError, TrainingError
 from speedk.geometry import Geometry
 from speedk.precision import dtype_of
