@@ -250,7 +250,8 @@ SPLIT_PROGRAMS = 1024
 
 def _plain(index: Tensor) -> Tensor:
     """Indices in memory order, of at most 32 bits; what a wider one cannot say stays out of range."""
-    return index.clamp(-1, 2**31 - 1).to(torch.int32) if index.dtype == torch.int64 else index.contiguous()
+    narrow = index.clamp(-1, 2**31 - 1).to(torch.int32) if index.dtype == torch.int64 else index
+    return narrow.contiguous()
 
 
 def _flag(values: Tensor, check: bool) -> Tensor | None:

@@ -69,6 +69,25 @@ def test_all_is_done(folder):
     assert {"device", "build", "tests", "training", "walk", "warm", "benches"} <= done
 
 
+def test_sanitizers_look_at_our_kernels_alone(folder, tmp_path):
+    (folder / "bin").mkdir()
+    said = folder / "called.txt"
+    fake = folder / "bin" / "compute-sanitizer"
+    fake.write_text(f"""#!/bin/bash
+if [ "$1" = --help ]; then
+    echo "--kernel-name regex"
+    for i in {{1..2000}}; do echo "--option-$i of which there are many"; done
+else
+    echo "$*" >> {said}
+fi
+""")
+    fake.chmod(0o755)
+    path = f"{folder / 'bin'}:{os.environ['PATH']}"
+    start(folder, 300, PATH=path).wait(60)
+    calls = said.read_text().splitlines()
+    assert len(calls) == 2 and all("--kernel-name kns=speedk" in call for call in calls)
+
+
 def test_parts_that_hang(tmp_path):
     limit, slow = 12, ("build", "tests", "benches", "other")
     running = {part: start(project(tmp_path / part), limit, **{part: "sleep 600"}) for part in slow}

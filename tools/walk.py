@@ -46,6 +46,8 @@ def main(device: str) -> int:
             code = cli.main(words)
             failed += code != 0
             print(f"== exit code {code} after {time.monotonic() - started:.1f} s: speedk {' '.join(words)}", flush=True)
+            if code == cli.INTERRUPTED:
+                break
     return min(failed, 1)
 
 

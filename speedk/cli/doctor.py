@@ -35,7 +35,7 @@ def run(args: argparse.Namespace) -> int:
         "GPU": ", ".join(gpus) or "none",
         "Triton": dispatch.triton_missing() or "ready",
         "native": dispatch.native_missing() or f"built; {native.isa()}, threads of {native.parallel_backend()}",
-        "CUDA kernels": "compiled" if dispatch.native_cuda() else "not compiled",
+        "CUDA kernels": dispatch.native_cuda_missing() or "compiled",
         "forced backend": dispatch.forced() or "none",
     }
     print("\n".join(f"{name:<16}{value}" for name, value in facts.items()))

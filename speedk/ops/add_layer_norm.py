@@ -93,3 +93,4 @@ def _backward(ctx, d_out: Tensor):
 
 
 _add_layer_norm.register_autograd(_backward, setup_context=_save)
+_add_layer_norm_bwd.ends("add_layer_norm")

@@ -281,3 +281,4 @@ def _mhsc_backward(ctx, d_out: Tensor):
 
 
 _mhsc_coo.register_autograd(_mhsc_backward, setup_context=_mhsc_save)
+_mhsc_coo_bwd.ends("mhsc_coo")

@@ -148,21 +148,37 @@ def _cast(argument: object, dtype: torch.dtype) -> object:
 class use_backend:
     """Run every op on one backend from here on: "triton", "native" or "torch"; None goes back to choosing.
 
-    `use_backend("native")` holds for the whole process until the next call; `with use_backend("native"):` for its body.
+    `use_backend("native")` holds until the next call, `with use_backend("native"):` for its body; both for the whole
+    process, as a backward pass runs in threads of its own. Of bodies that overlap the one entered last counts.
     """
 
     def __init__(self, name: str | None) -> None:
-        global _forced
         if name is not None and name not in BACKENDS:
             raise ConfigError(f"backend {name!r} is not one of {', '.join(BACKENDS)}")
-        self._before, _forced = _forced, name
+        global _called
+        self.name, self._before, _called = name, _called.name if _called else None, self
+        _settle()
 
     def __enter__(self) -> use_backend:
+        if _called is self:  # it was meant for the body alone
+            use_backend(self._before)
+        _bodies.append(self)
+        _settle()
         return self
 
     def __exit__(self, *error: object) -> None:
-        global _forced
-        _forced = self._before
+        _bodies.remove(self)
+        _settle()
+
+
+_called: use_backend | None = None  # the last that was called, and not entered
+_bodies: list[use_backend] = []  # those that are entered
+
+
+def _settle() -> None:
+    global _forced
+    last = _bodies[-1] if _bodies else _called
+    _forced = last.name if last else None
 
 
 def explain(op: str, *arguments: object, **keywords: object) -> dict[str, str]:
@@ -216,7 +232,8 @@ def _not_installed(table: Op, backend: str, device: str) -> str | None:
     if backend == "native" and device == "cpu":
         return native_missing() or (None if table.cpu else "the kernel is for the GPU")
     if backend == "native":
-        return native_missing() or (native_cuda_missing() if table.cuda else "the kernel is for the CPU")
+        return native_missing() or ((native_cuda_missing() or gpu_too_old(None)) if table.cuda
+                                    else "the kernel is for the CPU")
     return None
 
 
@@ -306,7 +323,22 @@ def why_not_native_cuda(*tensors: Tensor) -> str | None:
     for tensor in tensors:
         if not tensor.is_cuda:
             return f"a tensor is on {tensor.device}, the kernel is for the GPU"
-    return None
+    return gpu_too_old(tensors[0].device.index) if tensors else None
+
+
+LEAST_CAPABILITY = (8, 0)
+"""Of the architectures that CMakeLists.txt builds for."""
+
+
+_capability = functools.cache(torch.cuda.get_device_capability)
+
+
+@torch.compiler.assume_constant_result
+def gpu_too_old(device: int | None) -> str | None:
+    """Why no CUDA kernel of the extension runs on this GPU, or None; also where there is none to ask."""
+    if not torch.cuda.is_available() or _capability(device) >= LEAST_CAPABILITY:
+        return None
+    return "the extension needs a GPU of compute capability {}.{} or later".format(*LEAST_CAPABILITY)
 
 
 @torch.compiler.assume_constant_result

@@ -229,3 +229,4 @@ def _freenet_reference(coded: bool, channels: int, patch: int, sum_norm: bool, i
 
 
 _freenet.register_autograd(_backward, setup_context=_save)
+_freenet_bwd.ends("freenet")

@@ -173,3 +173,4 @@ def _in_torch(norm: str, features: Tensor, *weights: Tensor) -> Tensor:
 
 
 _freenet_block.register_autograd(_backward, setup_context=_save)
+_freenet_block_bwd.ends("freenet_block")

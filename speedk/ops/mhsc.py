@@ -107,3 +107,4 @@ def _backward(ctx, d_out: Tensor):
 
 
 _mhsc.register_autograd(_backward, setup_context=_save)
+_mhsc_bwd.ends("mhsc")

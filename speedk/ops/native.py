@@ -26,12 +26,8 @@ def takes(tensor: Tensor, dtypes: Collection[torch.dtype], cuda: bool = False) -
 
 @torch.compiler.assume_constant_result
 def gpu_lacks(device: int | None, needed: int) -> str | None:
-    """What this GPU has not that a kernel for tensor cores needs, whose programs take `needed` bytes of shared memory;
-    or None."""
-    gpu = torch.cuda.get_device_properties(device)
-    if gpu.major < 8:
-        return "it needs a GPU of compute capability 8.0 or later"
-    has = gpu.shared_memory_per_block_optin
+    """What this GPU has not that a kernel needs whose programs take `needed` bytes of shared memory; or None."""
+    has = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
     return None if needed <= has else f"it needs {needed:,} bytes of shared memory, this GPU has {has:,}"
 
 

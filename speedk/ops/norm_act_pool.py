@@ -138,11 +138,6 @@ def _double_backward(ctx, dd_x: Tensor, dd_weight: Tensor, dd_bias: Tensor):
     return d_d_out, d_x, d_weight, None, None, None, None, None
 
 
-def _third(ctx, *slopes: Tensor):
-    raise RuntimeError("norm_act_pool is differentiable twice on this backend, and this is the third time: "
-                       'wrap the forward pass in `with speedk.use_backend("torch")`')
-
-
 _norm_act_pool.register_autograd(_backward, setup_context=_save)
 _norm_act_pool_bwd.register_autograd(_double_backward, setup_context=_save_backward)
-_norm_act_pool_bwd_bwd.register_autograd(_third)
+_norm_act_pool_bwd_bwd.ends("norm_act_pool", "twice")

@@ -31,7 +31,8 @@ def patchify(images: Tensor, patch: int) -> Tensor:
 def patchify_reference(images: Tensor, patch: int) -> Tensor:
     n, c, h, w = images.shape
     grid = images.reshape(n, c, h // patch, patch, w // patch, patch)
-    return grid.permute(0, 2, 4, 3, 5, 1).reshape(n, (h // patch) * (w // patch), patch * patch * c)
+    ordered = grid.permute(0, 2, 4, 3, 5, 1).clone(memory_format=torch.contiguous_format)  # never a view of `images`
+    return ordered.view(n, (h // patch) * (w // patch), patch * patch * c)
 
 
 @dispatch.public
@@ -55,7 +56,8 @@ def unpatchify_reference(tokens: Tensor, channels: int, patch: int) -> Tensor:
     n, j, _ = tokens.shape
     side = square_side(j)
     grid = tokens.reshape(n, side, side, patch, patch, channels)
-    return grid.permute(0, 5, 1, 3, 2, 4).reshape(n, channels, side * patch, side * patch)
+    ordered = grid.permute(0, 5, 1, 3, 2, 4).clone(memory_format=torch.contiguous_format)  # never a view of `tokens`
+    return ordered.view(n, channels, side * patch, side * patch)
 
 
 @dispatch.public
@@ -252,3 +254,4 @@ def _project_backward(ctx, d_images: Tensor):
 
 
 _tokens_to_images.register_autograd(_project_backward, setup_context=_project_save)
+_tokens_to_images_bwd.ends("tokens_to_images")

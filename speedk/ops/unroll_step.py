@@ -116,3 +116,4 @@ def _backward(ctx, d_theta: Tensor, d_m: Tensor):
 
 
 _unroll_step.register_autograd(_backward, setup_context=_save)
+_unroll_step_adjoint.ends("unroll_step")

@@ -38,6 +38,19 @@ def entries(N, H, J, K, k, dtype=torch.float32, seed=0, order="sorted"):
     return values, (flat // K).to(DEVICE, index), (flat % K).to(DEVICE, index)
 
 
+@pytest.mark.parametrize("index", [torch.uint8, torch.uint16, torch.int32, torch.int64], ids=str)
+def test_indices_of_any_strides(index):
+    """Stored entry first: dense, so that narrowing alone keeps the order that they have in memory."""
+    N, H, J, K, k, D = 3, 2, 7, 11, 20, 12
+    values, *plain = entries(N, H, J, K, k)
+    turned = [t.to(index).permute(2, 1, 0).contiguous().permute(2, 1, 0) for t in plain]
+    saet, d_out, d_dense = randn(K, D), randn(N, J, D, seed=1), randn(N, H, J, K, seed=2)
+    for run in (lambda *at: coo.coo_decode_fwd(values, *at, J, K)[0], lambda *at: coo.coo_decode_bwd(d_dense, *at),
+                lambda *at: coo.mhsc_coo_fwd(values, *at, saet, J)[0],
+                lambda *at: torch.cat([t.flatten() for t in coo.mhsc_coo_bwd(d_out, values, *at, saet)])):
+        assert torch.equal(run(*turned), run(*plain))
+
+
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize(("dtype", "order"), KINDS)
 def test_decode(shape, dtype, order):

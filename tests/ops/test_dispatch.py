@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -57,6 +58,45 @@ def test_use_backend_as_a_call_and_as_a_context():
     finally:
         use_backend(None)
     assert dispatch._forced is None
+
+
+def test_bodies_in_several_threads():
+    """Each takes back its own, whichever leaves first."""
+    first, second = use_backend("torch"), use_backend("native")
+    use_backend(None)
+    first.__enter__()
+    second.__enter__()
+    first.__exit__()
+    assert dispatch._forced == "native"
+    second.__exit__()
+    assert dispatch._forced is None
+
+
+def test_a_context_that_is_made_early():
+    try:
+        body = use_backend("native")
+        use_backend("torch")
+        with body:
+            assert dispatch._forced == "native"
+        assert dispatch._forced == "torch"
+        with body, body:
+            assert dispatch._forced == "native"
+        assert dispatch._forced == "torch"
+    finally:
+        use_backend(None)
+
+
+def test_a_gpu_that_is_too_old(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(dispatch, "native_missing", lambda: None)
+    monkeypatch.setattr(dispatch, "native_cuda_missing", lambda: None)
+    monkeypatch.setattr(dispatch, "_capability", lambda device: (7, 5))
+    x = SimpleNamespace(is_cuda=True, device=torch.device("cuda", 0))
+    assert "capability 8.0 or later" in dispatch.why_not_native_cuda(x)
+    assert "capability 8.0 or later" in dispatch.installed("sparsify", "cuda")["native"]
+    monkeypatch.setattr(dispatch, "_capability", lambda device: (8, 6))
+    assert dispatch.why_not_native_cuda(x) is None
+    assert dispatch.installed("sparsify", "cuda")["native"] == "chosen"
 
 
 def test_explain():

@@ -156,3 +156,16 @@ def test_transforms_take_torch():
     assert torch.equal(torch.vmap(lambda x: patchify(x, 2))(images), want)
     _, tangent = torch.func.jvp(lambda x: unpatchify(x, 3, 2), (want[0],), (want[1],))
     assert torch.equal(tangent, images[1])
+
+
+@on_backends("patchify")
+def test_results_are_never_views(backend):
+    with use_backend(backend):
+        for x in (torch.randn(2, 1, 3, 4), torch.randn(2, 3, 3, 4).to(memory_format=torch.channels_last)):
+            before = x.clone()
+            patchify(x, 1).add_(1)
+            assert torch.equal(x, before)
+        tokens = torch.randn(2, 1, 4)
+        before = tokens.clone()
+        unpatchify(tokens, 1, 2).add_(1)
+        assert torch.equal(tokens, before)

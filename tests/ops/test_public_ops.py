@@ -223,6 +223,25 @@ def test_a_gradient_that_nobody_wants_is_not_computed(name, monkeypatch):
     assert told == [(i == 0, i != 0) for i in range(len(tensors))]
 
 
+ONCE = ["mhsc", "mhsc_coo", "tokens_to_images", "freenet", "freenet_coo", "unroll_step"]
+
+
+@built
+@pytest.mark.parametrize("name", ONCE)
+def test_a_second_derivative_that_is_not_there_says_what_to_do(name):
+    inputs, call = leaves(name)
+    inputs = [t.clone().requires_grad_() for t in inputs]
+
+    def twice() -> None:
+        first = torch.autograd.grad(call(*inputs).square().sum(), inputs, create_graph=True)
+        sum(g.square().sum() for g in first).backward()
+
+    with use_backend("native"), pytest.raises(RuntimeError, match="differentiable once on this backend.*use_backend"):
+        twice()
+    with use_backend("torch"):
+        twice()
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", DIFFERENTIABLE)
 def test_half_precision(name, dtype):
