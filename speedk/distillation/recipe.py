@@ -96,7 +96,9 @@ class Recipe:
         return tables
 
     def budget(self, geometry: Geometry) -> Budget:
-        """The split of the storage; over it raises ConfigError unless data.budget is "off"."""
+        """The split of the storage. Raises ConfigError where the method's fields cannot be with images of `geometry`,
+        or store too much, unless data.budget is "off"."""
+        self.parameterization.check(geometry)
         plugin = registry.find(parameterizations, self.method)
         budget = Budget(plugin.planned_storage(self.parameterization, geometry, self.data.ipc),
                         geometry.budget(self.data.ipc))

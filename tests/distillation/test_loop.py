@@ -216,6 +216,12 @@ def test_the_cosine_schedule_ends_at_zero_and_resumes(real, tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(third.synthetic.parameters(), run.synthetic.parameters(), strict=True))
 
 
+def test_a_field_that_cannot_be_is_refused_before_anything_is_made(real, tmp_path):
+    with pytest.raises(ConfigError, match="init='nois' is not one of real, noise"):
+        loop.distill(resolve(PIXELS, "dm", {"init": "nois"}), real, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 def test_rates_must_name_a_group(real, tmp_path):
     with pytest.raises(ConfigError, match="no parameter group 'smc'.*did you mean 'scm'"):
         loop.distill(small(**{"rates.smc": 0.1}), real, tmp_path / "run")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -16,19 +17,28 @@ if TYPE_CHECKING:
     from speedk.data import RealData
 
 
+@dataclass(frozen=True)
+class ParameterizationSpec:
+    """Recipe fields of a method: those that a subclass adds, of JSON types alone."""
+
+    def check(self, geometry: Geometry) -> None:
+        """Raise ConfigError where the fields do not go together, or not with images of `geometry`: before anything is
+        made of a recipe, and of the header of a file."""
+
+
 class Parameterization(nn.Module):
     """A synthetic set of N images as a differentiable function of learned tensors.
 
-    A method is one file in this folder: a subclass, a frozen dataclass `Spec` of its recipe fields (built from JSON
-    types alone), and `PLUGIN = <the class>` at the end. `N` counts decoded images, not stored ones: a method that
-    decodes several images from one stored tensor (IDC), or every pair of a basis and a hallucinator (HaBa), numbers
-    its decoded images 0 to N - 1. A second network that learns against the first gets a parameter group of its own
-    with `maximize=True` and its term in `penalty`; learned labels are a parameter that `decode` returns and
-    `storage` names "labels". An objective with its own path from synthetic data to gradients (a backward through
-    training, a kernel regression) needs nothing more than `decode`.
+    A method is one file in this folder: a subclass, a frozen dataclass `Spec` of its recipe fields that extends
+    `ParameterizationSpec` (whose `Spec.check` refuses values that cannot be), and `PLUGIN = <the class>` at the end.
+    `N` counts decoded images, not stored ones: a method that decodes several images from one stored tensor (IDC), or
+    every pair of a basis and a hallucinator (HaBa), numbers its decoded images 0 to N - 1. A second network that learns
+    against the first gets a parameter group of its own with `maximize=True` and its term in `penalty`; learned labels
+    are a parameter that `decode` returns and `storage` names "labels". An objective with its own path from synthetic
+    data to gradients (a backward through training, a kernel regression) needs nothing more than `decode`.
     """
 
-    Spec: ClassVar[type]
+    Spec: ClassVar[type[ParameterizationSpec]]
     name: ClassVar[str]
 
     classes: Tensor

@@ -14,7 +14,12 @@ from speedk import ops
 from speedk.distillation.budget import speed_storage
 from speedk.distillation.freenet import SHARED, FReeNet
 from speedk.distillation.parameterizations._fit import fit
-from speedk.distillation.parameterizations.base import Parameterization, class_labels, expect_tensors
+from speedk.distillation.parameterizations.base import (
+    Parameterization,
+    ParameterizationSpec,
+    class_labels,
+    expect_tensors,
+)
 from speedk.errors import ArtifactError, ConfigError
 from speedk.geometry import Geometry
 from speedk.ops.freenet import NORMS
@@ -31,7 +36,7 @@ PENALISED = 1 << 22
 
 
 @dataclass(frozen=True)
-class Spec:
+class Spec(ParameterizationSpec):
     """Recipe fields; sizes are the paper's letters.
 
     images_per_class: N/c, decoded images of a class. D: dimension of a token. K: tokens. H: heads. R: blocks.
@@ -127,7 +132,6 @@ class Speed(Parameterization):
 
     def __init__(self, spec: Spec, geometry: Geometry, ipc: int, labels: list[int] | None = None) -> None:
         super().__init__(spec, geometry, ipc)
-        spec.check(geometry)
         counts = [spec.images_per_class] * geometry.classes if labels is None else labels
         self.register_buffer("classes", class_labels(counts), persistent=False)
         self.patches = spec.patches(geometry)
@@ -269,7 +273,6 @@ class Speed(Parameterization):
 
     @classmethod
     def planned_storage(cls, spec: Spec, geometry: Geometry, ipc: int) -> dict[str, float]:
-        spec.check(geometry)
         parts = speed_storage(N=spec.images_per_class * geometry.classes, D=spec.D, K=spec.K, H=spec.heads, R=spec.R,
                               k=spec.k, J=spec.patches(geometry), L=spec.patch**2 * geometry.channels)
         parts["saet"] = math.prod(spec.tokens)

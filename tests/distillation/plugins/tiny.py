@@ -7,12 +7,12 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from speedk.distillation.parameterizations.base import Parameterization
+from speedk.distillation.parameterizations.base import Parameterization, ParameterizationSpec
 from speedk.errors import ArtifactError, ConfigError
 
 
 @dataclass(frozen=True)
-class Spec:
+class Spec(ParameterizationSpec):
     colours: int = 300
     soft: bool = False
     gain: float = 1.0
