@@ -105,8 +105,12 @@ class Objective:
     run drew; whatever else lives from step to step goes in `state_dict`.
     """
 
-    Spec: ClassVar[type]
+    REQUIRED: ClassVar = ("name", "Spec", "step")
+    """What every objective has of its own; for the rest there is a default."""
+
+    Spec: ClassVar[type[ObjectiveSpec]] = ObjectiveSpec
     name: ClassVar[str]
+    """The file's."""
 
     failures: int = 0
     """Iterations skipped since the last one that was not."""

@@ -38,8 +38,13 @@ class Parameterization(nn.Module):
     data to gradients (a backward through training, a kernel regression) needs nothing more than `decode`.
     """
 
-    Spec: ClassVar[type[ParameterizationSpec]]
+    REQUIRED: ClassVar = ("name", "Spec", "initialise", "decode", "param_groups", "storage", "from_storage",
+                          "planned_storage")
+    """What every method has of its own; for the rest there is a default."""
+
+    Spec: ClassVar[type[ParameterizationSpec]] = ParameterizationSpec
     name: ClassVar[str]
+    """The file's."""
 
     classes: Tensor
     """int64 [N], a buffer: the class that each decoded image stands for, class by class (0 0 0 1 1 1 ...)."""
