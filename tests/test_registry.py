@@ -9,6 +9,7 @@ import pytest
 
 from speedk import networks, registry
 from speedk.distillation import coresets, objectives, parameterizations
+from speedk.distillation.plan import plan
 from speedk.errors import ConfigError
 
 FOLDERS = {"parameterizations": parameterizations, "objectives": objectives, "coresets": coresets,
@@ -44,20 +45,21 @@ PLUGIN = Toy
 
 @pytest.fixture
 def toy(tmp_path, monkeypatch):
-    """Makes the text of a file `toy` of a folder, and finds it there."""
+    """Makes a text the file `toy` of a folder, and finds it there."""
+    seen = []
 
     def find(folder, text):
         package = FOLDERS[folder]
+        seen.append(package)
         (tmp_path / "toy.py").write_text(text)
         monkeypatch.setattr(package, "__path__", [*package.__path__, str(tmp_path)])
         importlib.invalidate_caches()
-        try:
-            return registry.find(package, "toy")
-        finally:
-            if sys.modules.pop(f"{package.__name__}.toy", None):
-                del package.toy
+        return registry.find(package, "toy")
 
-    return find
+    yield find
+    for package in seen:
+        sys.modules.pop(f"{package.__name__}.toy")
+        del package.toy
 
 
 @pytest.mark.parametrize("folder", FOLDERS)
@@ -72,6 +74,19 @@ def test_every_file_is_what_its_folder_asks_for(folder):
 ])
 def test_one_file_is_a_plug_in(toy, folder, text):
     assert toy(folder, text).__name__ in ("Toy", "Linear")
+
+
+def test_what_is_new_has_outer_settings_of_its_method_or_its_own(toy):
+    def settled(**asked):
+        found = plan("digits", device="cpu", ipc=2, **asked).recipe.objective
+        return found.optimizer, found.schedule, found.steps
+
+    toy("objectives", OBJECTIVE)
+    assert settled(objective="toy") == ("adam", "cosine", 20000)
+    assert settled(objective="toy", method="pixels") == ("sgd", "constant", 20000)
+    toy("parameterizations", METHOD.replace("= planned_storage = None", "= None; planned_storage = lambda *_: {}"))
+    assert settled(objective="toy", method="toy") == ("sgd", "constant", 20000)
+    assert settled(objective="dm", method="toy") == ("sgd", "constant", 2000)
 
 
 @pytest.mark.parametrize(("folder", "text", "said"), [

@@ -46,6 +46,9 @@ class Parameterization(nn.Module):
     name: ClassVar[str]
     """The file's."""
 
+    OUTER: ClassVar[dict[str, Any]] = {}
+    """Fields of `ObjectiveSpec` that suit the method, where neither a recipe nor the objective says them."""
+
     classes: Tensor
     """int64 [N], a buffer: the class that each decoded image stands for, class by class (0 0 0 1 1 1 ...)."""
 
@@ -110,6 +113,12 @@ class Parameterization(nn.Module):
         """Rebuild from `storage`; `labels` counts the images of each class. Raises ArtifactError where shapes,
         dtypes, names or indices are not what `spec` says."""
         raise NotImplementedError
+
+    @classmethod
+    def sizes(cls, geometry: Geometry, ipc: int) -> dict[str, Any]:
+        """Fields of `Spec` for a storage of `ipc` images per class that no recipe is shipped for, where the defaults do
+        not fit it."""
+        return {}
 
     @classmethod
     def planned_storage(cls, spec: Any, geometry: Geometry, ipc: int) -> dict[str, float]:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from speedk import ops
-from speedk.distillation.budget import speed_storage
+from speedk.distillation.budget import solve, speed_storage
 from speedk.distillation.freenet import SHARED, FReeNet
 from speedk.distillation.parameterizations._fit import fit
 from speedk.distillation.parameterizations.base import (
@@ -129,6 +129,7 @@ class Speed(Parameterization):
 
     Spec = Spec
     name = "speed"
+    OUTER: ClassVar = {"optimizer": "adam", "schedule": "cosine"}
 
     def __init__(self, spec: Spec, geometry: Geometry, ipc: int, labels: list[int] | None = None) -> None:
         super().__init__(spec, geometry, ipc)
@@ -270,6 +271,10 @@ class Speed(Parameterization):
         loaded.freenet.load_state_dict({name.removeprefix("freenet."): tensors[name] for name in shapes}, assign=True)
         loaded.stored = tensors["scm.values"], tensors["scm.rows"], tensors["scm.cols"]
         return loaded.requires_grad_(False)
+
+    @classmethod
+    def sizes(cls, geometry: Geometry, ipc: int) -> dict[str, int]:
+        return solve(geometry, ipc)
 
     @classmethod
     def planned_storage(cls, spec: Spec, geometry: Geometry, ipc: int) -> dict[str, float]:
