@@ -107,6 +107,16 @@ class Parameterization(nn.Module):
         valid after `finalize`; None where images have no patches."""
         return None
 
+    def whole(self) -> Parameterization | None:
+        """An empty set that takes the `state_dict` of the one that was trained to this one, and decodes it with nothing
+        left out; None where all that is learned is stored."""
+        return None
+
+    def left_out(self, whole: Parameterization) -> list[str]:
+        """How much of `whole` this set holds, in a line for the user, and what else is to be said of it."""
+        kept = sum(tensor.numel() for tensor in self.storage().values() if tensor.is_floating_point())
+        return [f"kept: {kept:,} of {sum(p.numel() for p in whole.parameters()):,} learned numbers"]
+
     @classmethod
     def from_storage(cls, spec: Any, geometry: Geometry, ipc: int, labels: list[int],
                      tensors: Mapping[str, Tensor]) -> Parameterization:

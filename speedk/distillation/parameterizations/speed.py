@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -244,6 +245,17 @@ class Speed(Parameterization):
         counts = torch.zeros(len(index), self.patches, dtype=torch.int64, device=values.device)
         side = math.isqrt(self.patches)
         return counts.scatter_add_(1, rows.long(), (values != 0).long()).view(-1, side, side)
+
+    def whole(self) -> Speed:
+        return Speed(dataclasses.replace(self.spec, sparse="end"), self.geometry, self.ipc)
+
+    def left_out(self, whole: Speed) -> list[str]:
+        kept = float(self.stored[0].abs().sum() / whole.scm.abs().sum().clamp(min=1e-30))
+        said = [f"kept: {self.spec.k:,} of {whole.scm[0, 0].numel():,} entries of a code, {kept:.1%} of the sum of |A|"]
+        if self.spec.sparse == "always":
+            said.append("sparse=always: training decoded the kept entries alone, so what stands before is no image "
+                        "that was trained; the paper's picture is that of sparse=end")
+        return said
 
     @classmethod
     def from_storage(cls, spec: Spec, geometry: Geometry, ipc: int, labels: list[int],
