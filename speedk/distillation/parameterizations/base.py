@@ -32,10 +32,10 @@ class Parameterization(nn.Module):
     A method is one file in this folder: a subclass, a frozen dataclass `Spec` of its recipe fields that extends
     `ParameterizationSpec` (whose `Spec.check` refuses values that cannot be), and `PLUGIN = <the class>` at the end.
     `N` counts decoded images, not stored ones: a method that decodes several images from one stored tensor (IDC), or
-    every pair of a basis and a hallucinator (HaBa), numbers its decoded images 0 to N - 1. A second network that learns
-    against the first gets a parameter group of its own with `maximize=True` and its term in `penalty`; learned labels
-    are a parameter that `decode` returns and `storage` names "labels". An objective with its own path from synthetic
-    data to gradients (a backward through training, a kernel regression) needs nothing more than `decode`.
+    every pair of a basis and a hallucinator (HaBa), numbers its decoded images 0 to N - 1. Learned labels are a
+    parameter that `decode` returns and `storage` names "labels". An objective with its own path from synthetic data to
+    gradients (a backward through training, a kernel regression) needs nothing more than `decode`; HaBa's second
+    network, which learns against the first from the features of a student, would need more than there is here.
     """
 
     REQUIRED: ClassVar = ("name", "Spec", "initialise", "decode", "param_groups", "storage", "from_storage",
@@ -78,7 +78,7 @@ class Parameterization(nn.Module):
             outputs, gradients = [images, labels], [d_images, d_labels]
         torch.autograd.backward(outputs, gradients)
 
-    def penalty(self, images: Tensor | None = None, features: Tensor | None = None) -> Tensor | None:
+    def penalty(self) -> Tensor | None:
         """A term of the outer loss over the whole set (SPEED: lambda times the sum of |A|), or None."""
         return None
 

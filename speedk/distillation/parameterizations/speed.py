@@ -194,7 +194,7 @@ class Speed(Parameterization):
             images = self.freenet(codes, self.saet)
         return torch.autograd.grad(images, [rows, self.saet, *self.freenet.parameters()], d_images)
 
-    def penalty(self, images: Tensor | None = None, features: Tensor | None = None) -> Tensor | None:
+    def penalty(self) -> Tensor:
         """lambda times the sum of |A| over all codes (Eq. 5)."""
         return self.spec.weight(self.geometry) * self.scm.abs().sum()
 
