@@ -48,19 +48,27 @@ class Plan:
 def distill(dataset: str | None = None, *, data: str | Path | None = None, ipc: int | None = None,
             method: str | None = None, objective: str = "auto", recipe: str | Path | None = None,
             out: str | Path | None = None, seed: int | None = None, device: str = "auto", steps: int | None = None,
-            resume: bool = False, progress: Progress | None = None, **fields: Any) -> Path:
+            resume: bool = False, minutes: float | None = None, progress: Progress | None = None,
+            **fields: Any) -> Path:
     """Distil a data set into one file, and return its path.
 
     dataset: a name of `speedk.data` ("digits", "cifar10", ...; the embedded digits where neither it nor `data` is
     given); data: a folder with images, alone or as the place of `dataset`. ipc: images per class whose storage the
-    file may take. method: "speed" or "pixels"; objective: "auto", "dm", ... recipe: the name of a shipped recipe or a
-    TOML file; without it the recipe of that row is taken, or one is made within the budget. Any recipe field can be
-    given by its name (k=24, rates={"scm": 0.01}). out: the run directory. With `resume` a stopped run goes on.
-    Raises speedk.errors.SpeedkError.
+    file may take (default: 1). method: a file of `speedk.distillation.parameterizations` (default: "speed"); objective:
+    one of `speedk.distillation.objectives`, or "auto": the paper's, "tm", on a GPU and "dm" elsewhere. recipe: the name
+    of a shipped recipe or a TOML file; without it the recipe of that row is taken, or one is made within the budget.
+    seed: of everything random; steps: outer iterations (default: the recipe's). Any other recipe field can be
+    given by its name (k=24, rates={"scm": 0.01}). out: the run directory (default: one under runs/). device: "cpu",
+    "cuda", or "auto", a GPU where there is one. With `resume` the run in `out` goes on, or begins. minutes: stop after
+    so long, with the file written as the set then is. progress: what is called as the run goes on.
+
+    Raises ConfigError for what cannot be run, DataError for data that cannot be read, and TrainingError for a run that
+    diverged or could not write (all of them speedk.errors.SpeedkError); speedk.errors.Interrupted where Ctrl-C or
+    SIGTERM stopped it, or the minutes were over before the first step: what it had is saved.
     """
     made = plan(dataset, data=data, ipc=ipc, method=method, objective=objective, recipe=recipe, out=out, seed=seed,
                 device=device, steps=steps, overrides=fields, resume=resume)
-    return made.run(resume=resume, progress=progress)
+    return made.run(resume=resume, progress=progress, minutes=minutes)
 
 
 def plan(dataset: str | None = None, *, data: str | Path | None = None, ipc: int | None = None,

@@ -28,7 +28,7 @@ def test_without_datasets_one_line_says_what_to_do():
     assert len(lines) == 9 and done.stderr == ""
     for name, line in zip(data.names()[1:], lines, strict=True):
         assert line.startswith(f"{name} comes through the package `datasets`, which is not installed: pip install")
-        assert "--data DIR" in line and ("hf download" in line or "https://" in line)
+        assert "--data DIR (data= in Python)" in line and ("hf download" in line or "https://" in line)
 
 
 @pytest.fixture

@@ -235,6 +235,13 @@ def test_a_run_out_of_minutes_leaves_a_file_that_says_so_and_goes_on(real, tmp_p
     assert loop.distill(small(), real, tmp_path / "run", resume=True).read_bytes() == whole
 
 
+def test_the_public_function_takes_minutes(tmp_path):
+    asked = {"method": "pixels", "steps": 3, "device": "cpu", "batch": 8, "out": tmp_path / "run"}
+    part = speedk.load(speedk.distill("digits", minutes=0, **asked))
+    assert part.header["objective"]["steps"] == 1
+    assert "steps" not in speedk.load(speedk.distill("digits", resume=True, **asked)).header["objective"]
+
+
 def test_the_start_is_fitted_to_images_from_all_over_a_class():
     """Two far-off kinds of images in each class, one of them rare: centres find both, and none is fitted twice."""
     real = make_real()
