@@ -11,6 +11,7 @@ import importlib
 import importlib.util
 import pkgutil
 from collections.abc import Iterable
+from pathlib import Path
 from types import ModuleType
 
 from speedk.errors import ConfigError
@@ -24,6 +25,13 @@ def names(package: ModuleType) -> list[str]:
 def listed(package: str) -> list[str]:
     """`names` of the package of that name, which is not imported."""
     return _names(importlib.util.find_spec(package).submodule_search_locations)
+
+
+def described(package: str) -> list[tuple[str, str]]:
+    """The plug-ins of the package of that name, each with the first line of its file's docstring; none is imported."""
+    folder, = importlib.util.find_spec(package).submodule_search_locations
+    lines = [(Path(folder) / f"{name}.py").read_text(encoding="utf-8").partition("\n")[0] for name in listed(package)]
+    return [(name, line.strip('"') if line.startswith('"""') else "") for name, line in zip(listed(package), lines)]
 
 
 def _names(folders: Iterable[str]) -> list[str]:
