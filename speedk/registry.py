@@ -1,4 +1,8 @@
-"""Plug-ins by file: a name is the basename of a module in a folder, so adding a method is adding one file."""
+"""Plug-ins by file: a name is the basename of a module in a folder, so adding a method is adding one file.
+
+The folder's package says in `INTERFACE` what class its plug-ins extend. That class says in `REQUIRED`, if it has it,
+what each of them must have of its own, and in `Spec` what their recipe fields extend.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +11,7 @@ import importlib
 import importlib.util
 import pkgutil
 from collections.abc import Iterable
+from pathlib import Path
 from types import ModuleType
 
 from speedk.errors import ConfigError
@@ -22,17 +27,44 @@ def listed(package: str) -> list[str]:
     return _names(importlib.util.find_spec(package).submodule_search_locations)
 
 
+def described(package: str) -> list[tuple[str, str]]:
+    """The plug-ins of the package of that name, each with the first line of its file's docstring; none is imported."""
+    folder, = importlib.util.find_spec(package).submodule_search_locations
+    lines = [(Path(folder) / f"{name}.py").read_text(encoding="utf-8").partition("\n")[0] for name in listed(package)]
+    return [(name, line.strip('"') if line.startswith('"""') else "") for name, line in zip(listed(package), lines)]
+
+
 def _names(folders: Iterable[str]) -> list[str]:
     found = (m.name for m in pkgutil.iter_modules(folders))
     return sorted(n for n in found if n != "base" and not n.startswith("_"))
 
 
 def find(package: ModuleType, name: str) -> type:
-    """The class that the module `name` of `package` names as its `PLUGIN`."""
+    """The class that the module `name` of `package` names as its `PLUGIN`. Raises ConfigError where there is no such
+    module, or the class is not what the package's `INTERFACE` asks for."""
     known = names(package)
     if name not in known:
         raise ConfigError(f"{name!r} is not one of {', '.join(known)}{nearest(name, known)}")
-    return importlib.import_module(f"{package.__name__}.{name}").PLUGIN
+    module = importlib.import_module(f"{package.__name__}.{name}")
+    plugin = getattr(module, "PLUGIN", None)
+    if wrong := _wrong(plugin, name, package.INTERFACE):
+        raise ConfigError(f"{module.__file__} {wrong}")
+    return plugin
+
+
+def _wrong(plugin: object, name: str, interface: type) -> str:
+    """What keeps `plugin` from being used as the plug-in `name`, or ""."""
+    if not isinstance(plugin, type) or not issubclass(plugin, interface):
+        return f"has no PLUGIN that is a subclass of {interface.__name__}"
+    own = {key for kind in plugin.__mro__ if kind not in interface.__mro__ for key in vars(kind)}
+    if missing := [key for key in getattr(interface, "REQUIRED", ()) if key not in own]:
+        return f"has a PLUGIN, {plugin.__name__}, that lacks {', '.join(missing)}"
+    if getattr(plugin, "name", name) != name:
+        return f"has a PLUGIN with name = {plugin.name!r}, but a file's name is the plug-in's: {name!r}"
+    fields = getattr(interface, "Spec", None)
+    if fields and not (issubclass(plugin.Spec, fields) and "__dataclass_fields__" in vars(plugin.Spec)):
+        return f"has a Spec that is no dataclass extending {fields.__name__}"
+    return ""
 
 
 def nearest(name: str, known: list[str]) -> str:

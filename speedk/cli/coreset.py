@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,7 +11,9 @@ from speedk.cli import _options, _testing
 from speedk.distillation import runfiles
 from speedk.errors import ConfigError
 from speedk.files import unwritable, write_atomic
+from speedk.registry import described
 from speedk.schedule import WHOLE
+from speedk.text import table
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -18,15 +21,12 @@ if TYPE_CHECKING:
     from speedk.data import RealData
 
 HELP = "Choose real images instead of learning synthetic ones: the baselines of the coreset rows."
-EPILOG = """\
-methods: random; in the features of a network that is first trained on the whole data set,
-  herding     the mean of the chosen is close to their class's
-  kcenter     none of the class is far from all chosen (greedy, furthest first)
-  kmeans      nearest to the centres of as many clusters of the class
-or by that training itself,
-  forgetting  most often right and then wrong again
-The trained network is kept in the cache, so another method or --ipc is quick. DIR then holds distilled.safetensors,
-which every command reads, and preview.png.
+EPILOG = f"""\
+methods:
+{textwrap.indent(table(described("speedk.distillation.coresets")), "  ")}
+Where images are compared by features, or by what is forgotten, a network is first trained on the whole data set. It is
+kept in the cache, so another method or --ipc is quick. DIR then holds distilled.safetensors, which every command reads,
+and preview.png.
 
 examples:
   speedk coreset --method herding --dataset digits --ipc 10 --evaluate

@@ -105,7 +105,7 @@ def _to_go_on(made: Plan, args: argparse.Namespace) -> str:
 
 def _announce(made: Plan) -> None:
     """What will be done, before anything starts."""
-    from speedk.distillation.plan import choose, preparation, trajectory_seconds
+    from speedk.distillation.plan import PAPER_OBJECTIVE, choose, preparation, trajectory_seconds
     from speedk.text import duration, table
 
     real, recipe = made.real, made.recipe
@@ -122,7 +122,7 @@ def _announce(made: Plan) -> None:
                     + (", budget off" if recipe.data.budget == "off" else "")),
         ("objective", made.chosen),
     ]
-    if recipe.objective_name != "tm" and made.chosen == choose("auto", made.device)[1]:
+    if recipe.objective_name != PAPER_OBJECTIVE and made.chosen == choose("auto", made.device)[1]:
         iteration, total = trajectory_seconds(made, _facts(made))
         rows.append(("", f"trajectory matching would take about {duration(iteration)} an iteration and "
                          f"{duration(total)} in all on this {made.device.type}"))

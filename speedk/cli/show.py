@@ -122,12 +122,6 @@ def _sparsification(distilled: Distilled, names: list[str], places: list[Tensor]
     before, after = _unit(whole, places), _unit(distilled, places)
     rows = [(f"{when}{name}", images) for name, *pair in zip(names, before, after, strict=True)
             for when, images in zip(("before: ", "after: "), pair, strict=True)]
-    spec, all_entries = distilled.synthetic.spec, whole.synthetic.scm
-    kept = float(distilled.synthetic.stored[0].abs().sum() / all_entries.abs().sum().clamp(min=1e-30))
     change = sum(float((a - b).abs().sum()) for a, b in zip(before, after)) / sum(a.numel() for a in before)
-    said = [f"kept: {spec.k:,} of {all_entries[0, 0].numel():,} entries of a code, {kept:.1%} of the sum of |A|; "
-            f"brightness changes by {change:.4f} on average (of 0 to 1)"]
-    if spec.sparse == "always":
-        said.append("sparse=always: training decoded the kept entries alone, so what stands before is no image that "
-                    "was trained; the paper's picture is that of sparse=end")
-    return rows, said
+    kept, *notes = distilled.synthetic.left_out(whole.synthetic)
+    return rows, [f"{kept}; brightness changes by {change:.4f} on average (of 0 to 1)", *notes]

@@ -47,7 +47,7 @@ def read_hub(hub: Hub, name: str, download: str, resolution: int, progress: bool
         import huggingface_hub  # noqa: F401
     except ImportError:
         raise DataError(f"{name} comes through the package `datasets`, which is not installed: pip "
-                        f"install 'speedk[hub]'; or {download}, and give it: --data DIR (path= in Python)") from None
+                        f"install 'speedk[hub]'; or {download}, and give it: --data DIR (data= in Python)") from None
     if progress:
         print(f"{name}: from {hub.repository} through Hugging Face datasets{hub.warning}", file=sys.stderr)
     try:
@@ -55,7 +55,7 @@ def read_hub(hub: Hub, name: str, download: str, resolution: int, progress: bool
     # Several libraries lie below, and what they raise for the same trouble changes from version to version.
     except Exception as error:
         raise DataError(f"{name} is not in the cache of `datasets` and could not be fetched "
-                        f"({one_line(error)}): {download}, and give it: --data DIR (path= in Python)"
+                        f"({one_line(error)}): {download}, and give it: --data DIR (data= in Python)"
                         ) from error
     if hub.files:
         return read_parquet(*fetched)

@@ -1,9 +1,8 @@
-"""The set behind a distilled file as it was trained, before its codes were made sparse."""
+"""The set behind a distilled file as it was trained, before it was made sparse."""
 
 from __future__ import annotations
 
 import copy
-import dataclasses
 from pathlib import Path
 
 import torch
@@ -14,14 +13,16 @@ from speedk.errors import ConfigError
 
 
 def dense(distilled: Distilled) -> Distilled:
-    """`distilled` with all entries of its codes, from the newest checkpoint of the run directory in which it lies.
+    """`distilled` with nothing left out, from the newest checkpoint of the run directory in which it lies.
 
     What it decodes to is "before" of the paper's Figure 4. Whether the checkpoint is the one that the file was made
     from is tested: made sparse, it must give the file's tensors, bit for bit. Raises ConfigError where it is not, where
     there is none, or where the method leaves nothing out; TrainingError for checkpoints that cannot be read.
     """
     stored = distilled.synthetic
-    if not hasattr(stored.spec, "sparse"):
+    with torch.random.fork_rng(devices=[]):
+        trained = stored.whole()
+    if trained is None:
         raise ConfigError(f"{distilled.path} holds {distilled.method}, which stores all that it learns: nothing was "
                           "made sparse")
     folder = Path(distilled.path).parent / runfiles.CHECKPOINTS
@@ -29,9 +30,6 @@ def dense(distilled: Distilled) -> Distilled:
     if found is None:
         raise ConfigError(f"there are no checkpoints in {folder}: the entries that the file leaves out are found in "
                           "its run directory alone")
-    spec = dataclasses.replace(stored.spec, sparse="end")  # training then decodes whole codes
-    with torch.random.fork_rng(devices=[]):
-        trained = type(stored)(spec, distilled.geometry, distilled.ipc)
     try:
         trained.load_state_dict(found[1]["synthetic"])
     except (RuntimeError, KeyError, TypeError):

@@ -195,8 +195,7 @@ def _spec(kind: type, values: Mapping[str, Any], geometry: Geometry) -> Any:
         spec = recipe.build(kind, dict(values), "its spec")
         if any(isinstance(value, int) and abs(value) >= 1 << 31 for value in values.values()):
             raise ArtifactError("has a spec with a number that is out of range")
-        if hasattr(spec, "check"):
-            spec.check(geometry)
+        spec.check(geometry)
     except ValueError as error:  # ConfigError is one
         raise ArtifactError(f"has a spec that cannot be: {error}") from error
     return spec

@@ -87,8 +87,8 @@ class Run:
     def check(self) -> None:
         """Raise Diverged where the set, as it is, is of no use to anyone."""
         if 0 < self.objective.skipped == self.done:
-            raise Diverged(f"the student diverged in all {self.done:,} iterations, so nothing was learned: lower "
-                           "synthetic_lr")
+            raise Diverged(f"{self.objective.skips_where} in all {self.done:,} iterations, so nothing was learned: "
+                           f"lower {self.objective.then_lower}")
         index = torch.linspace(0, self.synthetic.size - 1, min(LOOKED_AT, self.synthetic.size)).long()
         images = self.synthetic.decode(index.to(self.device))[0]
         for name, tensor in (*self.synthetic.named_parameters(), ("the synthetic images", images)):
@@ -224,8 +224,8 @@ def _iterate(run: Run, folder: RunDir, log, stop: signals.Stop, progress: Progre
 
 def _finish(run: Run, folder: RunDir, progress: Progress) -> Path:
     if run.objective.skipped:
-        progress.say(f"skipped {run.objective.skipped:,} of {run.done:,} iterations, in which the student diverged; "
-                     f"{folder.path / runfiles.LOG} has which")
+        progress.say(f"skipped {run.objective.skipped:,} of {run.done:,} iterations, in which "
+                     f"{run.objective.skips_where}; {folder.path / runfiles.LOG} has which")
     run.synthetic.finalize()
     folder.preview(run.synthetic, run.real)
     artifact.save(folder.artifact, run.synthetic, run.header(folder.chosen))

@@ -15,34 +15,17 @@ import torch
 
 from speedk import data, networks, registry
 from speedk.data import RealData
-from speedk.distillation import budget, experts, loop, objectives, parameterizations, runfiles
+from speedk.distillation import loop, objectives, parameterizations, runfiles
 from speedk.distillation import recipe as recipes
 from speedk.distillation.loop import Progress, Run
-from speedk.distillation.objectives import dc
+from speedk.distillation.objectives import tm
 from speedk.distillation.recipe import Recipe
 from speedk.distillation.rundir import begun_with
 from speedk.errors import ConfigError
 
 PAPER_OBJECTIVE = "tm"
-INNER_STEP = 5.0
-"""Of trajectory matching: its time in training steps on as many images, measured on a CPU."""
-
 ESTIMATE_STEPS = 3
 """Outer steps that `estimate` measures."""
-
-MEANS_STEPS = 2000
-"""Outer steps of distribution matching where no recipe is shipped for a row: what most of the shipped ones have."""
-
-_SPEED = {"optimizer": "adam", "schedule": "cosine"}
-_PIXELS = {"optimizer": "sgd", "momentum": 0.5}
-OWN_SETTINGS: dict[str, dict[str, Any]] = {
-    "speed": {"dm": _SPEED, "dc": _SPEED, "dsa": _SPEED, "tm": {"optimizer": "adam", "rates": {"synthetic_lr": 1e-4}}},
-    "pixels": {"dm": _PIXELS | {"rates": {"pixels": 1.0}}, "dc": _PIXELS | {"rates": {"pixels": 0.1}},
-               "dsa": _PIXELS | {"rates": {"pixels": 0.1}},
-               "tm": _PIXELS | {"rates": {"pixels": 1000.0, "synthetic_lr": 1e-5}}},
-}  # fmt: skip
-"""Outer settings by method and objective where no recipe says them, without the steps (`_steps`). Those of pixels are
-the originals', of tm the defaults of its code (how trajectories are matched is then SPEED's, see `_settled`)."""
 
 
 @dataclass(frozen=True)
@@ -65,19 +48,27 @@ class Plan:
 def distill(dataset: str | None = None, *, data: str | Path | None = None, ipc: int | None = None,
             method: str | None = None, objective: str = "auto", recipe: str | Path | None = None,
             out: str | Path | None = None, seed: int | None = None, device: str = "auto", steps: int | None = None,
-            resume: bool = False, progress: Progress | None = None, **fields: Any) -> Path:
+            resume: bool = False, minutes: float | None = None, progress: Progress | None = None,
+            **fields: Any) -> Path:
     """Distil a data set into one file, and return its path.
 
     dataset: a name of `speedk.data` ("digits", "cifar10", ...; the embedded digits where neither it nor `data` is
     given); data: a folder with images, alone or as the place of `dataset`. ipc: images per class whose storage the
-    file may take. method: "speed" or "pixels"; objective: "auto", "dm", ... recipe: the name of a shipped recipe or a
-    TOML file; without it the recipe of that row is taken, or one is made within the budget. Any recipe field can be
-    given by its name (k=24, rates={"scm": 0.01}). out: the run directory. With `resume` a stopped run goes on.
-    Raises speedk.errors.SpeedkError.
+    file may take (default: 1). method: a file of `speedk.distillation.parameterizations` (default: "speed"); objective:
+    one of `speedk.distillation.objectives`, or "auto": the paper's, "tm", on a GPU and "dm" elsewhere. recipe: the name
+    of a shipped recipe or a TOML file; without it the recipe of that row is taken, or one is made within the budget.
+    seed: of everything random; steps: outer iterations (default: the recipe's). Any other recipe field can be
+    given by its name (k=24, rates={"scm": 0.01}). out: the run directory (default: one under runs/). device: "cpu",
+    "cuda", or "auto", a GPU where there is one. With `resume` the run in `out` goes on, or begins. minutes: stop after
+    so long, with the file written as the set then is. progress: what is called as the run goes on.
+
+    Raises ConfigError for what cannot be run, DataError for data that cannot be read, and TrainingError for a run that
+    diverged or could not write (all of them speedk.errors.SpeedkError); speedk.errors.Interrupted where Ctrl-C or
+    SIGTERM stopped it, or the minutes were over before the first step: what it had is saved.
     """
     made = plan(dataset, data=data, ipc=ipc, method=method, objective=objective, recipe=recipe, out=out, seed=seed,
                 device=device, steps=steps, overrides=fields, resume=resume)
-    return made.run(resume=resume, progress=progress)
+    return made.run(resume=resume, progress=progress, minutes=minutes)
 
 
 def plan(dataset: str | None = None, *, data: str | Path | None = None, ipc: int | None = None,
@@ -197,13 +188,12 @@ def _load(name: str | None, folder: str | Path | None, fields: recipes.DataField
 
 
 def _own(tables: dict[str, Any], real: RealData, method: str, ipc: int, notes: list[str]) -> dict[str, Any]:
-    """A recipe where none is published: SPEED's sizes by the solver."""
-    sizes: dict[str, Any] = {"method": method}
-    if method == "speed":
-        sizes |= budget.solve(real.geometry, ipc)
+    """A recipe where none is published: the method's defaults, or sizes that it solves for."""
+    sizes = registry.find(parameterizations, method).sizes(real.geometry, ipc)
+    if sizes:
         notes.append("no recipe is shipped for this row: its sizes were solved for within the budget")
-    about = {"name": f"{real.name}-ipc{ipc}-{method}", "row": "ours, solved for" if method == "speed" else "ours"}
-    return {"recipe": about, "parameterization": sizes, **tables}
+    about = {"name": f"{real.name}-ipc{ipc}-{method}", "row": "ours, solved for" if sizes else "ours"}
+    return {"recipe": about, "parameterization": {"method": method, **sizes}, **tables}
 
 
 def _settled(tables: dict[str, Any], objective: str, ipc: int) -> dict[str, Any]:
@@ -211,19 +201,13 @@ def _settled(tables: dict[str, Any], objective: str, ipc: int) -> dict[str, Any]
     recipe that is shipped for SPEED in the same row, so that two methods are compared at the same cost."""
     said, about = tables.get("objective", {}), tables.get("data", {})
     method = tables["parameterization"].get("method")
-    if objective in said or objective not in OWN_SETTINGS.get(method, {}):
+    if objective in said or method not in registry.names(parameterizations):
         return tables
     row = recipes.find_row(about.get("name"), ipc, "speed") if objective == PAPER_OBJECTIVE else None
     shared = recipes.read(row)["objective"].get(objective, {}) if row is not None else {}
     shared = {key: value for key, value in shared.items() if key not in ("optimizer", "momentum", "rates")}
-    own = shared | _steps(objective, ipc) | OWN_SETTINGS[method][objective]
-    return {**tables, "objective": {**said, objective: own}}
-
-
-def _steps(objective: str, ipc: int) -> dict[str, int]:
-    if objective == "dm":
-        return {"steps": MEANS_STEPS}
-    return {"steps": dc.original_steps(ipc)} if objective in ("dc", "dsa") else {}
+    own = registry.find(parameterizations, method).OUTER | registry.find(objectives, objective).outer(method, ipc)
+    return {**tables, "objective": {**said, objective: shared | own}}
 
 
 def _run_name(recipe: Recipe, real: RealData) -> str:
@@ -306,13 +290,8 @@ def preparation(made: Plan) -> tuple[str, float]:
 
 
 def trajectory_seconds(made: Plan, tables: dict[str, Any] | None = None) -> tuple[float, float]:
-    """About what trajectory matching would cost here: (seconds of one iteration, seconds of all and of the experts).
-
-    From a measured training step of the student: an inner step is one, built twice and differentiated once more, which
-    costs about five times as much, and an expert trains for the epochs that can be read.
-    """
-    spec = recipes.build(registry.find(objectives, PAPER_OBJECTIVE).Spec,
-                         (tables or {}).get("objective", {}).get(PAPER_OBJECTIVE, {}), PAPER_OBJECTIVE)
-    image = experts.image_seconds(made.recipe.objective.network, made.real.geometry, made.device)
-    iteration = spec.inner_steps * spec.batch * image * INNER_STEP
-    return iteration, spec.steps * iteration + spec.expert_count * spec.epochs * len(made.real.train) * image
+    """About what trajectory matching would cost `made` with the settings of the recipe `tables`: seconds of one
+    iteration, and of all with the experts."""
+    fields = (tables or {}).get("objective", {}).get(PAPER_OBJECTIVE, {})
+    spec = recipes.build(tm.Spec, fields | {"network": made.recipe.objective.network}, PAPER_OBJECTIVE)
+    return tm.seconds(spec, made.real, made.device)

@@ -57,9 +57,9 @@ class DataFields:
 
 @dataclass(frozen=True)
 class RunFields:
-    """seed: of everything random. protocol: of evaluation, "mtt", or "speed" with per-batch standardisation, of experts
-    too (`standardise`) unless the recipe says otherwise. preview_every: steps between pictures, 0 for one at the end
-    only."""
+    """seed: of everything random. protocol: of evaluation, "mtt", or "speed" with per-batch standardisation, which an
+    objective may follow (`ObjectiveSpec.defaults`). preview_every: steps between pictures, 0 for one at the end only.
+    """
 
     seed: int = 0
     protocol: str = "mtt"
@@ -96,7 +96,9 @@ class Recipe:
         return tables
 
     def budget(self, geometry: Geometry) -> Budget:
-        """The split of the storage; over it raises ConfigError unless data.budget is "off"."""
+        """The split of the storage. Raises ConfigError where the method's fields cannot be with images of `geometry`,
+        or store too much, unless data.budget is "off"."""
+        self.parameterization.check(geometry)
         plugin = registry.find(parameterizations, self.method)
         budget = Budget(plugin.planned_storage(self.parameterization, geometry, self.data.ipc),
                         geometry.budget(self.data.ipc))
@@ -228,9 +230,7 @@ def resolve(tables: dict[str, Any], objective: str, overrides: dict[str, Any] | 
                "objective": plugins["objective"].Spec, "run": RunFields}
     for key, value in (overrides or {}).items():
         _override(chosen, classes, key, value)
-    if chosen["run"].get("protocol") == "speed" and "standardise" in {f.name for f in dataclasses.fields(
-            classes["objective"])}:
-        chosen["objective"].setdefault("standardise", True)
+    chosen["objective"] = classes["objective"].defaults(chosen["run"].get("protocol")) | chosen["objective"]
     built = {name: build(classes[name], chosen[name], name) for name in classes}
     about = build(About, dict(tables.get("recipe", {})), "recipe")
     recipe = Recipe(about, built["data"], method, built["parameterization"], objective, built["objective"],

@@ -28,6 +28,8 @@ from speedk.precision import dtype_of
 __all__ = ["build", "fresh", "given", "names", "parameter_count", "require_features", "set_precision",
            "student", "twice_differentiable"]
 
+INTERFACE = nn.Module
+"""What a file of this folder names as its PLUGIN, called with the geometry and keyword arguments."""
 
 _SEEDED = threading.RLock()
 """Held while the global random state is on loan: networks that are trained side by side are also made side by side."""

@@ -41,6 +41,14 @@ def test_a_folder_becomes_a_file(folder, recipe, tmp_path, capsys):
     assert "method='speed', not 'pixels'" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("also", [[], ["--dry-run"]])
+def test_a_field_that_cannot_be_is_refused_first(also, tmp_path, capsys):
+    assert distill("--method", "pixels", "init=nois", "--steps", 1, "--out", tmp_path / "run", *also) == 1
+    said = capsys.readouterr()
+    assert (said.out, said.err) == ("", "speedk: init='nois' is not one of real, noise\n")
+    assert not (tmp_path / "run").exists()
+
+
 def stop_at(monkeypatch, step, number=signal.SIGINT):
     """Send this process a signal after outer iteration `step`, as a user does."""
     told = _progress.Bars._step

@@ -200,6 +200,17 @@ def test_help_names_every_plugin_and_data_set(capsys):
         assert not set(known) - words
 
 
+def test_help_says_what_each_coreset_is(capsys):
+    from speedk.distillation import coresets
+    from speedk.registry import find, names
+
+    assert cli.main(["coreset", "--help"]) == 0
+    said = capsys.readouterr().out
+    for name in names(coresets):
+        first = sys.modules[find(coresets, name).__module__].__doc__.splitlines()[0]
+        assert re.search(rf"^  {name} +{re.escape(first)}$", said, re.MULTILINE), name
+
+
 def test_a_demo_of_no_runs_is_refused_before_it_begins(capsys, tmp_path):
     assert cli.main(["demo", "--runs", "0", "--out", str(tmp_path / "demo")]) == 1
     assert line(capsys) == "speedk: --runs 0 must be at least 1" and not (tmp_path / "demo").exists()

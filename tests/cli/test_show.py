@@ -164,6 +164,17 @@ def test_before_and_after_sparsification(trained, capsys, sparse):
     assert stored.synthetic.stored is not None and whole.synthetic.stored is None
 
 
+def test_another_method_may_have_a_picture_of_before(folder, tmp_path, capsys, monkeypatch):
+    from speedk.distillation.parameterizations.pixels import Pixels
+
+    monkeypatch.setattr(Pixels, "whole", lambda self: Pixels(self.spec, self.geometry, self.ipc))
+    out = tmp_path / "run"
+    assert main(["distill", "--data", str(folder), "--method", "pixels", "--steps", "1", "--out", str(out),
+                 "--objective", "dm", "batch=4", "--device", "cpu"]) == 0
+    assert main(["show", str(out), "--sparsification"]) == 0
+    assert "kept: 2,304 of 2,304 learned numbers; brightness changes by 0.0000" in capsys.readouterr().out
+
+
 def test_codes_of_another_set_are_not_drawn(trained, save_pixels, capsys):
     out = trained("sparse=end")
     newest = sorted((out / "checkpoints").iterdir())[-1]

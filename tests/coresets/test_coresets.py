@@ -23,7 +23,7 @@ from speedk.geometry import Geometry
 from speedk.schedule import WHOLE
 from speedk.workers import Pool
 
-METHODS = ("forgetting", "herding", "kcenter", "kmeans", "random")
+METHODS = registry.names(coresets)
 
 
 @pytest.fixture(autouse=True)
@@ -52,11 +52,6 @@ def members(count: int = 30, width: int = 5, seed: int = 0) -> Members:
 
 def pick(method: str, seen: Members, count: int, seed: int = 0) -> list[int]:
     return registry.find(coresets, method).choose(seen, count, torch.Generator().manual_seed(seed)).tolist()
-
-
-def test_the_methods_are_the_files():
-    assert tuple(registry.names(coresets)) == METHODS
-    assert all(registry.find(coresets, name).name == name for name in METHODS)
 
 
 @pytest.mark.filterwarnings("ignore:Number of distinct clusters")

@@ -28,7 +28,7 @@ def test_without_datasets_one_line_says_what_to_do():
     assert len(lines) == 9 and done.stderr == ""
     for name, line in zip(data.names()[1:], lines, strict=True):
         assert line.startswith(f"{name} comes through the package `datasets`, which is not installed: pip install")
-        assert "--data DIR" in line and ("hf download" in line or "https://" in line)
+        assert "--data DIR (data= in Python)" in line and ("hf download" in line or "https://" in line)
 
 
 @pytest.fixture
@@ -126,4 +126,4 @@ def test_offline_and_not_found_says_what_to_download_and_where_to_put_it(dataset
         data.load(name, progress=False)
     text = str(caught.value)
     assert text.startswith(f"{name} is not in the cache of `datasets` and could not be fetched (") and "\n" not in text
-    assert text.endswith("and give it: --data DIR (path= in Python)") and data.entry(name).download in text
+    assert text.endswith("and give it: --data DIR (data= in Python)") and data.entry(name).download in text

@@ -216,6 +216,12 @@ def test_the_cosine_schedule_ends_at_zero_and_resumes(real, tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(third.synthetic.parameters(), run.synthetic.parameters(), strict=True))
 
 
+def test_a_field_that_cannot_be_is_refused_before_anything_is_made(real, tmp_path):
+    with pytest.raises(ConfigError, match="init='nois' is not one of real, noise"):
+        loop.distill(resolve(PIXELS, "dm", {"init": "nois"}), real, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 def test_rates_must_name_a_group(real, tmp_path):
     with pytest.raises(ConfigError, match="no parameter group 'smc'.*did you mean 'scm'"):
         loop.distill(small(**{"rates.smc": 0.1}), real, tmp_path / "run")
@@ -227,6 +233,13 @@ def test_a_run_out_of_minutes_leaves_a_file_that_says_so_and_goes_on(real, tmp_p
     assert partial.header["objective"] == {"name": "dm", "lr": 0.01, "steps": 1}
     assert partial.header["recipe"]["objective"]["steps"] == 6
     assert loop.distill(small(), real, tmp_path / "run", resume=True).read_bytes() == whole
+
+
+def test_the_public_function_takes_minutes(tmp_path):
+    asked = {"method": "pixels", "steps": 3, "device": "cpu", "batch": 8, "out": tmp_path / "run"}
+    part = speedk.load(speedk.distill("digits", minutes=0, **asked))
+    assert part.header["objective"]["steps"] == 1
+    assert "steps" not in speedk.load(speedk.distill("digits", resume=True, **asked)).header["objective"]
 
 
 def test_the_start_is_fitted_to_images_from_all_over_a_class():

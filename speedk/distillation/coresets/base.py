@@ -25,7 +25,11 @@ class Members:
 class Coreset:
     """A method is one file in this folder: a subclass, and `PLUGIN = <the class>` at the end."""
 
+    REQUIRED: ClassVar = ("name", "says", "choose")
+    """What every method has of its own."""
+
     name: ClassVar[str]
+    """The file's."""
     looks_at: ClassVar[str] = ""
     """What a network is trained on the whole data set for: "features", "forgotten", or "" for nothing."""
     says: ClassVar[str]

@@ -1,4 +1,4 @@
-"""Forgetting: the real images that a network in training most often forgets (Toneva et al. 2019).
+"""Real images that a network in training is most often right about, then wrong (Toneva et al. 2019).
 
 An image that the network was never right about was never forgotten. The original sorts these before all others, which
 chooses what is labelled wrongly: on CIFAR-10 a network trained on ten of them a class is below chance, and the

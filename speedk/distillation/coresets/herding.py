@@ -1,4 +1,4 @@
-"""Herding: real images whose mean is close to that of their class (Welling 2009)."""
+"""Real images whose mean feature is close to that of their class (Welling 2009)."""
 
 from __future__ import annotations
 

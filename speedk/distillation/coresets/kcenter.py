@@ -1,4 +1,4 @@
-"""K-center: real images of which one is near to each other one of their class (Sener and Savarese 2018)."""
+"""Real images that leave none of their class far from all of them (greedy; Sener and Savarese 2018)."""
 
 from __future__ import annotations
 

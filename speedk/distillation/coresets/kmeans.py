@@ -1,4 +1,4 @@
-"""K-means: the real images nearest to the centres of as many clusters of their class."""
+"""Real images nearest to the centres of as many clusters of their class."""
 
 from __future__ import annotations
 

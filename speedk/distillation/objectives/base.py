@@ -48,7 +48,13 @@ class ObjectiveSpec:
     LOCAL: ClassVar[tuple[str, ...]] = ()
     """Fields that name a place on this machine: no result depends on them, so the artifact leaves them out."""
 
+    @classmethod
+    def defaults(cls, protocol: str) -> dict[str, Any]:
+        """Fields that are not at their defaults where evaluation goes by `protocol`, unless the recipe says them."""
+        return {}
+
     def check(self) -> None:
+        """Raise ConfigError where a field, or two together, cannot be."""
         if self.steps < 0:
             raise ConfigError(f"steps={self.steps} must not be negative")
         for name, allowed in (("optimizer", OPTIMIZERS), ("schedule", SCHEDULES), ("precision", PRECISIONS)):
@@ -105,8 +111,16 @@ class Objective:
     run drew; whatever else lives from step to step goes in `state_dict`.
     """
 
-    Spec: ClassVar[type]
+    REQUIRED: ClassVar = ("name", "Spec", "step")
+    """What every objective has of its own; for the rest there is a default."""
+
+    Spec: ClassVar[type[ObjectiveSpec]] = ObjectiveSpec
     name: ClassVar[str]
+    """The file's."""
+
+    skips_where: ClassVar[str] = "there was nothing to learn from"
+    then_lower: ClassVar[str] = "the outer rates"
+    """For the user of a run with skipped iterations: what happened in them, and what to lower where it was in all."""
 
     failures: int = 0
     """Iterations skipped since the last one that was not."""
@@ -116,6 +130,12 @@ class Objective:
 
     def __init__(self, spec: Any, real: RealData, seed: int, device: torch.device) -> None:
         self.spec, self.real, self.seed, self.device = spec, real, seed, device
+
+    @classmethod
+    def outer(cls, method: str, ipc: int) -> dict[str, Any]:
+        """Fields of `Spec` for the parameterization `method` at `ipc` images per class, where no recipe says them: they
+        come before the method's own, `Parameterization.OUTER`."""
+        return {}
 
     def preparation(self) -> tuple[str, float]:
         """What `prepare` will find and make, in words ("" for nothing), and the seconds that will take."""

@@ -82,6 +82,11 @@ class GradientMatching(Classwise):
         super().__init__(spec, real, seed, device)
         self._student: nn.Module | None = None
 
+    @classmethod
+    def outer(cls, method: str, ipc: int) -> dict[str, Any]:
+        """The original's steps, and for pixels its rate."""
+        return {"steps": original_steps(ipc)} | ({"rates": {"pixels": 0.1}} if method == "pixels" else {})
+
     def step(self, synthetic: Parameterization, step: int) -> dict[str, float]:
         generator = seeds.generator(self.seed, self.name, step)
         outer, inner = self.spec.loops(synthetic.ipc)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -43,6 +44,11 @@ class DistributionMatching(Classwise):
     Spec = Spec
     name = "dm"
     held_real = 4096
+
+    @classmethod
+    def outer(cls, method: str, ipc: int) -> dict[str, Any]:
+        """As many steps as most of the shipped recipes have; for pixels the original's rate."""
+        return {"steps": 2000} | ({"rates": {"pixels": 1.0}} if method == "pixels" else {})
 
     def step(self, synthetic: Parameterization, step: int) -> dict[str, float]:
         spec, geometry = self.spec, self.real.geometry

@@ -32,6 +32,10 @@ GROWN, USUAL = 10.0, 256
 """Synthetic images so many times larger than real ones (of which so many are looked at) are what a student diverges
 on, whatever its rate."""
 
+INNER_STEP = 5.0
+"""The time of an inner step in training steps on as many images, measured on a CPU: it is one, built twice and
+differentiated once more."""
+
 DECODE_BYTES = 16 << 20
 """Bytes of decoded images whose way back to the learned tensors is walked at a time."""
 
@@ -69,6 +73,10 @@ class Spec(ObjectiveSpec):
         """Epochs of an expert that can be read."""
         return self.max_start + self.expert_epochs - 1
 
+    @classmethod
+    def defaults(cls, protocol: str) -> dict[str, Any]:
+        return {"standardise": True} if protocol == "speed" else {}
+
     def check(self) -> None:
         super().check()
         for name in ("batch", "inner_steps", "max_start", "expert_epochs", "expert_count", "expert_batch"):
@@ -91,6 +99,8 @@ class TrajectoryMatching(Objective):
 
     Spec = Spec
     name = "tm"
+    skips_where = "the student diverged"
+    then_lower = "synthetic_lr"
 
     def __init__(self, spec: Spec, real, seed: int, device: torch.device) -> None:
         super().__init__(spec, real, seed, device)
@@ -102,6 +112,12 @@ class TrajectoryMatching(Objective):
         self._key = ""
         self._experts: ExpertFolder | None = None
         self._pretended: tuple[Tensor, Tensor] | None = None
+
+    @classmethod
+    def outer(cls, method: str, ipc: int) -> dict[str, Any]:
+        """For pixels the defaults of the original's code."""
+        return {"speed": {"schedule": "constant", "rates": {"synthetic_lr": 1e-4}},
+                "pixels": {"rates": {"pixels": 1000.0, "synthetic_lr": 1e-5}}}.get(method, {})
 
     def preparation(self) -> tuple[str, float]:
         path, folder, count = self._find()
@@ -255,6 +271,13 @@ class TrajectoryMatching(Objective):
             return Diverged(f"{what}, the least that synthetic_lr_floor allows: lower synthetic_lr_floor, or "
                             "inner_steps")
         return Diverged(f"{what}: lower synthetic_lr and rates.synthetic_lr, or inner_steps")
+
+
+def seconds(spec: Spec, real: RealData, device: torch.device) -> tuple[float, float]:
+    """About how long one iteration takes, and all with the experts, by a measured training step of the student."""
+    image = experts.image_seconds(spec.network, real.geometry, device)
+    iteration = spec.inner_steps * spec.batch * image * INNER_STEP
+    return iteration, spec.steps * iteration + spec.expert_count * spec.epochs * len(real.train) * image
 
 
 def expert_identity(spec: Spec, real: RealData, precision: str = "float32") -> Identity:

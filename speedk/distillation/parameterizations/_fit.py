@@ -29,9 +29,8 @@ ANNEAL = 0.6
 """Share of the steps in which the number of active entries falls from a quarter of the code to k."""
 
 
-def fit(synthetic: Speed, real, generator: torch.Generator, progress=None) -> float:
-    """Fit `synthetic` to images_per_class training images of each class, and return the mean squared error that is left
-    (normalised units, top-k active).
+def fit(synthetic: Speed, real, generator: torch.Generator, progress=None) -> None:
+    """Fit `synthetic` to images_per_class training images of each class.
 
     They are drawn by `generator`, or are the nearest to the centres of as many clusters of their class, in the features
     of an untrained ConvNet (see `Spec.fit_to`).
@@ -47,16 +46,13 @@ def fit(synthetic: Speed, real, generator: torch.Generator, progress=None) -> fl
     order = torch.randperm(len(images), generator=generator).to(device)
     shared = [synthetic.saet, *synthetic.freenet.parameters()]
     parts = order.split(JOINT)
-    error = 0.0
     for number, index in enumerate(parts):
         def report(step: int, loss: float, active: int, number: int = number) -> None:
             if progress is not None:
                 progress(number * spec.fit_steps + step, len(parts) * spec.fit_steps,
                          {"squared error": loss, "active entries": active})
         with pool:
-            part = _fit_part(synthetic, index, images[index], shared if number == 0 else [], pool, report)
-        error += part * len(index)
-    return error / len(images)
+            _fit_part(synthetic, index, images[index], shared if number == 0 else [], pool, report)
 
 
 def _targets(spec, real, generator: torch.Generator, pool: Pool) -> Tensor:
@@ -79,7 +75,7 @@ def _targets(spec, real, generator: torch.Generator, pool: Pool) -> Tensor:
     return torch.cat(chosen)
 
 
-def _fit_part(synthetic: Speed, index: Tensor, images: Tensor, shared: list[Tensor], pool: Pool, report) -> float:
+def _fit_part(synthetic: Speed, index: Tensor, images: Tensor, shared: list[Tensor], pool: Pool, report) -> None:
     spec, steps = synthetic.spec, synthetic.spec.fit_steps
     codes = synthetic.scm.detach()[index].requires_grad_()
     size = codes[0, 0].numel()
@@ -90,7 +86,6 @@ def _fit_part(synthetic: Speed, index: Tensor, images: Tensor, shared: list[Tens
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5 + 0.5 * math.cos(math.pi * step / steps))
     first = max(spec.k, size // 4)
     piece = pool.images(synthetic.geometry.resolution)
-    loss = 0.0
     for step in range(steps):
         done = min(1.0, step / (ANNEAL * steps))
         active = round(first ** (1 - done) * spec.k ** done)
@@ -107,7 +102,6 @@ def _fit_part(synthetic: Speed, index: Tensor, images: Tensor, shared: list[Tens
         synthetic.scm[index] = synthetic.sparsify(codes, spec.k)
     for tensor in shared:
         tensor.grad = None
-    return loss
 
 
 def _gradients(synthetic: Speed, rows: Tensor, shared: list[Tensor], targets: Tensor, active: int,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -16,20 +17,37 @@ if TYPE_CHECKING:
     from speedk.data import RealData
 
 
+@dataclass(frozen=True)
+class ParameterizationSpec:
+    """Recipe fields of a method: those that a subclass adds, of JSON types alone."""
+
+    def check(self, geometry: Geometry) -> None:
+        """Raise ConfigError where the fields do not go together, or not with images of `geometry`: before anything is
+        made of a recipe, and of the header of a file."""
+
+
 class Parameterization(nn.Module):
     """A synthetic set of N images as a differentiable function of learned tensors.
 
-    A method is one file in this folder: a subclass, a frozen dataclass `Spec` of its recipe fields (built from JSON
-    types alone), and `PLUGIN = <the class>` at the end. `N` counts decoded images, not stored ones: a method that
-    decodes several images from one stored tensor (IDC), or every pair of a basis and a hallucinator (HaBa), numbers
-    its decoded images 0 to N - 1. A second network that learns against the first gets a parameter group of its own
-    with `maximize=True` and its term in `penalty`; learned labels are a parameter that `decode` returns and
-    `storage` names "labels". An objective with its own path from synthetic data to gradients (a backward through
-    training, a kernel regression) needs nothing more than `decode`.
+    A method is one file in this folder: a subclass, a frozen dataclass `Spec` of its recipe fields that extends
+    `ParameterizationSpec` (whose `Spec.check` refuses values that cannot be), and `PLUGIN = <the class>` at the end.
+    `N` counts decoded images, not stored ones: a method that decodes several images from one stored tensor (IDC), or
+    every pair of a basis and a hallucinator (HaBa), numbers its decoded images 0 to N - 1. Learned labels are a
+    parameter that `decode` returns and `storage` names "labels". An objective with its own path from synthetic data to
+    gradients (a backward through training, a kernel regression) needs nothing more than `decode`; HaBa's second
+    network, which learns against the first from the features of a student, would need more than there is here.
     """
 
-    Spec: ClassVar[type]
+    REQUIRED: ClassVar = ("name", "Spec", "initialise", "decode", "param_groups", "storage", "from_storage",
+                          "planned_storage")
+    """What every method has of its own; for the rest there is a default."""
+
+    Spec: ClassVar[type[ParameterizationSpec]] = ParameterizationSpec
     name: ClassVar[str]
+    """The file's."""
+
+    OUTER: ClassVar[dict[str, Any]] = {}
+    """Fields of `ObjectiveSpec` that suit the method, where neither a recipe nor the objective says them."""
 
     classes: Tensor
     """int64 [N], a buffer: the class that each decoded image stands for, class by class (0 0 0 1 1 1 ...)."""
@@ -60,7 +78,7 @@ class Parameterization(nn.Module):
             outputs, gradients = [images, labels], [d_images, d_labels]
         torch.autograd.backward(outputs, gradients)
 
-    def penalty(self, images: Tensor | None = None, features: Tensor | None = None) -> Tensor | None:
+    def penalty(self) -> Tensor | None:
         """A term of the outer loss over the whole set (SPEED: lambda times the sum of |A|), or None."""
         return None
 
@@ -89,12 +107,28 @@ class Parameterization(nn.Module):
         valid after `finalize`; None where images have no patches."""
         return None
 
+    def whole(self) -> Parameterization | None:
+        """An empty set that takes the `state_dict` of the one that was trained to this one, and decodes it with nothing
+        left out; None where all that is learned is stored."""
+        return None
+
+    def left_out(self, whole: Parameterization) -> list[str]:
+        """How much of `whole` this set holds, in a line for the user, and what else is to be said of it."""
+        kept = sum(tensor.numel() for tensor in self.storage().values() if tensor.is_floating_point())
+        return [f"kept: {kept:,} of {sum(p.numel() for p in whole.parameters()):,} learned numbers"]
+
     @classmethod
     def from_storage(cls, spec: Any, geometry: Geometry, ipc: int, labels: list[int],
                      tensors: Mapping[str, Tensor]) -> Parameterization:
         """Rebuild from `storage`; `labels` counts the images of each class. Raises ArtifactError where shapes,
         dtypes, names or indices are not what `spec` says."""
         raise NotImplementedError
+
+    @classmethod
+    def sizes(cls, geometry: Geometry, ipc: int) -> dict[str, Any]:
+        """Fields of `Spec` for a storage of `ipc` images per class that no recipe is shipped for, where the defaults do
+        not fit it."""
+        return {}
 
     @classmethod
     def planned_storage(cls, spec: Any, geometry: Geometry, ipc: int) -> dict[str, float]:

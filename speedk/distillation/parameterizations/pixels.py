@@ -9,7 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from speedk.distillation.parameterizations.base import Parameterization, class_labels, expect_tensors
+from speedk.distillation.parameterizations.base import (
+    Parameterization,
+    ParameterizationSpec,
+    class_labels,
+    expect_tensors,
+)
 from speedk.errors import ConfigError
 from speedk.geometry import Geometry
 
@@ -17,7 +22,7 @@ INITS = ("real", "noise")
 
 
 @dataclass(frozen=True)
-class Spec:
+class Spec(ParameterizationSpec):
     """Recipe fields. init: "real" (images drawn from the training set) or "noise" (standard normal)."""
 
     init: str = "real"

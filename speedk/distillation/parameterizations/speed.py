@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from speedk import ops
-from speedk.distillation.budget import speed_storage
+from speedk.distillation.budget import solve, speed_storage
 from speedk.distillation.freenet import SHARED, FReeNet
 from speedk.distillation.parameterizations._fit import fit
-from speedk.distillation.parameterizations.base import Parameterization, class_labels, expect_tensors
+from speedk.distillation.parameterizations.base import (
+    Parameterization,
+    ParameterizationSpec,
+    class_labels,
+    expect_tensors,
+)
 from speedk.errors import ArtifactError, ConfigError
 from speedk.geometry import Geometry
 from speedk.ops.freenet import NORMS
@@ -31,7 +37,7 @@ PENALISED = 1 << 22
 
 
 @dataclass(frozen=True)
-class Spec:
+class Spec(ParameterizationSpec):
     """Recipe fields; sizes are the paper's letters.
 
     images_per_class: N/c, decoded images of a class. D: dimension of a token. K: tokens. H: heads. R: blocks.
@@ -124,10 +130,10 @@ class Speed(Parameterization):
 
     Spec = Spec
     name = "speed"
+    OUTER: ClassVar = {"optimizer": "adam", "schedule": "cosine"}
 
     def __init__(self, spec: Spec, geometry: Geometry, ipc: int, labels: list[int] | None = None) -> None:
         super().__init__(spec, geometry, ipc)
-        spec.check(geometry)
         counts = [spec.images_per_class] * geometry.classes if labels is None else labels
         self.register_buffer("classes", class_labels(counts), persistent=False)
         self.patches = spec.patches(geometry)
@@ -188,7 +194,7 @@ class Speed(Parameterization):
             images = self.freenet(codes, self.saet)
         return torch.autograd.grad(images, [rows, self.saet, *self.freenet.parameters()], d_images)
 
-    def penalty(self, images: Tensor | None = None, features: Tensor | None = None) -> Tensor | None:
+    def penalty(self) -> Tensor:
         """lambda times the sum of |A| over all codes (Eq. 5)."""
         return self.spec.weight(self.geometry) * self.scm.abs().sum()
 
@@ -240,6 +246,17 @@ class Speed(Parameterization):
         side = math.isqrt(self.patches)
         return counts.scatter_add_(1, rows.long(), (values != 0).long()).view(-1, side, side)
 
+    def whole(self) -> Speed:
+        return Speed(dataclasses.replace(self.spec, sparse="end"), self.geometry, self.ipc)
+
+    def left_out(self, whole: Speed) -> list[str]:
+        kept = float(self.stored[0].abs().sum() / whole.scm.abs().sum().clamp(min=1e-30))
+        said = [f"kept: {self.spec.k:,} of {whole.scm[0, 0].numel():,} entries of a code, {kept:.1%} of the sum of |A|"]
+        if self.spec.sparse == "always":
+            said.append("sparse=always: training decoded the kept entries alone, so what stands before is no image "
+                        "that was trained; the paper's picture is that of sparse=end")
+        return said
+
     @classmethod
     def from_storage(cls, spec: Spec, geometry: Geometry, ipc: int, labels: list[int],
                      tensors: Mapping[str, Tensor]) -> Speed:
@@ -268,8 +285,11 @@ class Speed(Parameterization):
         return loaded.requires_grad_(False)
 
     @classmethod
+    def sizes(cls, geometry: Geometry, ipc: int) -> dict[str, int]:
+        return solve(geometry, ipc)
+
+    @classmethod
     def planned_storage(cls, spec: Spec, geometry: Geometry, ipc: int) -> dict[str, float]:
-        spec.check(geometry)
         parts = speed_storage(N=spec.images_per_class * geometry.classes, D=spec.D, K=spec.K, H=spec.heads, R=spec.R,
                               k=spec.k, J=spec.patches(geometry), L=spec.patch**2 * geometry.channels)
         parts["saet"] = math.prod(spec.tokens)

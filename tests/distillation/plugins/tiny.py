@@ -7,12 +7,12 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from speedk.distillation.parameterizations.base import Parameterization
+from speedk.distillation.parameterizations.base import Parameterization, ParameterizationSpec
 from speedk.errors import ArtifactError, ConfigError
 
 
 @dataclass(frozen=True)
-class Spec:
+class Spec(ParameterizationSpec):
     colours: int = 300
     soft: bool = False
     gain: float = 1.0
@@ -28,14 +28,25 @@ class Tiny(Parameterization):
     Spec = Spec
     name = "tiny"
 
-    def __init__(self, spec, geometry, ipc, counts):
+    def __init__(self, spec, geometry, ipc, counts=None):
         super().__init__(spec, geometry, ipc)
+        counts = [ipc] * geometry.classes if counts is None else counts
         self.register_buffer("classes", torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts)))
         self.shape = (self.size, geometry.channels, geometry.resolution, geometry.resolution)
         self.palette = nn.Parameter(torch.linspace(-1, 1, spec.colours))
         index = torch.arange(self.size * geometry.pixels) * 7919 % spec.colours
         self.index = index.to(torch.uint16).reshape(self.shape)
         self.soft = nn.Parameter(torch.eye(geometry.classes)[self.classes] * 0.9) if spec.soft else None
+
+    def initialise(self, real, generator, progress=None):
+        """As it was built."""
+
+    def param_groups(self):
+        return [{"name": "all", "params": list(self.parameters()), "lr": 0.1}]
+
+    @classmethod
+    def planned_storage(cls, spec, geometry, ipc):
+        return {"palette": spec.colours, "pixels": geometry.budget(ipc) / 2}
 
     def decode(self, index):
         images = self.palette[self.index.long()[index]] * self.spec.gain
