@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 
 import pytest
@@ -10,6 +11,7 @@ import speedk
 from speedk.cli import main, sweep
 from speedk.distillation import loop
 from speedk.errors import ConfigError
+from speedk.evaluation import cell
 
 
 @pytest.fixture
@@ -63,6 +65,40 @@ def test_a_stopped_grid_goes_on_and_a_longer_one_keeps_its_cells(run, tmp_path, 
     before = len(calls)
     assert run("k=2,6", "--runs", 2) == 0  # evaluated anew, not distilled anew
     assert len(calls) == before and len(lines(tmp_path)[0]["results"][0]["accuracies"]) == 2
+
+
+def test_where_a_cell_fails_the_others_are_run_and_it_is_named(run, tmp_path, capsys, monkeypatch):
+    assert run("rates.scm=1e9,0.01", "steps=5", "schedule=constant") == 1
+    said = capsys.readouterr()
+    assert [line["fields"]["rates.scm"] for line in lines(tmp_path)] == [0.01]
+    first, last = (text for text in said.err.splitlines() if text.startswith("speedk: "))
+    assert first.startswith("speedk: rates.scm=1000000000.0: ") and "the outer rates are too high" in first
+    assert last == "speedk: 1 of 2 cells failed: rates.scm=1000000000.0"
+    assert "rates.scm=0.01 " in said.out.partition("of budget")[2] and (tmp_path / "grid/sweep.png").exists()
+
+    def no_memory(*_, **__):
+        raise MemoryError
+
+    monkeypatch.setattr(loop, "distill", no_memory)  # of what is not finished
+    assert run("rates.scm=1e9,0.01", "steps=5", "schedule=constant") == 1
+    said = capsys.readouterr()
+    assert f"1000000000.0: out of memory: {sweep.LOWER}\n" in said.err and "0.01: finished before" in said.out
+    monkeypatch.setattr(sweep, "_table", None)  # there is none without a line
+    assert run("k=2,6") == 1
+    assert capsys.readouterr().err.endswith("speedk: 2 of 2 cells failed: k=2; k=6\n")
+
+    def bug(*_, **__):
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(loop, "distill", bug)
+    assert run("k=2,6") == 70
+    assert "a bug in speedk" in capsys.readouterr().err
+
+
+def test_networks_that_did_not_train_are_a_failure(run, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(cell, "evaluate", functools.partial(cell.evaluate, rate=1e30))
+    assert run("k=2,6", "--epochs", 3) == 1
+    assert capsys.readouterr().err.endswith("\nspeedk: 2 of 2 cells failed: k=2; k=6\n") and len(lines(tmp_path)) == 2
 
 
 def test_a_precision_is_that_of_its_networks(run, tmp_path, capsys):
@@ -131,7 +167,7 @@ def drawn(monkeypatch, fields, numbers):
     recipe = SimpleNamespace(about=SimpleNamespace(name="mine"), objective_name="dm")
     seen = []
     monkeypatch.setattr(plots, "against", lambda *arguments: seen.append(arguments) or b"")
-    sweep._picture(lines, SimpleNamespace(recipe=recipe))
+    sweep._picture(lines, sweep._varied(fields), SimpleNamespace(recipe=recipe))
     return seen[0]
 
 
