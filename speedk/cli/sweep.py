@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import functools
 import itertools
@@ -23,7 +24,7 @@ HELP = "Distil and evaluate a grid over recipe fields, and draw accuracy against
 EPILOG = """\
 Each cell is a run directory in DIR; one that is finished is not run again, one that was stopped goes on, and where one
 fails, the others are run all the same. DIR then holds sweep.jsonl (a line a cell) and sweep.png. Cells over the storage
-budget need budget=off. Where steps vary, time.png draws accuracy against the
+budget need budget=off, which leaves the others as they are. Where steps vary, time.png draws accuracy against the
 seconds that distilling took, beside other sweeps' if asked.
 
 examples:
@@ -159,10 +160,38 @@ def _plans(args: argparse.Namespace, grid: list[dict[str, Any]]) -> list[Plan]:
             cell = _short(fields)
             raise ConfigError(str(error) if str(error).startswith(cell) else f"{cell}: {error}") from None
         if args.out is None:  # named after the run, which is known now
-            run = f"sweep-{planned.recipe.about.name}-{planned.recipe.objective_name}-{'-'.join(varied)}"
-            planned = dataclasses.replace(planned, out=Path("runs") / run / out.name)
-        made.append(planned)
+            run = "-".join([f"sweep-{planned.recipe.about.name}", planned.recipe.objective_name, *varied,
+                            *_fixed(args, fields, varied)])
+            planned = dataclasses.replace(planned, out=Path("runs") / flat(run) / out.name)
+        made.append(_within(planned))
     return made
+
+
+def _fixed(args: argparse.Namespace, fields: dict[str, Any], varied: list[str]) -> list[str]:
+    """What was said and is the same in all cells, as key=value, without the budget: see `_within`."""
+    options = {name: getattr(args, name) for name in ("ipc", "seed", "steps", "network")}
+    said = {name: value for name, value in options.items() if value is not None} | fields
+    return [f"{name}={said[name]}" for name in sorted(said) if name not in (*varied, "budget", "data.budget")]
+
+
+def _within(planned: Plan) -> Plan:
+    """`planned` with the budget off only where the cell exceeds it, so that a grid can be extended by cells that do.
+
+    A cell that fits is the same with either; one that was begun keeps what its folder says.
+    """
+    from speedk.distillation import recipe as recipes
+    from speedk.distillation import runfiles
+
+    recipe = planned.recipe
+    spent = recipe.budget(planned.real.geometry)
+    if spent.counted > spent.allowed:
+        return planned
+    begun = {}
+    with contextlib.suppress(ConfigError):  # none yet, or one that is no recipe, which the run itself refuses
+        begun = recipes.read(planned.out / runfiles.RECIPE).get("data", {})
+    budget = "off" if begun.get("budget") == "off" else "on"
+    return dataclasses.replace(planned, recipe=dataclasses.replace(
+        recipe, data=dataclasses.replace(recipe.data, budget=budget)))
 
 
 def _earlier(path: Path) -> list[dict[str, Any]]:

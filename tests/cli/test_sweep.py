@@ -118,6 +118,48 @@ def test_a_cell_over_the_budget_needs_to_be_allowed(run, tmp_path, capsys):
     assert "over" in capsys.readouterr().out and not (tmp_path / "grid").exists()
 
 
+def test_a_grid_is_extended_by_a_cell_over_the_budget(run, tmp_path, capsys, monkeypatch):
+    seen, distill = [], loop.distill
+
+    def watch(recipe, *given, **how):
+        seen.append(recipe.parameterization.k)
+        return distill(recipe, *given, **how)
+
+    def stored(k):
+        return speedk.load(tmp_path / f"grid/k={k}/distilled.safetensors").header["budget_off"]
+
+    monkeypatch.setattr(loop, "distill", watch)
+    assert run("k=2,6", "images_per_class=25") == 0
+    assert run("k=2,6,40", "images_per_class=25", "budget=off") == 0
+    assert seen == [2, 6, 40] and [stored(k) for k in seen] == [False, False, True]
+    assert [line["fields"]["k"] for line in lines(tmp_path)] == seen
+
+    # As earlier versions began all cells of a grid with the budget off.
+    monkeypatch.setattr(sweep, "_within", lambda planned: planned)
+    assert run("k=4,40", "images_per_class=25", "budget=off") == 0
+    assert stored(4)
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)
+    for words in (["budget=off"], []):
+        assert run("k=2,4,6", "images_per_class=25", *words) == 0
+    assert stored(4)
+
+
+def test_sweeps_that_differ_in_what_is_fixed_go_to_other_folders(folder, recipe, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+
+    def out(*words):
+        assert main(["sweep", "k=2,6", "--data", str(folder), "--recipe", str(recipe), "--objective", "dm", "--dry-run",
+                     *words]) == 0
+        return capsys.readouterr().out.partition("\nout ")[2].split()[0]
+
+    assert out() == "runs/sweep-custom-dm-k"
+    assert out("steps=3") == out("--steps", "3") == "runs/sweep-custom-dm-k-steps=3"
+    assert out("R=1", "--ipc", "2", "--seed", "4") == "runs/sweep-custom-dm-k-R=1-ipc=2-seed=4"
+    assert out("budget=off") == "runs/sweep-custom-dm-k"  # so that it goes on with the cells that fit
+    assert len(out(f"preview_every={'1' * 300}")) <= 205
+
+
 @pytest.mark.parametrize(("words", "message"), [
     (["k=3"], "give a field and the values it shall take"),
     ([], "give a field and the values"),
