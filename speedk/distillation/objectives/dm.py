@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from speedk import networks, seeds
+from speedk import seeds
 from speedk.augment import dsa
 from speedk.distillation.objectives._classwise import Classwise
 from speedk.distillation.objectives.base import ObjectiveSpec
@@ -43,13 +43,11 @@ class DistributionMatching(Classwise):
     Spec = Spec
     name = "dm"
     held_real = 4096
+    features = True
 
     def step(self, synthetic: Parameterization, step: int) -> dict[str, float]:
-        spec, geometry = self.spec, self.real.geometry
         generator = seeds.generator(self.seed, "dm", step)
-        student = networks.student(spec.network, geometry, seeds.derive(self.seed, "student", step), self.device,
-                                   features=True, precision=spec.precision)
-        student.requires_grad_(False)
+        student = self._fresh(step).requires_grad_(False)
         with self._pool, torch.no_grad():
             members, decoded = self._decoded(synthetic)
             return self._walk(synthetic, members,
