@@ -44,8 +44,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--column", metavar="NAME", action="append", default=[],
                         help="only this one; may be said again")
     parser.add_argument("--budget", metavar="MINUTES", type=float, help="of distilling, shared by the recipes' runs "
-                        "that are not finished; one that is not then is evaluated as it is, and goes on the next time "
-                        "(on top come evaluation, and the networks of coresets and of the whole data set)")
+                        "that are not finished; one that is not then is evaluated as it is, and goes on the next time. "
+                        "The fit of a start (fit_steps) is not cut short; on top come evaluation, and the networks of "
+                        "coresets and of the whole data set")
     parser.add_argument("--data", metavar="DIR", type=Path,
                         help="the folder of the data set, or one with a folder for each, by its name")
     _options.add_evaluation(parser, "paper")

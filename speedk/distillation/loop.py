@@ -131,8 +131,9 @@ def distill(recipe: Recipe, real: RealData, out: str | Path, *, resume: bool = F
 
     With `resume` a run that was stopped at any instant goes on, and on the CPU, with as many threads, ends in the bytes
     of a run that was never stopped. chosen: why this objective, for the artifact's header; a run that goes on keeps
-    what it was begun with. minutes: after so long the file is written as the set then is, and its header says after how
-    many steps; the run can be resumed. Where experts take longer than that, OutOfTime is raised and they are kept.
+    what it was begun with. minutes: after so long, but not within the fit of the start, the file is written as the set
+    then is, and its header says after how many steps; the run can be resumed. Where experts take longer than that,
+    OutOfTime is raised and they are kept.
     Raises ConfigError (a recipe that cannot be run, a directory in use), TrainingError (a loss that is not finite, no
     space), and Interrupted after Ctrl-C or SIGTERM, with a checkpoint saved.
     """
