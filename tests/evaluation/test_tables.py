@@ -106,6 +106,7 @@ def test_selecting():
             ALL["4"].select(rows)
     with pytest.raises(ConfigError, match="has no number there"):
         ALL["1"].select(["DC"], ["TinyImageNet, 1"])
+    assert tables.table("iii") == tables.table("III") == ALL["III"]
     for name in ("11", "IV", "Figure 2"):
         with pytest.raises(ConfigError, match=f"there is no table '{name}', only 1, .*III, V; docs/paper.md says"):
             tables.table(name)
