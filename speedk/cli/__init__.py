@@ -163,5 +163,14 @@ def is_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
 
 
+def name_failed(what: str, error: Exception, lower: str) -> None:
+    """Say in one line that `what`, one of several runs, failed, so that the others can be run. `lower`: what to lower
+    where memory ran out. Raises `error` again where it is nothing that the user can mend."""
+    if not (isinstance(error, SpeedkError) or is_memory(error)):
+        raise error
+    why = str(error) if isinstance(error, SpeedkError) else f"out of memory: {lower}"
+    _say(f"{what}: {why}")
+
+
 def _say(line: str) -> None:
     print(f"speedk: {one_line(line, 1000)}", file=sys.stderr)

@@ -61,6 +61,7 @@ def run(args: argparse.Namespace) -> int:
     device, epochs = _testing.device(args.device), args.epochs or WHOLE.epochs
     name = args.dataset or ("digits" if args.data is None else None)
     real = data.load(name, args.data, split=args.split)
+    coreset.class_sizes(real, args.ipc)  # before there is a folder
     out = args.out or Path("runs") / f"{real.name}-ipc{args.ipc}-{args.method}-seed{args.seed}"
     path = out / runfiles.DISTILLED
     if holds_a_run(out):

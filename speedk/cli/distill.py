@@ -50,8 +50,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", metavar="S", type=int, help="of everything random (default: 0)")
     _options.add_device(parser)
     parser.add_argument("--steps", metavar="N", type=int, help="outer iterations (default: the recipe's)")
-    parser.add_argument("--minutes", metavar="M", type=float, help="stop after so long: the file is written as the set "
-                        "then is, and --resume goes on")
+    parser.add_argument("--minutes", metavar="M", type=float, help="stop after so long, but not within the fit of the "
+                        "start (fit_steps): the file is written as the set then is, and --resume goes on")
     parser.add_argument("--resume", action="store_true", help="go on with the run in --out, or begin it")
     parser.add_argument("--evaluate", action="store_true", help="evaluate the file at the end (protocol quick)")
     parser.add_argument("--dry-run", action="store_true",

@@ -6,14 +6,13 @@ import argparse
 import contextlib
 import dataclasses
 import functools
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from speedk.cli import _options, _testing, is_memory
+from speedk.cli import _options, _testing, name_failed
 from speedk.cli._files import flat
-from speedk.errors import ConfigError, Interrupted, SpeedkError, TrainingError, one_line
+from speedk.errors import ConfigError, Interrupted, TrainingError
 from speedk.schedule import STANDARDISATIONS
 
 if TYPE_CHECKING:
@@ -45,8 +44,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--column", metavar="NAME", action="append", default=[],
                         help="only this one; may be said again")
     parser.add_argument("--budget", metavar="MINUTES", type=float, help="of distilling, shared by the recipes' runs "
-                        "that are not finished; one that is not then is evaluated as it is, and goes on the next time "
-                        "(on top come evaluation, and the networks of coresets and of the whole data set)")
+                        "that are not finished; one that is not then is evaluated as it is, and goes on the next time. "
+                        "The fit of a start (fit_steps) is not cut short; on top come evaluation, and the networks of "
+                        "coresets and of the whole data set")
     parser.add_argument("--data", metavar="DIR", type=Path,
                         help="the folder of the data set, or one with a folder for each, by its name")
     _options.add_evaluation(parser, "paper")
@@ -97,10 +97,9 @@ def run(args: argparse.Namespace) -> int:
         except (Interrupted, KeyboardInterrupt) as stop:
             raise Interrupted(f"{str(stop) or 'interrupted'}; the same command goes on") from None
         except Exception as error:
-            if len(runs) == 1 or not (isinstance(error, SpeedkError) or is_memory(error)):
+            if len(runs) == 1:
                 raise
-            why = str(error) if isinstance(error, SpeedkError) else f"out of memory: {LOWER}"
-            print(f"speedk: {one_line(f'{_named(of_run)}: {why}', 1000)}", file=sys.stderr, flush=True)
+            name_failed(_named(of_run), error, LOWER)
             failed.append(_named(of_run))
             continue
         said = _portable(target, changed)

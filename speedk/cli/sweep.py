@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import functools
 import itertools
@@ -10,9 +11,9 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from speedk.cli import _options, _testing
+from speedk.cli import _options, _testing, name_failed
 from speedk.cli._files import flat
-from speedk.errors import ConfigError, DataError, Interrupted
+from speedk.errors import ConfigError, DataError, Interrupted, TrainingError
 
 if TYPE_CHECKING:
     from speedk.distillation.plan import Plan
@@ -21,9 +22,10 @@ if TYPE_CHECKING:
 SWEEP = "sweep.jsonl"
 HELP = "Distil and evaluate a grid over recipe fields, and draw accuracy against storage."
 EPILOG = """\
-Each cell is a run directory in DIR; a cell that is finished is not run again, and one that was stopped goes on.
-DIR then holds sweep.jsonl (a line a cell) and sweep.png. A cell over the storage budget needs budget=off.
-Where steps vary, time.png draws accuracy against the seconds that distilling took, beside other sweeps' if asked.
+Each cell is a run directory in DIR; one that is finished is not run again, one that was stopped goes on, and where one
+fails, the others are run all the same. DIR then holds sweep.jsonl (a line a cell) and sweep.png. Cells over the storage
+budget need budget=off, which leaves the others as they are. Where steps vary, time.png draws accuracy against the
+seconds that distilling took, beside other sweeps' if asked.
 
 examples:
   speedk sweep --recipe cifar10-ipc10-speed --data DIR k=12,24,48
@@ -60,20 +62,37 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from speedk.cli import _curves
-    from speedk.cli._progress import Bars
-    from speedk.evaluation import cell
-    from speedk.files import write_atomic
 
     grid = _grid(args.fields)
     how = _evaluation(args)
     earlier = [_earlier(path) for path in args.compare]
     plans = _plans(args, grid)
-    out = plans[0].out.parent
+    varied, out = _varied(grid), plans[0].out.parent
     print(_listing(plans, grid, how), flush=True)
     if args.dry_run:
         return 0
-    lines: list[dict[str, Any]] = []
+    lines, failed = _measure(plans, grid, how)
+    if lines:
+        print(f"\n{_table(lines, varied)}\n\n{out / SWEEP}")
+        _curves.draw(out / "sweep.png", lambda: _picture(lines, varied, plans[0]))
+    if lines and (earlier or _steps(varied)):
+        names = _curves.titles([path.resolve().parent.name for path in (out / SWEEP, *args.compare)])
+        cells = dict(zip(names, (lines, *earlier), strict=True)) if earlier else {"": lines}
+        _curves.draw(out / "time.png", lambda: _time(cells, plans[0]))
+    if failed:
+        raise TrainingError(f"{len(failed)} of {len(plans)} cells failed: {'; '.join(failed)}")
+    return 0
+
+
+def _measure(plans: list[Plan], grid: list[dict[str, Any]], how: Evaluation) -> tuple[list[dict[str, Any]], list[str]]:
+    """The lines of the cells, which are written as they come, and the names of those that failed."""
+    from speedk.cli._progress import Bars
+    from speedk.evaluation import cell
+    from speedk.files import write_atomic
+
+    varied, lines, failed = _varied(grid), [], []
     for made, fields in zip(plans, grid, strict=True):
+        name = _short({key: fields[key] for key in varied})
         known = cell.found(made, how) is not None
         print(f"\n{made.out}{': finished before' if known else ''}", flush=True)
         bars = Bars()
@@ -81,17 +100,17 @@ def run(args: argparse.Namespace) -> int:
             line = cell.measure(made, how, progress=bars.progress())
         except Interrupted as stop:
             raise Interrupted(f"{stop}; the same command goes on") from None
+        except Exception as error:
+            bars.close()
+            name_failed(name, error, LOWER)
+            failed.append(name)
+            continue
         finally:
             bars.close()
         lines.append({"fields": fields, **line})
-        write_atomic(out / SWEEP, "".join(json.dumps(entry) + "\n" for entry in lines).encode())
-    print(f"\n{_table(lines)}\n\n{out / SWEEP}")
-    _curves.draw(out / "sweep.png", lambda: _picture(lines, plans[0]))
-    if earlier or _steps(_varied(grid)):
-        names = _curves.titles([path.resolve().parent.name for path in (out / SWEEP, *args.compare)])
-        cells = dict(zip(names, (lines, *earlier), strict=True)) if earlier else {"": lines}
-        _curves.draw(out / "time.png", lambda: _time(cells, plans[0]))
-    return 0
+        write_atomic(made.out.parent / SWEEP, "".join(json.dumps(entry) + "\n" for entry in lines).encode())
+        failed += [name] if any(result["mean"] is None for result in line["results"]) else []
+    return lines, failed
 
 
 def _grid(pairs: list[str]) -> list[dict[str, Any]]:
@@ -141,10 +160,38 @@ def _plans(args: argparse.Namespace, grid: list[dict[str, Any]]) -> list[Plan]:
             cell = _short(fields)
             raise ConfigError(str(error) if str(error).startswith(cell) else f"{cell}: {error}") from None
         if args.out is None:  # named after the run, which is known now
-            run = f"sweep-{planned.recipe.about.name}-{planned.recipe.objective_name}-{'-'.join(varied)}"
-            planned = dataclasses.replace(planned, out=Path("runs") / run / out.name)
-        made.append(planned)
+            run = "-".join([f"sweep-{planned.recipe.about.name}", planned.recipe.objective_name, *varied,
+                            *_fixed(args, fields, varied)])
+            planned = dataclasses.replace(planned, out=Path("runs") / flat(run) / out.name)
+        made.append(_within(planned))
     return made
+
+
+def _fixed(args: argparse.Namespace, fields: dict[str, Any], varied: list[str]) -> list[str]:
+    """What was said and is the same in all cells, as key=value, without the budget: see `_within`."""
+    options = {name: getattr(args, name) for name in ("ipc", "seed", "steps", "network")}
+    said = {name: value for name, value in options.items() if value is not None} | fields
+    return [f"{name}={said[name]}" for name in sorted(said) if name not in (*varied, "budget", "data.budget")]
+
+
+def _within(planned: Plan) -> Plan:
+    """`planned` with the budget off only where the cell exceeds it, so that a grid can be extended by cells that do.
+
+    A cell that fits is the same with either; one that was begun keeps what its folder says.
+    """
+    from speedk.distillation import recipe as recipes
+    from speedk.distillation import runfiles
+
+    recipe = planned.recipe
+    spent = recipe.budget(planned.real.geometry)
+    if spent.counted > spent.allowed:
+        return planned
+    begun = {}
+    with contextlib.suppress(ConfigError):  # none yet, or one that is no recipe, which the run itself refuses
+        begun = recipes.read(planned.out / runfiles.RECIPE).get("data", {})
+    budget = "off" if begun.get("budget") == "off" else "on"
+    return dataclasses.replace(planned, recipe=dataclasses.replace(
+        recipe, data=dataclasses.replace(recipe.data, budget=budget)))
 
 
 def _earlier(path: Path) -> list[dict[str, Any]]:
@@ -198,11 +245,10 @@ def _listing(plans: list[Plan], grid: list[dict[str, Any]], how: Evaluation) -> 
     return f"{table(facts)}\n\n{table(rows, numbers=(1, 2))}"
 
 
-def _table(lines: list[dict[str, Any]]) -> str:
+def _table(lines: list[dict[str, Any]], varied: list[str]) -> str:
     from speedk.text import table
 
     names = [result["network"] for result in lines[0]["results"]]
-    varied = _varied([line["fields"] for line in lines])
     rows = [["cell", "N/c", "counted", "of budget", *names]]
     for line in lines:
         accuracies = ["failed" if r["mean"] is None else f"{r['mean']:.2f} +- {r['std']:.2f}" for r in line["results"]]
@@ -211,12 +257,11 @@ def _table(lines: list[dict[str, Any]]) -> str:
     return table(rows, numbers=range(1, len(rows[0])))
 
 
-def _picture(lines: list[dict[str, Any]], first: Plan) -> bytes:
+def _picture(lines: list[dict[str, Any]], varied: list[str], first: Plan) -> bytes:
     """A curve for each network and each choice of the fields that are words; a point is named by the numbers. Where the
     storage is always the same and one number varies, that number is the axis."""
     from speedk.evaluation import plots
 
-    varied = _varied([line["fields"] for line in lines])
     words = [name for name in varied if isinstance(lines[0]["fields"][name], str)]
     figures = [name for name in varied if name not in words]
     by_value = len({line["numbers"] for line in lines}) == 1 and len(figures) == 1

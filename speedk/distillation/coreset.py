@@ -30,11 +30,7 @@ def choose(real: RealData, method: str, ipc: int, *, seed: int = 0, network: str
     plugin: type[Coreset] = registry.find(coresets, method)
     if ipc < 1 or epochs < 1:
         raise ConfigError(f"nothing can be chosen: ipc={ipc}, epochs={epochs}")
-    labels = real.train.labels.cpu()
-    counts = torch.bincount(labels, minlength=real.geometry.classes)
-    if int(counts.min()) < ipc:
-        name = real.class_names[int(counts.argmin())]
-        raise ConfigError(f"class {name!r} has {int(counts.min())} training images, fewer than ipc={ipc}: lower ipc")
+    labels, counts = real.train.labels.cpu(), class_sizes(real, ipc)
     networks.given(network)
     pool = Pool(torch.device(device), threads)
     real = real.to(pool.device)
@@ -51,6 +47,15 @@ def choose(real: RealData, method: str, ipc: int, *, seed: int = 0, network: str
                 members = Members(len(rows), forgotten=seen.forgotten.cpu()[rows])
             chosen.append(rows[plugin.choose(members, ipc, seeds.generator(seed, f"coreset {method}", label)).cpu()])
     return torch.cat(chosen)
+
+
+def class_sizes(real: RealData, ipc: int) -> Tensor:
+    """int64 [classes]: training images of each class. Raises ConfigError where one has fewer than `ipc`."""
+    counts = torch.bincount(real.train.labels.cpu(), minlength=real.geometry.classes)
+    if int(counts.min()) < ipc:
+        name = real.class_names[int(counts.argmin())]
+        raise ConfigError(f"class {name!r} has {int(counts.min())} training images, fewer than ipc={ipc}: lower ipc")
+    return counts
 
 
 def save(path: str | os.PathLike[str], real: RealData, rows: Tensor, method: str, *, seed: int = 0,

@@ -18,7 +18,7 @@ from speedk.distillation import artifact, checkpoint, objectives, parameterizati
 from speedk.distillation.objectives.base import ABSURD, Diverged, Objective, Skip, too_high
 from speedk.distillation.parameterizations.base import Parameterization
 from speedk.distillation.recipe import Recipe
-from speedk.distillation.rundir import RunDir
+from speedk.distillation.rundir import RunDir, holds_a_run
 from speedk.errors import ConfigError, Interrupted, TrainingError, one_line
 from speedk.training import repeatable
 
@@ -131,14 +131,17 @@ def distill(recipe: Recipe, real: RealData, out: str | Path, *, resume: bool = F
 
     With `resume` a run that was stopped at any instant goes on, and on the CPU, with as many threads, ends in the bytes
     of a run that was never stopped. chosen: why this objective, for the artifact's header; a run that goes on keeps
-    what it was begun with. minutes: after so long the file is written as the set then is, and its header says after how
-    many steps; the run can be resumed. Where experts take longer than that, OutOfTime is raised and they are kept.
+    what it was begun with. minutes: after so long, but not within the fit of the start, the file is written as the set
+    then is, and its header says after how many steps; the run can be resumed. Where experts take longer than that,
+    OutOfTime is raised and they are kept.
     Raises ConfigError (a recipe that cannot be run, a directory in use), TrainingError (a loss that is not finite, no
     space), and Interrupted after Ctrl-C or SIGTERM, with a checkpoint saved.
     """
     progress = progress or Progress()
     until = math.inf if minutes is None else time.monotonic() + 60 * minutes
     run = Run(recipe, real, torch.device(device))
+    if not holds_a_run(Path(out)):
+        run.objective.check_student()
     with signals.noted() as stop, repeatable(run.device), RunDir(out, recipe, real, resume, chosen) as folder:
         try:
             resumed = _restore(run, folder)
@@ -174,6 +177,8 @@ def _restore(run: Run, folder: RunDir) -> bool:
                           "or more, or choose another --out")
     try:
         run.restore(done, state)
+    except ConfigError:  # a ValueError too, which says what to do
+        raise
     except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise TrainingError(f"the checkpoint of step {done:,} in {folder.checkpoints} is not of this recipe "
                             f"({one_line(error)}); start anew in another --out") from None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 
 import pytest
@@ -10,6 +11,7 @@ import speedk
 from speedk.cli import main, sweep
 from speedk.distillation import loop
 from speedk.errors import ConfigError
+from speedk.evaluation import cell
 
 
 @pytest.fixture
@@ -65,6 +67,40 @@ def test_a_stopped_grid_goes_on_and_a_longer_one_keeps_its_cells(run, tmp_path, 
     assert len(calls) == before and len(lines(tmp_path)[0]["results"][0]["accuracies"]) == 2
 
 
+def test_where_a_cell_fails_the_others_are_run_and_it_is_named(run, tmp_path, capsys, monkeypatch):
+    assert run("rates.scm=1e9,0.01", "steps=5", "schedule=constant") == 1
+    said = capsys.readouterr()
+    assert [line["fields"]["rates.scm"] for line in lines(tmp_path)] == [0.01]
+    first, last = (text for text in said.err.splitlines() if text.startswith("speedk: "))
+    assert first.startswith("speedk: rates.scm=1000000000.0: ") and "the outer rates are too high" in first
+    assert last == "speedk: 1 of 2 cells failed: rates.scm=1000000000.0"
+    assert "rates.scm=0.01 " in said.out.partition("of budget")[2] and (tmp_path / "grid/sweep.png").exists()
+
+    def no_memory(*_, **__):
+        raise MemoryError
+
+    monkeypatch.setattr(loop, "distill", no_memory)  # of what is not finished
+    assert run("rates.scm=1e9,0.01", "steps=5", "schedule=constant") == 1
+    said = capsys.readouterr()
+    assert f"1000000000.0: out of memory: {sweep.LOWER}\n" in said.err and "0.01: finished before" in said.out
+    monkeypatch.setattr(sweep, "_table", None)  # there is none without a line
+    assert run("k=2,6") == 1
+    assert capsys.readouterr().err.endswith("speedk: 2 of 2 cells failed: k=2; k=6\n")
+
+    def bug(*_, **__):
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(loop, "distill", bug)
+    assert run("k=2,6") == 70
+    assert "a bug in speedk" in capsys.readouterr().err
+
+
+def test_networks_that_did_not_train_are_a_failure(run, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(cell, "evaluate", functools.partial(cell.evaluate, rate=1e30))
+    assert run("k=2,6", "--epochs", 3) == 1
+    assert capsys.readouterr().err.endswith("\nspeedk: 2 of 2 cells failed: k=2; k=6\n") and len(lines(tmp_path)) == 2
+
+
 def test_a_precision_is_that_of_its_networks(run, tmp_path, capsys):
     assert run("k=2,6", "--precision", "bf16") == 0
     assert "protocol quick in bf16" in capsys.readouterr().out
@@ -80,6 +116,48 @@ def test_a_cell_over_the_budget_needs_to_be_allowed(run, tmp_path, capsys):
     assert not (tmp_path / "grid").exists()
     assert run("k=6,40", "images_per_class=25", "budget=off", "--dry-run") == 0
     assert "over" in capsys.readouterr().out and not (tmp_path / "grid").exists()
+
+
+def test_a_grid_is_extended_by_a_cell_over_the_budget(run, tmp_path, capsys, monkeypatch):
+    seen, distill = [], loop.distill
+
+    def watch(recipe, *given, **how):
+        seen.append(recipe.parameterization.k)
+        return distill(recipe, *given, **how)
+
+    def stored(k):
+        return speedk.load(tmp_path / f"grid/k={k}/distilled.safetensors").header["budget_off"]
+
+    monkeypatch.setattr(loop, "distill", watch)
+    assert run("k=2,6", "images_per_class=25") == 0
+    assert run("k=2,6,40", "images_per_class=25", "budget=off") == 0
+    assert seen == [2, 6, 40] and [stored(k) for k in seen] == [False, False, True]
+    assert [line["fields"]["k"] for line in lines(tmp_path)] == seen
+
+    # As earlier versions began all cells of a grid with the budget off.
+    monkeypatch.setattr(sweep, "_within", lambda planned: planned)
+    assert run("k=4,40", "images_per_class=25", "budget=off") == 0
+    assert stored(4)
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)
+    for words in (["budget=off"], []):
+        assert run("k=2,4,6", "images_per_class=25", *words) == 0
+    assert stored(4)
+
+
+def test_sweeps_that_differ_in_what_is_fixed_go_to_other_folders(folder, recipe, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+
+    def out(*words):
+        assert main(["sweep", "k=2,6", "--data", str(folder), "--recipe", str(recipe), "--objective", "dm", "--dry-run",
+                     *words]) == 0
+        return capsys.readouterr().out.partition("\nout ")[2].split()[0]
+
+    assert out() == "runs/sweep-custom-dm-k"
+    assert out("steps=3") == out("--steps", "3") == "runs/sweep-custom-dm-k-steps=3"
+    assert out("R=1", "--ipc", "2", "--seed", "4") == "runs/sweep-custom-dm-k-R=1-ipc=2-seed=4"
+    assert out("budget=off") == "runs/sweep-custom-dm-k"  # so that it goes on with the cells that fit
+    assert len(out(f"preview_every={'1' * 300}")) <= 205
 
 
 @pytest.mark.parametrize(("words", "message"), [
@@ -131,7 +209,7 @@ def drawn(monkeypatch, fields, numbers):
     recipe = SimpleNamespace(about=SimpleNamespace(name="mine"), objective_name="dm")
     seen = []
     monkeypatch.setattr(plots, "against", lambda *arguments: seen.append(arguments) or b"")
-    sweep._picture(lines, SimpleNamespace(recipe=recipe))
+    sweep._picture(lines, sweep._varied(fields), SimpleNamespace(recipe=recipe))
     return seen[0]
 
 

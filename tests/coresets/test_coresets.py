@@ -254,6 +254,8 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     for words, said in (([*line, "--out", "here"], "already holds a distilled file"),
                         ([*line, "--out", "a run"], "or a run that makes one"),
                         (["coreset", "--method", "kcentre"], "did you mean 'kcenter'"),
-                        ([*line, "--network", "mpl"], "did you mean 'mlp'"), ([*line, "--ipc", "0"], "--ipc 0")):
+                        ([*line, "--network", "mpl"], "did you mean 'mlp'"), ([*line, "--ipc", "0"], "--ipc 0"),
+                        ([*line, "--ipc", "13", "--out", "none"], "fewer than ipc=13")):
         assert main(words) == 1
         assert said in capsys.readouterr().err
+    assert not (tmp_path / "none").exists()

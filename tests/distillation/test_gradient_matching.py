@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from toys import make_real
+from toys import given_draws, make_real
 
 from speedk import networks
 from speedk.augment import dsa
@@ -68,23 +68,11 @@ def test_the_match_and_its_gradient(name, options, piece):
     assert float(slope.abs().max()) > 1e-4
 
 
-GIVEN = (("scale", {"x": 1.1, "y": 0.9}), ("crop", {"down": 1, "right": -1}), ("color", {
-    "brightness": 0.3, "saturation": 1.5, "contrast": 0.7}), ("rotate", {"degrees": 9.0}), ("flip", {"flip": True}))
-"""Draws that change every image, and no two alike: what is not given the right one is seen."""
-
-
 @pytest.mark.parametrize("name", ["dc", "dsa"])
 def test_a_step_is_the_written_out_one(name, monkeypatch):
     """The first step, with a fresh student, and the second, before which it trains on the set: own classes on both
     sides, with one draw for both."""
-    drawn = []
-
-    def draw(*_, **__):
-        op, values = GIVEN[len(drawn) % len(GIVEN)]
-        drawn.append(dsa.Draw(op, 8, {key: torch.tensor([value]) for key, value in values.items()}))
-        return drawn[-1]
-
-    monkeypatch.setattr(dsa, "draw", draw)
+    drawn = given_draws(monkeypatch, 8)
     real = make_real(resolution=8)
     # All images of a class, real or synthetic, are one batch: their order does not matter.
     run = loop.Run(resolve(TABLES, name, {"objective.batch": 12, "inner_batch": 6}), real, torch.device("cpu"))

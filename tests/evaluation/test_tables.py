@@ -106,6 +106,7 @@ def test_selecting():
             ALL["4"].select(rows)
     with pytest.raises(ConfigError, match="has no number there"):
         ALL["1"].select(["DC"], ["TinyImageNet, 1"])
+    assert tables.table("iii") == tables.table("III") == ALL["III"]
     for name in ("11", "IV", "Figure 2"):
         with pytest.raises(ConfigError, match=f"there is no table '{name}', only 1, .*III, V; docs/paper.md says"):
             tables.table(name)
@@ -182,6 +183,18 @@ def test_what_is_known_to_differ_is_said(table, row, column, changes, said):
             cell.target, changes.get("changed", {}))}):
         page = tables.page([precise])
         assert f"| {', '.join(said) or 'in nothing'} |" in page and ("**50.0±0.5**†" in page) == bool(said)
+
+
+def test_the_command_of_the_published_run_is_that():
+    command, = re.findall(r"^    (speedk reproduce .*)", (DOCS / "paper.md").read_text(), re.MULTILINE)
+    changed = recipes.parse_overrides([word for word in command.split() if "=" in word])
+    for found in ALL["1"].select(["SPEED"]):
+        run = recipes.resolve(read(found.target.name), "tm", {**dict(found.target.fields), **changed})
+        said = published.differences(found.target, {
+            **line(split="ilsvrc" if found.target.data.startswith("image") else "official"), "changed": changed,
+            "settings": published.settings(found.target, changed), "steps": run.objective.steps,
+            "steps_of": run.objective.steps, "protocol": {"name": "paper", "standardisation": run.run.protocol}})
+        assert said in ([], published._ours(found.target))
 
 
 def test_a_line_keeps_the_settings_it_was_measured_with():

@@ -179,12 +179,22 @@ def test_students_must_fit_the_matching(nets):
     assert networks.student(f"{nets}:Blind", GEOMETRY, 0)
 
 
+@pytest.mark.parametrize(("network", "objective", "message"), [
+    ("Blind", "dm", "has no method features(images)"), ("Mixing", "dc", "its BatchNorm mixes the images")])
+def test_a_student_that_is_refused_leaves_nothing(nets, tmp_path, capsys, network, objective, message):
+    words = ["distill", "--objective", objective, "--steps", "1", "batch=4", "--method", "pixels", "--out", "run"]
+    assert main([*words, "--network", f"{nets}:{network}"]) == 1
+    assert message in capsys.readouterr().err and not (tmp_path / "run").exists()
+    assert main([*words, "--network", f"{nets}:Net"]) == 0
+
+
 def test_distil_and_evaluate_with_it(nets, capsys):
     small = ["--steps", "1", "batch=4", "--method", "pixels", "--out", "run"]
     assert main(["distill", "--objective", "dc", "--network", f"{nets}:Blind", *small]) == 0
     _own._allowed.clear()
     assert main(["distill", "--out", "run", "--resume"]) == 1
-    assert f"say network={nets}:Blind" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert f"say network={nets}:Blind" in said and "start anew" not in said
     assert main(["distill", "--out", "run", "--resume", f"network={nets}:Blind"]) == 0
     _own._allowed.clear()
     arguments = ["evaluate", "run/distilled.safetensors", "--runs", "1", "--epochs", "1"]

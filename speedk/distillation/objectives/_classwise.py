@@ -6,8 +6,9 @@ from collections.abc import Callable, Iterable
 from typing import ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from speedk import networks, seeds
 from speedk.augment import dsa
 from speedk.distillation.objectives.base import Objective
 from speedk.distillation.parameterizations.base import Parameterization, detached
@@ -21,9 +22,19 @@ class Classwise(Objective):
     held_real: ClassVar[int]
     """Real images that are held at once, about."""
 
+    features: ClassVar[bool] = False
+    """Whether the student needs an embedding."""
+
     def __init__(self, spec, real, seed: int, device: torch.device) -> None:
         super().__init__(spec, real, seed, device)
         self._pool = Pool(device)
+
+    def check_student(self) -> None:
+        self._fresh(0)
+
+    def _fresh(self, number: int) -> nn.Module:
+        return networks.student(self.spec.network, self.real.geometry, seeds.derive(self.seed, "student", number),
+                                self.device, features=self.features, precision=self.spec.precision)
 
     def _decoded(self, synthetic: Parameterization) -> tuple[list[Tensor], list[Tensor]]:
         """Of each class the numbers of its images, and the images."""

@@ -147,6 +147,10 @@ class Objective:
     def pretend(self) -> None:
         """Go on with stand-ins for what `prepare` would make, so that a step can be timed without it."""
 
+    def check_student(self) -> None:
+        """Raise ConfigError where the recipe's network cannot be the student: asked before a run leaves anything
+        behind."""
+
     def step(self, synthetic: Parameterization, step: int) -> dict[str, float]:
         """One outer iteration: add the gradients of the matching loss to the parameters of `synthetic` (through
         `synthetic.accumulate`) and to `learned()`, without touching the optimiser.

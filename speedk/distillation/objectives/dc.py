@@ -98,10 +98,6 @@ class GradientMatching(Classwise):
                 self._train(torch.cat(decoded), synthetic.classes[torch.cat(members)], inner, generator)
             return self._walk(synthetic, members, lambda labels: self._match(decoded, labels, generator))
 
-    def _fresh(self, number: int) -> nn.Module:
-        return networks.student(self.spec.network, self.real.geometry, seeds.derive(self.seed, "student", number),
-                                self.device, precision=self.spec.precision)
-
     def _match(self, decoded: list[Tensor], labels: list[int],
                generator: torch.Generator) -> list[tuple[Tensor, Tensor]]:
         """Loss and gradient of each class of `labels`."""

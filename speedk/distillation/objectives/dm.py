@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from speedk import networks, seeds
+from speedk import seeds
 from speedk.augment import dsa
 from speedk.distillation.objectives._classwise import Classwise
 from speedk.distillation.objectives.base import ObjectiveSpec
@@ -44,6 +44,7 @@ class DistributionMatching(Classwise):
     Spec = Spec
     name = "dm"
     held_real = 4096
+    features = True
 
     @classmethod
     def outer(cls, method: str, ipc: int) -> dict[str, Any]:
@@ -51,11 +52,8 @@ class DistributionMatching(Classwise):
         return {"steps": 2000} | ({"rates": {"pixels": 1.0}} if method == "pixels" else {})
 
     def step(self, synthetic: Parameterization, step: int) -> dict[str, float]:
-        spec, geometry = self.spec, self.real.geometry
         generator = seeds.generator(self.seed, "dm", step)
-        student = networks.student(spec.network, geometry, seeds.derive(self.seed, "student", step), self.device,
-                                   features=True, precision=spec.precision)
-        student.requires_grad_(False)
+        student = self._fresh(step).requires_grad_(False)
         with self._pool, torch.no_grad():
             members, decoded = self._decoded(synthetic)
             return self._walk(synthetic, members,

@@ -101,12 +101,13 @@ def tables() -> dict[str, Table]:
 
 
 def table(name: str) -> Table:
-    """Raises ConfigError where there is none of that number."""
+    """That number, in upper or lower case. Raises ConfigError where there is none."""
     known = tables()
-    if name not in known:
+    folded = {each.casefold(): found for each, found in known.items()}
+    if name.casefold() not in folded:
         raise ConfigError(f"there is no table {name!r}, only {', '.join(known)}; docs/paper.md says what makes the "
                           "figures and the other tables")
-    return known[name]
+    return folded[name.casefold()]
 
 
 def _table(name: str, found: Mapping[str, Any]) -> Table:
