@@ -67,7 +67,8 @@ def run(args: argparse.Namespace) -> int:
     print(f"\n{table(rows, numbers=(1, 2, 4))}\n")
     speed = reports["SPEED"]
     print(f"accuracy on {len(real.test):,} test images ({real.split}; {real.note}); ConvNet, protocol "
-          f"{speed.protocol['name']} ({speed.protocol['epochs']} epochs), the whole data set 50 epochs; seeds from 0")
+          f"{speed.protocol['name']} ({speed.protocol['epochs']} epochs), the whole data set "
+          f"{reports['whole data set'].protocol['epochs']} epochs; seeds from 0")
     print(f"distilled in {seconds['speed']:.0f} s (pixels {seconds['pixels']:.0f} s), "
           f"{time.monotonic() - began:.0f} s in all")
     print(f"artifact {files['speed']}: {files['speed'].stat().st_size:,} bytes")

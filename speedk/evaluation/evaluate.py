@@ -40,12 +40,12 @@ def evaluate(source: str | os.PathLike[str] | Distilled | sources.Source, real: 
     source: the path of a distilled file, or of images and labels (.npz, .parquet); or what `speedk.load` gives; or a
     `Source` (`sources.whole`, `sources.real_images`). real: the data it is tested on; None loads, by name, the data
     that a distilled file says it comes from. Run r has the seed `seed + r` for everything random in it.
-    protocol: "paper" (1,001 epochs) or "quick" (200). standardisation: "mtt" or "speed"; None is the file's own, else
-    "mtt". rate: None is the one learned with the file, else 0.01. other_data: a distilled file may be tested on data it
-    was not distilled from. out: write the report there as JSON. corruptions: test on corrupted test images too, made
-    here (True) or read from a folder like CIFAR-10-C (its path). precision: of the networks' convolutions and matrix
-    products, "float32" or "bf16". threads: of the CPU; they do not change the numbers, but for networks with dropout.
-    progress: a bar; None shows it on a terminal.
+    protocol: "paper", the published one, or "quick", of fewer epochs (`speedk.schedule`). standardisation: "mtt" or
+    "speed"; None is the file's own, else "mtt". rate: None is the one learned with the file, else 0.01. other_data: a
+    distilled file may be tested on data it was not distilled from. out: write the report there as JSON. corruptions:
+    test on corrupted test images too, made here (True) or read from a folder like CIFAR-10-C (its path). precision: of
+    the networks' convolutions and matrix products, "float32" or "bf16". threads: of the CPU; they do not change the
+    numbers, but for networks with dropout. progress: a bar; None shows it on a terminal.
 
     A run whose loss is not finite is reported as failed, and its network has no mean. Raises ConfigError for options
     that do not exist, ArtifactError for a damaged file, DataError for data that do not fit it.
