@@ -11,7 +11,7 @@ from torch import Tensor
 from speedk.ops import arguments, dispatch, native, registered
 from speedk.ops.coo import fits_mhsc_coo, mhsc_coo
 from speedk.ops.coo import why_not_triton as why_not_mhsc_coo
-from speedk.ops.freenet_block import NORMS, BlockWeights, fits_block, freenet_block, freenet_block_reference
+from speedk.ops.freenet_block import NORMS, PER_BLOCK, BlockWeights, fits_block, freenet_block, freenet_block_reference
 from speedk.ops.freenet_block import why_not_triton as why_not_block
 from speedk.ops.mhsc import fits_mhsc, mhsc, mhsc_reference
 from speedk.ops.mhsc import why_not_triton as why_not_mhsc
@@ -97,11 +97,11 @@ def _fits(inputs: Tensor, saet: Tensor | None, tensors: list[Tensor], channels: 
         raise ValueError(f"without SAETs the inputs must be features [N, J, D], got {tuple(inputs.shape)}")
     if saet is not None:
         fits_mhsc(inputs, saet)
-    if len(tensors) % 10 != 2:
-        raise ValueError(f"weights must be ten of each block and two, got {len(tensors)}")
+    if len(tensors) % PER_BLOCK != 2:
+        raise ValueError(f"weights must be {PER_BLOCK} of each block and two, got {len(tensors)}")
     tokens = {"features": inputs} if saet is None else {"saet": saet}
-    for start in range(0, len(tensors) - 2, 10):
-        fits_block(tensors[start:start + 10], **tokens)
+    for start in range(0, len(tensors) - 2, PER_BLOCK):
+        fits_block(tensors[start:start + PER_BLOCK], **tokens)
     _fits_last(inputs.shape[-2], *tensors[-2:], channels, patch, **tokens)
 
 
@@ -166,7 +166,7 @@ def _kept(inputs: Tensor, saet: Tensor | None, weights: list[Tensor]) -> int:
     """How many values are kept for the way back; the kernel says the same."""
     tokens = inputs.shape[0] * inputs.shape[-2]
     d = inputs.shape[-1] if saet is None else saet.shape[1]
-    return tokens * (len(weights) // len(BlockWeights._fields) * (2 * d + 2) + (0 if saet is None else d))
+    return tokens * (len(weights) // PER_BLOCK * (2 * d + 2) + (0 if saet is None else d))
 
 
 @registered.custom_op("speedk::freenet_bwd")
@@ -222,8 +222,8 @@ def _freenet_reference(coded: bool, channels: int, patch: int, sum_norm: bool, i
     weights = tensors[:-1] if coded else tensors
     features = mhsc_reference(inputs, tensors[-1]) if coded else inputs
     state = None
-    for start in range(0, len(weights) - 2, 10):
-        block = BlockWeights(*weights[start:start + 10])
+    for start in range(0, len(weights) - 2, PER_BLOCK):
+        block = BlockWeights(*weights[start:start + PER_BLOCK])
         state = freenet_block_reference(features, state, block, "sum" if sum_norm else "branch")
     return tokens_to_images_reference(state, *weights[-2:], channels, patch)
 
