@@ -7,7 +7,7 @@ from torch import Tensor
 
 from speedk.ops import arguments, dispatch, native, registered
 from speedk.ops.mhsc import fits_heads, mhsc_reference
-from speedk.ops.topk import fits_topk, holds_nan, topk_mask_reference, why_not_native_topk
+from speedk.ops.topk import fits_topk, select_natively, topk_mask_reference, why_not_native_topk
 
 
 def index_dtype(size: int) -> torch.dtype:
@@ -156,9 +156,7 @@ _mhsc = dispatch.Op("mhsc_coo", triton=why_not_triton, native=why_not_native)
 def _coo_encode(scm: Tensor, k: int, check: bool, backend: str) -> tuple[Tensor, Tensor, Tensor]:
     _fits_encode(scm, k)
     values, rows, cols = _encoded(scm, k)
-    nan = native.topk(scm, k, values=values, rows=rows, cols=cols, check=check)
-    if check and nan:
-        raise holds_nan()
+    select_natively(scm, k, check, values=values, rows=rows, cols=cols)
     return values, rows, cols
 
 

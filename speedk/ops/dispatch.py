@@ -309,6 +309,11 @@ def why_not_native_cuda(*tensors: Tensor) -> str | None:
     return None
 
 
+def why_not_native(*tensors: Tensor) -> str | None:
+    """The same for an op with both, by where the first tensor is."""
+    return (why_not_native_cuda if tensors[0].is_cuda else why_not_native_cpu)(*tensors)
+
+
 @torch.compiler.assume_constant_result
 def native_cuda() -> bool:
     """Whether the extension holds CUDA kernels, wherever they can run."""

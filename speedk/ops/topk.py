@@ -47,7 +47,7 @@ def sparsify(scm: Tensor, k: int, *, check: bool | None = None) -> Tensor:
 def topk_mask_reference(scm: Tensor, k: int, check: bool = True) -> Tensor:
     n, h, j, tokens = scm.shape
     if check and torch.isnan(scm).any():
-        raise holds_nan()
+        raise _holds_nan()
     size = scm.detach().abs().nan_to_num(nan=-1, posinf=torch.inf)
     order = size.reshape(n, h, j * tokens).argsort(dim=-1, descending=True, stable=True)
     mask = torch.zeros_like(order, dtype=torch.bool)
@@ -63,8 +63,15 @@ def fits_topk(scm: Tensor, k: int) -> None:
         raise ValueError(f"k={k} is outside 0 to J K={size}")
 
 
-def holds_nan() -> ValueError:
+def _holds_nan() -> ValueError:
     return ValueError("scm holds a NaN: its largest entries are not defined")
+
+
+def select_natively(scm: Tensor, k: int, check: bool, **results: Tensor) -> None:
+    """Fill `results` as `native.topk` does. Raises ValueError where a NaN is looked for and found."""
+    nan = native.topk(scm, k, **results, check=check)
+    if check and nan:
+        raise _holds_nan()
 
 
 NATIVE_ENTRIES = 2**30
@@ -76,7 +83,7 @@ def why_not_native_topk(scm: Tensor, k: int) -> str | None:
         return f"{scm.dtype} is computed in PyTorch"
     if scm.shape[2] * scm.shape[3] > NATIVE_ENTRIES:
         return f"more than {NATIVE_ENTRIES:,} entries of a matrix are computed in PyTorch"
-    return dispatch.why_not_native_cuda(scm) if scm.is_cuda else dispatch.why_not_native_cpu(scm)
+    return dispatch.why_not_native(scm)
 
 
 _mask = dispatch.Op("topk_mask", native=why_not_native_topk, cuda=True)
@@ -87,9 +94,7 @@ _sparse = dispatch.Op("sparsify", native=why_not_native_topk, cuda=True)
 def _topk_mask(scm: Tensor, k: int, check: bool, backend: str) -> Tensor:
     fits_topk(scm, k)
     mask = torch.empty(scm.shape, dtype=torch.bool, device=scm.device)
-    nan = native.topk(scm, k, mask=mask, check=check)
-    if check and nan:
-        raise holds_nan()
+    select_natively(scm, k, check, mask=mask)
     return mask
 
 
@@ -102,9 +107,7 @@ def _(scm: Tensor, k: int, check: bool, backend: str) -> Tensor:
 def _sparsify(scm: Tensor, k: int, check: bool, backend: str) -> Tensor:
     fits_topk(scm, k)
     kept = torch.empty(scm.shape, dtype=scm.dtype, device=scm.device)
-    nan = native.topk(scm, k, dense=kept, check=check)
-    if check and nan:
-        raise holds_nan()
+    select_natively(scm, k, check, dense=kept)
     return kept
 
 
