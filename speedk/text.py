@@ -1,4 +1,4 @@
-"""Text for a terminal."""
+"""Tables, durations and results as text."""
 
 from __future__ import annotations
 
@@ -21,3 +21,10 @@ def duration(seconds: float) -> str:
         if seconds >= 2 * size:
             return f"{seconds / size:.1f} {unit}"
     return f"{seconds:.1f} s" if seconds >= 1 else f"{1000 * seconds:.0f} ms"
+
+
+def mean_std(mean: float | None, std: float | None, runs: int, digits: int = 2, sign: str = " +- ") -> str:
+    """Mean and standard deviation of `runs` runs. One run has no deviation, and there is no mean where one failed."""
+    if mean is None:
+        return "failed"
+    return f"{mean:.{digits}f}" + (f"{sign}{std:.{digits}f}" if runs > 1 else " (one run)")
