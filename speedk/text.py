@@ -1,4 +1,4 @@
-"""Tables, durations and results as text."""
+"""Tables, durations, bars and results as text."""
 
 from __future__ import annotations
 
@@ -21,6 +21,11 @@ def duration(seconds: float) -> str:
         if seconds >= 2 * size:
             return f"{seconds / size:.1f} {unit}"
     return f"{seconds:.1f} s" if seconds >= 1 else f"{1000 * seconds:.0f} ms"
+
+
+def no_bar(progress: bool | None) -> bool | None:
+    """What tqdm's `disable` must be for a bar where `progress` says so; None shows it on a terminal."""
+    return None if progress is None else not progress
 
 
 def mean_std(mean: float | None, std: float | None, runs: int, digits: int = 2, sign: str = " +- ") -> str:

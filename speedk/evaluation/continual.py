@@ -27,6 +27,7 @@ from speedk.evaluation import sources, stepfiles, train
 from speedk.evaluation.evaluate import device_name, resolve
 from speedk.networks import given as allowed
 from speedk.schedule import Schedule, schedule
+from speedk.text import no_bar
 from speedk.training import ImageSet
 from speedk.workers import Pool
 
@@ -128,7 +129,7 @@ def continual(given: Sequence[str | os.PathLike[str] | Distilled | sources.Sourc
     curves: list[Curve] = []
     with Pool(device, threads) as pool:
         total = sum(memory.plan.epochs for memory in made) * steps * len(names) * runs
-        hidden = None if progress is None else not progress
+        hidden = no_bar(progress)
         with tqdm(total=total, desc="learning step by step", unit="epoch", leave=False, disable=hidden) as bar:
             for memory in made:
                 curves += _learn(memory, names, splits, pool, bar.update, hidden)

@@ -19,6 +19,7 @@ from speedk.evaluation.report import NetworkResult, Report
 from speedk.files import write_atomic
 from speedk.networks import given
 from speedk.schedule import Schedule, schedule
+from speedk.text import no_bar
 from speedk.workers import Pool
 
 if TYPE_CHECKING:
@@ -118,7 +119,7 @@ def _train_and_test(source: sources.Source, real: RealData, names: list[str], se
                     ) -> tuple[list[train.Run], dict[str, list[list[float]]] | None]:
     sets = {seed: source.images(seed, real, device) for seed in seeds}
     test = training.ImageSet(lambda index: real.normalised("test", index), real.test.labels)
-    hidden = None if progress is None else not progress
+    hidden = no_bar(progress)
     with Pool(device, threads) as pool:
         with tqdm(total=len(names) * len(seeds) * plan.epochs, desc="training", unit="epoch", disable=hidden,
                   leave=False) as bar:

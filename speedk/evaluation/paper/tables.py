@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
@@ -15,11 +14,7 @@ from speedk.evaluation.paper import published
 from speedk.files import locked, write_atomic
 from speedk.registry import nearest
 from speedk.text import mean_std
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
+from speedk.toml import tomllib
 
 UNPUBLISHED = "unpublished"
 """Stands for the number of a row that is ours: its runs belong beside the paper's."""
