@@ -40,6 +40,7 @@ class FReeNet(nn.Module):
     each block with heads of its own in the codes; or "none".
     convolutions: layers x + conv(x) on the image (its Table II), of `kernel` x `kernel`, with GELU before all but the
     first; they start at zero, where they change nothing.
+    Raises ValueError for another norm or shared.
     """
 
     def __init__(self, D: int, R: int, channels: int, patch: int, patches: int, norm: str = "branch",

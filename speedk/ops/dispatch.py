@@ -149,6 +149,7 @@ class use_backend:
     """Run every op on one backend from here on: "triton", "native" or "torch"; None goes back to choosing.
 
     `use_backend("native")` holds for the whole process until the next call; `with use_backend("native"):` for its body.
+    Raises ConfigError for another name; an op that cannot run there raises it, with the reason, when it is called.
     """
 
     def __init__(self, name: str | None) -> None:
@@ -169,7 +170,8 @@ def explain(op: str, *arguments: object, **keywords: object) -> dict[str, str]:
     """For each backend of `op`, first choice first: "chosen", "available", or the reason it cannot take `arguments`.
 
     Arguments are those of the op, and refused as the op refuses them; nothing is computed. Without arguments it tells
-    what holds for every input on the GPU, or on the CPU where there is none.
+    what holds for every input on the GPU, or on the CPU where there is none. Raises ValueError for an op that does not
+    exist.
     """
     if op not in _public:
         raise ValueError(f"{op!r} is not one of {', '.join(sorted(_public))}")

@@ -28,7 +28,7 @@ class FReeNetWeights(NamedTuple):
     channels: int  # C
     patch: int  # side of a patch, in pixels
     patches: int  # J
-    norm: str = "branch"
+    norm: str = "branch"  # where a block adds its state, as in `freenet_block`
 
 
 @dispatch.public
@@ -37,8 +37,10 @@ def freenet(scm: Tensor, saet: Tensor, weights: FReeNetWeights) -> Tensor:
 
     Differentiable once in scm, saet and weights (any number of times on the torch backend).
 
-    scm: [N, H, J, K]; saet: [K, D]. Returns [N, C, H, W], in the space the data were normalised to (not [0, 1]).
-    Raises ValueError where shapes or dtypes do not fit.
+    scm: [N, H, J, K] floating; saet: [K, D], D a multiple of H; weights: as `speedk.FReeNet.weights()` gives them; all
+    of one dtype, on one device, any strides. Returns [N, C, H, W] of that dtype, H = W = patch * sqrt(J), in the space
+    the data were normalised to (not [0, 1]).
+    Raises ValueError where shapes, dtypes or devices do not fit, or J is not a square number.
     Backends: Triton (as a composition of ops, of which `freenet_block` may have a CUDA kernel), native (CPU, float32:
     codes, blocks and projection in one pass over the tokens), torch.
     """
@@ -52,9 +54,16 @@ def freenet(scm: Tensor, saet: Tensor, weights: FReeNetWeights) -> Tensor:
 @dispatch.public
 def freenet_coo(values: Tensor, rows: Tensor, cols: Tensor, saet: Tensor, weights: FReeNetWeights, *,
                 check: bool | None = None) -> Tensor:
-    """`freenet` from stored entries ([N, H, k] each): the artifact's path, with no dense code matrix of its own.
+    """`freenet` from stored entries: the artifact's path, with no dense code matrix of its own.
 
-    `check` and errors as for `mhsc_coo`, the rest as for `freenet`.
+    Differentiable once in values, saet and weights (any number of times on the torch backend).
+
+    values: [N, H, k] floating; rows, cols: [N, H, k] of an integer dtype, below J and below K; saet: [K, D] and weights
+    as for `freenet`. check: whether an index out of range is looked for, as for `coo_decode`.
+    Returns [N, C, H, W], as `freenet` does.
+    Raises ValueError where shapes, dtypes or devices do not fit, J is not a square number or, where checked, an index
+    is out of range.
+    Backends: Triton (as a composition of ops), native (CPU, float32: `mhsc_coo`, then the rest in one pass), torch.
     """
     fits_mhsc_coo(values, rows, cols, saet, weights.patches)
     _fits_weights(weights.patches, saet, weights)

@@ -18,7 +18,8 @@ def topk_mask(scm: Tensor, k: int, *, check: bool | None = None) -> Tensor:
     default it is, but for a GPU under torch.compile or graph capture, and PyTorch's backend under transforms. That
     backend looks for none under torch.compile, even if asked. Where none is looked for, a NaN ranks below every number.
     Returns bool [N, H, J, K].
-    Raises ValueError for k outside [0, J K] or, where checked, for a NaN.
+    Raises ValueError for scm that is not floating or of another shape, for k outside [0, J K] or, where checked, for a
+    NaN.
     Backends: native (CPU, CUDA), torch.
     """
     fits_topk(scm, k)
@@ -33,8 +34,8 @@ def topk_mask(scm: Tensor, k: int, *, check: bool | None = None) -> Tensor:
 def sparsify(scm: Tensor, k: int, *, check: bool | None = None) -> Tensor:
     """scm with all but its k largest entries per (image, head) set to zero: the bar-A of Eq. 6.
 
-    Differentiable any number of times: the gradient passes through the entries that survive. Arguments, errors and
-    backends as for `topk_mask`.
+    Differentiable any number of times: the gradient passes through the entries that survive. Returns [N, H, J, K] of
+    scm's dtype. Arguments, backends and what it raises (ValueError) as for `topk_mask`.
     """
     fits_topk(scm, k)
     backend = _sparse.choose(scm, k)
