@@ -21,6 +21,11 @@ class Geometry:
         """Values of one image, C H W: the L J of Eq. 7."""
         return self.channels * self.resolution**2
 
+    @property
+    def shape(self) -> str:
+        """Of one image, as in "3x32x32"."""
+        return f"{self.channels}x{self.resolution}x{self.resolution}"
+
     def budget(self, ipc: int) -> int:
         """float32 numbers that `ipc` plain images per class hold: the c n L J of Eq. 7."""
         return self.classes * ipc * self.pixels

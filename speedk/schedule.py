@@ -51,7 +51,7 @@ STANDARDISATIONS = ("mtt", "speed")
 
 def schedule(protocol: str, standardisation: str = "mtt", whole: bool = False, rate: float | None = None,
              epochs: int | None = None, precision: str = "float32") -> Schedule:
-    """The schedule of a named protocol ("paper": 1,001 epochs, "quick": 200; the whole data set: always 50).
+    """The schedule of a named protocol, one of PROTOCOLS; the whole data set has its own, WHOLE, under every name.
 
     standardisation: "speed" standardises every batch by its own statistics, "mtt" does not. rate, epochs: in place of
     the schedule's own. precision: "float32", or "bf16", which is faster and no longer the published protocol. Raises

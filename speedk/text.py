@@ -1,4 +1,4 @@
-"""Text for a terminal."""
+"""Tables, durations, bars and results as text."""
 
 from __future__ import annotations
 
@@ -21,3 +21,15 @@ def duration(seconds: float) -> str:
         if seconds >= 2 * size:
             return f"{seconds / size:.1f} {unit}"
     return f"{seconds:.1f} s" if seconds >= 1 else f"{1000 * seconds:.0f} ms"
+
+
+def no_bar(progress: bool | None) -> bool | None:
+    """What tqdm's `disable` must be for a bar where `progress` says so; None shows it on a terminal."""
+    return None if progress is None else not progress
+
+
+def mean_std(mean: float | None, std: float | None, runs: int, digits: int = 2, sign: str = " +- ") -> str:
+    """Mean and standard deviation of `runs` runs. One run has no deviation, and there is no mean where one failed."""
+    if mean is None:
+        return "failed"
+    return f"{mean:.{digits}f}" + (f"{sign}{std:.{digits}f}" if runs > 1 else " (one run)")

@@ -137,7 +137,7 @@ def _imported_at_the_top(path: Path, name: str) -> bool:
 
 def ops() -> list[str]:
     # The last is a part of freenet, in its own file.
-    shared = {"__init__", "arguments", "dispatch", "native", "native_block", "native_linear", "registered",
+    shared = {"__init__", "arguments", "autocast", "dispatch", "native", "native_block", "native_linear", "registered",
               "freenet_block"}
     return sorted(p.stem for p in (PACKAGE / "ops").glob("*.py") if p.stem not in shared)
 
@@ -170,4 +170,22 @@ def test_files_stay_readable():
     long = {str(path): len(lines) for path, lines in texts.items() if len(lines) > 400}
     assert not long, f"over 400 lines, which is asking to be two files: {long}"
     wide = [f"{path}:{i}" for path, lines in texts.items() for i, line in enumerate(lines, 1) if len(line) > 120]
+    assert not wide, f"over 120 columns: {wide}"
+
+
+def prose(page: Path) -> list[tuple[int, str]]:
+    """The numbered lines of a page but for its code, its tables and lines with a link, which cannot be broken."""
+    found, fenced = [], False
+    for number, line in enumerate(page.read_text().splitlines(), 1):
+        if line.lstrip().startswith("```"):
+            fenced = not fenced
+        elif not fenced and not line.startswith(("    ", "|")) and "](" not in line:
+            found.append((number, line))
+    return found
+
+
+def test_pages_stay_readable():
+    pages = [ROOT / "README.md", *ROOT.glob("docs/*.md")]
+    wide = [f"{page.relative_to(ROOT)}:{i}" for page in sorted(pages) if page.name != "results.md"  # which code writes
+            for i, line in prose(page) if len(line) > 120]
     assert not wide, f"over 120 columns: {wide}"

@@ -10,7 +10,7 @@ from speedk.cli import _curves, _options, _testing
 from speedk.cli._files import distilled_file
 from speedk.errors import ConfigError, TrainingError
 from speedk.files import write_atomic
-from speedk.text import table
+from speedk.text import mean_std, table
 
 if TYPE_CHECKING:
     from speedk.evaluation import ContinualReport
@@ -91,8 +91,7 @@ def text(report: ContinualReport) -> str:
     rows = [("memory", "network", *(f"{count} classes" for count in report.classes))]
     per_memory = len(report.curves) // len(names)
     for place, curve in enumerate(report.curves):
-        cells = ["failed" if curve.mean(step) is None else f"{curve.mean(step):.2f} +- {curve.std(step):.2f}"
-                 for step in steps]
+        cells = [mean_std(curve.mean(step), curve.std(step), len(report.seeds)) for step in steps]
         rows.append((names[place // per_memory], curve.network, *cells))
     lines = [table(facts), "", table(rows, numbers=[2 + step for step in steps])]
     return "\n".join(lines + [f"{curve.network}, {why}" for curve in report.curves for why in curve.failures])

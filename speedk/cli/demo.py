@@ -5,10 +5,15 @@ from __future__ import annotations
 import argparse
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from speedk.cli import _options
 from speedk.distillation import runfiles
 from speedk.errors import ConfigError
+from speedk.text import mean_std, table
+
+if TYPE_CHECKING:
+    from speedk.evaluation import Report
 
 HELP = "Distil the embedded digits, evaluate the saved file beside its baselines, and draw it: a few minutes on a CPU."
 EPILOG = """\
@@ -29,7 +34,6 @@ def run(args: argparse.Namespace) -> int:
     from speedk.cli._progress import Bars
     from speedk.distillation import plan as plans
     from speedk.evaluation import real_images, whole
-    from speedk.text import table
 
     if args.runs < 1:
         raise ConfigError(f"--runs {args.runs} must be at least 1")
@@ -58,21 +62,26 @@ def run(args: argparse.Namespace) -> int:
         beside = source.with_name(runfiles.EVALUATION) if isinstance(source, Path) else None
         reports[name] = evaluate(source, real, networks=("convnet",), runs=runs, protocol="quick", device=device,
                                  out=beside)
-    rows = [("trained on", "images", "float32 numbers", "accuracy", "runs")]
-    for name, report in reports.items():
-        result = report.results[0]
-        spread = f"{result.mean:.1f} +- {result.std:.1f} %" if result.mean is not None else "failed"
-        numbers = f"{sum(report.storage.values()):,.0f}"
-        rows.append((name, f"{report.images:,}", numbers, spread, str(len(result.seeds))))
-    print(f"\n{table(rows, numbers=(1, 2, 4))}\n")
+    print(f"\n{_table(reports)}\n")
     speed = reports["SPEED"]
-    print(f"accuracy on {len(real.test):,} test images ({real.split}; {real.note}); ConvNet, protocol "
-          f"{speed.protocol['name']} ({speed.protocol['epochs']} epochs), the whole data set 50 epochs; seeds from 0")
+    print(f"accuracy, per cent of {len(real.test):,} test images ({real.split}; {real.note}); ConvNet, protocol "
+          f"{speed.protocol['name']} ({speed.protocol['epochs']} epochs), the whole data set "
+          f"{reports['whole data set'].protocol['epochs']} epochs; seeds from 0")
     print(f"distilled in {seconds['speed']:.0f} s (pixels {seconds['pixels']:.0f} s), "
           f"{time.monotonic() - began:.0f} s in all")
     print(f"artifact {files['speed']}: {files['speed'].stat().st_size:,} bytes")
     print(f"picture  {files['speed'].with_name(runfiles.PREVIEW)}")
     return 0
+
+
+def _table(reports: dict[str, Report]) -> str:
+    """A row for each of what was trained on."""
+    rows = [("trained on", "images", "float32 numbers", "accuracy", "runs")]
+    for name, report in reports.items():
+        result, numbers = report.results[0], sum(report.storage.values())
+        accuracy = mean_std(result.mean, result.std, len(result.seeds), digits=1)
+        rows.append((name, f"{report.images:,}", f"{numbers:,.0f}", accuracy, str(len(result.seeds))))
+    return table(rows, numbers=(1, 2, 4))
 
 
 def _unused(folder: Path) -> Path:

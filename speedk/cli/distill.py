@@ -113,8 +113,7 @@ def _announce(made: Plan) -> None:
     spent = recipe.budget(real.geometry)
     rows = [
         ("data", f"{real.name}, split {real.split}, {len(real.train):,} training and {len(real.test):,} test images of "
-                 f"{real.geometry.channels}x{real.geometry.resolution}x{real.geometry.resolution}, "
-                 f"{real.geometry.classes} classes{note}"),
+                 f"{real.geometry.shape}, {real.geometry.classes} classes{note}"),
         ("recipe", f"{recipe.about.name} ({recipe.about.row}), seed {recipe.run.seed}, protocol "
                    f"{recipe.run.protocol}"),
         *(("", text) for text in made.notes),

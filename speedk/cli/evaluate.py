@@ -12,6 +12,7 @@ from speedk.cli._files import distilled_file
 from speedk.distillation import runfiles
 from speedk.errors import ConfigError, TrainingError
 from speedk.files import write_atomic
+from speedk.schedule import PROTOCOLS, WHOLE
 
 if TYPE_CHECKING:
     from speedk.evaluation import Report
@@ -20,12 +21,12 @@ Curves = dict[str, dict[str, float]]
 """Of one report: network -> corruption -> mean accuracy."""
 
 HELP = "Train networks on a distilled file (or on real images) and test them on the real test set."
-EPILOG = """\
+_EPOCHS = "\n".join(f"  {name:<7} {of.epochs:,} epochs" for name, of in PROTOCOLS.items())
+EPILOG = f"""\
 protocols: batch 256, SGD at the rate stored in the file (else 0.01), momentum 0.9, weight decay 5e-4, DSA;
 after half of the epochs and one more, a tenth of the rate and a fresh optimiser; accuracy after the last epoch
-  paper   1,001 epochs
-  quick   200 epochs
-  --whole 50 epochs at 0.01
+{_EPOCHS}
+  --whole {WHOLE.epochs} epochs at {WHOLE.rate:g}
 
 examples:
   speedk evaluate runs/digits/distilled.safetensors --protocol quick

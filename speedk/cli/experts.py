@@ -118,7 +118,7 @@ def _info(path: Path) -> int:
     of = folder.identity
     print(table([
         ("folder", str(path)),
-        ("data", f"{one_line(of.dataset)}, {of.channels}x{of.resolution}x{of.resolution}, {of.classes} classes"),
+        ("data", f"{one_line(of.dataset)}, {of.geometry.shape}, {of.classes} classes"),
         ("data hash", one_line(of.data)),
         ("normaliser", one_line(", ".join(f"{key} {value}" for key, value in of.normaliser.items()))),
         ("network", f"{of.network}, {of.parameters:,} parameters, stored as {of.precision}"),

@@ -57,13 +57,12 @@ def text(distilled: Distilled, summary: dict[str, Any]) -> str:
     header, g = distilled.header, distilled.geometry
     counts = sorted(set(header["images_per_class"]))
     each = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
-    shape = f"{g.channels}x{g.resolution}x{g.resolution}"
     data = header["data"]
     facts = [
         ("file", one_line(distilled.path)),
         ("method", f"{distilled.method}: {_fields(header['spec'])}"),
         ("recipe", _fields(header["recipe"].get("recipe", header["recipe"]))),
-        ("images", f"{summary['images']:,} of {shape} in {g.classes} classes, {each} a class, in the storage of "
+        ("images", f"{summary['images']:,} of {g.shape} in {g.classes} classes, {each} a class, in the storage of "
                    f"{distilled.ipc}"),
         ("classes", _list(distilled.class_names)),
         ("data", f"{one_line(data['name'])}, split {one_line(data['split'])}"),

@@ -229,7 +229,7 @@ def _listing(lines: list[dict[str, Any]]) -> str:
 
 
 def _command(target: Target, cells: list[Cell], args: argparse.Namespace, changed: dict[str, Any]) -> str:
-    """The run as one would type it, without the evaluation's options."""
+    """The run as one would type it, without the evaluation's options but for what is `changed` of it."""
     networks = ",".join(dict.fromkeys(cell.network for cell in cells))
     data = f" --data {args.data}" if args.data is not None else ""
     seed = f" --seed {args.seed}" if args.seed else ""
@@ -237,11 +237,14 @@ def _command(target: Target, cells: list[Cell], args: argparse.Namespace, change
         fields = "".join(f" {name}={value}" for name, value in (*target.fields, *changed.items()))
         return f"speedk distill --recipe {target.name} --objective {target.objective}{fields}{data}{seed}"
     split = f" --split {changed['split']}" if "split" in changed else ""
+    how = f" --standardisation {changed['protocol']}" if "protocol" in changed else ""
     if target.kind == "coreset":
         epochs = f" --epochs {changed['epochs']}" if "epochs" in changed else ""
-        return (f"speedk coreset --dataset {target.dataset} --ipc {target.ipc} --method {target.name}{data}{split}"
-                f"{epochs}{seed}")
-    how = f" --standardisation {changed['protocol']}" if "protocol" in changed else ""
+        chosen = (f"speedk coreset --dataset {target.dataset} --ipc {target.ipc} --method {target.name}{data}{split}"
+                  f"{epochs}{seed}")
+        out = _out(target, args, changed)
+        # The set is the same, and its evaluation another: that is a command of its own.
+        return f"{chosen} --out {out} && speedk evaluate {out} --networks {networks}{data}{how}" if how else chosen
     return f"speedk evaluate --whole --dataset {target.dataset} --networks {networks}{data}{split}{how}"
 
 

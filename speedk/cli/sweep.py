@@ -246,12 +246,12 @@ def _listing(plans: list[Plan], grid: list[dict[str, Any]], how: Evaluation) -> 
 
 
 def _table(lines: list[dict[str, Any]], varied: list[str]) -> str:
-    from speedk.text import table
+    from speedk.text import mean_std, table
 
     names = [result["network"] for result in lines[0]["results"]]
     rows = [["cell", "N/c", "counted", "of budget", *names]]
     for line in lines:
-        accuracies = ["failed" if r["mean"] is None else f"{r['mean']:.2f} +- {r['std']:.2f}" for r in line["results"]]
+        accuracies = [mean_std(r["mean"], r["std"], len(r["accuracies"])) for r in line["results"]]
         rows.append([_short({name: line["fields"][name] for name in varied}), str(line["images_per_class"]),
                      f"{line['numbers']:,}", f"{line['numbers'] / line['budget']:.0%}", *accuracies])
     return table(rows, numbers=range(1, len(rows[0])))

@@ -104,8 +104,8 @@ class Distilled:
 
     def __repr__(self) -> str:
         g = self.geometry
-        return (f"Distilled({self.path!r}: {self.method}, {len(self)} images of {g.channels}x{g.resolution}x"
-                f"{g.resolution} in {g.classes} classes, {self.header['numbers']:,} numbers)")
+        return (f"Distilled({self.path!r}: {self.method}, {len(self)} images of {g.shape} in {g.classes} classes, "
+                f"{self.header['numbers']:,} numbers)")
 
     @property
     def classes(self) -> Tensor:

@@ -108,6 +108,5 @@ def solve(geometry: Geometry, ipc: int) -> dict[str, int]:
                             best = cost, dict(images_per_class=images, D=D, K=K, H=H, R=R, k=k, patch=patch)
     if best is None:
         raise ConfigError(f"no SPEED fits {allowed:,} float32 numbers ({geometry.classes} classes, ipc={ipc}, "
-                          f"{geometry.channels}x{geometry.resolution}x{geometry.resolution} pixels); raise ipc or the "
-                          "resolution")
+                          f"{geometry.shape} pixels); raise ipc or the resolution")
     return best[1]

@@ -15,6 +15,7 @@ from speedk.distillation.coresets.base import Coreset, Members
 from speedk.distillation.parameterizations.pixels import Pixels, Spec
 from speedk.errors import ConfigError
 from speedk.schedule import WHOLE
+from speedk.text import no_bar
 from speedk.workers import Pool
 
 
@@ -38,8 +39,7 @@ def choose(real: RealData, method: str, ipc: int, *, seed: int = 0, network: str
     with pool:
         seen = coreset_network.trained(real, network, epochs, seed, pool, progress) if plugin.looks_at else None
         for label, rows in enumerate(tqdm(torch.argsort(labels, stable=True).split(counts.tolist()), desc="choosing",
-                                          unit="class", delay=2, leave=False,
-                                          disable=None if progress is None else not progress)):
+                                          unit="class", delay=2, leave=False, disable=no_bar(progress))):
             members = Members(len(rows))
             if plugin.looks_at == "features":
                 members = Members(len(rows), features=seen.features(real, rows, pool))

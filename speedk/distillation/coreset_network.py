@@ -19,6 +19,7 @@ from speedk.data import RealData, cache
 from speedk.errors import SpeedkError, TrainingError
 from speedk.files import write_atomic
 from speedk.schedule import WHOLE
+from speedk.text import no_bar
 from speedk.workers import Pool
 
 
@@ -71,8 +72,7 @@ def trained(real: RealData, name: str, epochs: int, seed: int, pool: Pool,
     data = training.ImageSet(lambda index: real.normalised("train", index), real.train.labels)
     events = Events(len(data), pool.device)
     generator = seeds.generator(seed, "coreset batches")
-    with tqdm(total=epochs, desc=f"training the {name}", unit="epoch", leave=False,
-              disable=None if progress is None else not progress) as bar:
+    with tqdm(total=epochs, desc=f"training the {name}", unit="epoch", leave=False, disable=no_bar(progress)) as bar:
         loss = training.train(network, data, replace(WHOLE, epochs=epochs), generator, pool, bar.update, events.see)
         if not math.isfinite(loss):
             raise TrainingError(f"the {name} for the features did not train: its loss is {loss} in epoch {bar.n}")

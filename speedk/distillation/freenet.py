@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.functional import gelu
 
 from speedk import ops
-from speedk.ops.freenet import NORMS
+from speedk.ops.freenet_block import EPS, NORMS
 
 SHARED = ("both", "saet", "none")
 
@@ -20,10 +20,10 @@ class Block(nn.Module):
     def __init__(self, D: int) -> None:
         super().__init__()
         self.projection = nn.Linear(D, D)
-        self.norm1 = nn.LayerNorm(D, eps=1e-6)
+        self.norm1 = nn.LayerNorm(D, eps=EPS)
         self.fc1 = nn.Linear(D, D)
         self.fc2 = nn.Linear(D, D)
-        self.norm2 = nn.LayerNorm(D, eps=1e-6)
+        self.norm2 = nn.LayerNorm(D, eps=EPS)
 
     def weights(self) -> ops.BlockWeights:
         layers = (self.projection, self.norm1, self.fc1, self.fc2, self.norm2)
@@ -40,6 +40,7 @@ class FReeNet(nn.Module):
     each block with heads of its own in the codes; or "none".
     convolutions: layers x + conv(x) on the image (its Table II), of `kernel` x `kernel`, with GELU before all but the
     first; they start at zero, where they change nothing.
+    Raises ValueError for another norm or shared.
     """
 
     def __init__(self, D: int, R: int, channels: int, patch: int, patches: int, norm: str = "branch",

@@ -125,7 +125,7 @@ def _check_normaliser(description: Mapping[str, Any], geometry: Geometry) -> Non
     side = geometry.resolution
     if description.get("kind") == "zca":
         if description.get("shape") != [geometry.channels, side, side]:
-            raise ArtifactError(f"is of {geometry.channels}x{side}x{side} but its normaliser is not")
+            raise ArtifactError(f"is of {geometry.shape} but its normaliser is not")
         return
     try:
         data.from_description(description)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import sys
 import types
 import typing
 from dataclasses import dataclass, field
@@ -21,11 +20,7 @@ from speedk.distillation.budget import Budget
 from speedk.errors import ConfigError
 from speedk.geometry import Geometry
 from speedk.schedule import STANDARDISATIONS
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
+from speedk.toml import tomllib
 
 MAX_SEED = (1 << 64) - 1
 """What a file can say: a run with a larger one would end with nothing written."""

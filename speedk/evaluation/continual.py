@@ -24,9 +24,10 @@ from tqdm import tqdm
 from speedk import seeds, training
 from speedk.errors import ConfigError, DataError
 from speedk.evaluation import sources, stepfiles, train
-from speedk.evaluation.evaluate import device_name, resolve
+from speedk.evaluation.evaluate import device_name, device_of, resolve
 from speedk.networks import given as allowed
 from speedk.schedule import Schedule, schedule
+from speedk.text import no_bar
 from speedk.training import ImageSet
 from speedk.workers import Pool
 
@@ -88,7 +89,7 @@ class ContinualReport:
 def continual(given: Sequence[str | os.PathLike[str] | Distilled | sources.Source], real: RealData | None = None, *,
               steps: int | None = None, networks: Sequence[str] = ("convnet",), runs: int = 5, protocol: str = "paper",
               seed: int = 0, standardisation: str | None = None, rate: float | None = None, epochs: int | None = None,
-              precision: str = "float32", device: torch.device | str = "cpu", other_data: bool = False,
+              precision: str = "float32", device: torch.device | str = "auto", other_data: bool = False,
               threads: int | None = None, progress: bool | None = None) -> ContinualReport:
     """Learn the classes of each of `given` in `steps` and test on all seen after each.
 
@@ -104,6 +105,7 @@ def continual(given: Sequence[str | os.PathLike[str] | Distilled | sources.Sourc
         raise ConfigError(f"there is nothing to run: runs={runs}, networks={list(networks)}, {len(given)} files")
     for name in networks:
         allowed(name)
+    device, names = device_of(device), list(dict.fromkeys(networks))
     made: list[_Memory] = []
     for one in given:
         if isinstance(one, (str, os.PathLike)) and Path(one).is_dir():
@@ -124,11 +126,10 @@ def continual(given: Sequence[str | os.PathLike[str] | Distilled | sources.Sourc
     sizes = {tuple(map(len, m.parts or splits[seed])) for m in made}
     if len(sizes) > 1:
         raise ConfigError("the steps of these have different numbers of classes: learn them one at a time")
-    device, names = torch.device(device), list(dict.fromkeys(networks))
     curves: list[Curve] = []
     with Pool(device, threads) as pool:
         total = sum(memory.plan.epochs for memory in made) * steps * len(names) * runs
-        hidden = None if progress is None else not progress
+        hidden = no_bar(progress)
         with tqdm(total=total, desc="learning step by step", unit="epoch", leave=False, disable=hidden) as bar:
             for memory in made:
                 curves += _learn(memory, names, splits, pool, bar.update, hidden)

@@ -19,6 +19,7 @@ from speedk.evaluation.report import NetworkResult, Report
 from speedk.files import write_atomic
 from speedk.networks import given
 from speedk.schedule import Schedule, schedule
+from speedk.text import no_bar
 from speedk.workers import Pool
 
 if TYPE_CHECKING:
@@ -32,20 +33,22 @@ FOREIGN = {".npz": read.npz, ".parquet": read.parquet}
 def evaluate(source: str | os.PathLike[str] | Distilled | sources.Source, real: RealData | None = None, *,
              networks: Sequence[str] = ("convnet",), runs: int = 5, protocol: str = "paper", seed: int = 0,
              standardisation: str | None = None, rate: float | None = None, epochs: int | None = None,
-             precision: str = "float32", device: torch.device | str = "cpu", other_data: bool = False,
+             precision: str = "float32", device: torch.device | str = "auto", other_data: bool = False,
              out: str | os.PathLike[str] | None = None, corruptions: bool | str | os.PathLike[str] = False,
              threads: int | None = None, progress: bool | None = None) -> Report:
     """Train fresh networks on the images of `source` and test each once, after its last epoch.
 
     source: the path of a distilled file, or of images and labels (.npz, .parquet); or what `speedk.load` gives; or a
     `Source` (`sources.whole`, `sources.real_images`). real: the data it is tested on; None loads, by name, the data
-    that a distilled file says it comes from. Run r has the seed `seed + r` for everything random in it.
-    protocol: "paper" (1,001 epochs) or "quick" (200). standardisation: "mtt" or "speed"; None is the file's own, else
-    "mtt". rate: None is the one learned with the file, else 0.01. other_data: a distilled file may be tested on data it
-    was not distilled from. out: write the report there as JSON. corruptions: test on corrupted test images too, made
-    here (True) or read from a folder like CIFAR-10-C (its path). precision: of the networks' convolutions and matrix
-    products, "float32" or "bf16". threads: of the CPU; they do not change the numbers, but for networks with dropout.
-    progress: a bar; None shows it on a terminal.
+    that a distilled file says it comes from. networks: by their names, or as "my.module:Net". runs: networks of each
+    kind, five by default; run r has the seed `seed + r` for everything random in it.
+    protocol: "paper", the published one, or "quick", of fewer epochs (`speedk.schedule`). standardisation: "mtt" or
+    "speed"; None is the file's own, else "mtt". rate: None is the one learned with the file, else 0.01. epochs: None is
+    the protocol's. precision: of the networks' convolutions and matrix products, "float32" or "bf16". device: "auto", a
+    GPU where there is one, or what PyTorch calls it. other_data: a distilled file may be tested on data it was not
+    distilled from. out: write the report there as JSON. corruptions: test on corrupted test images too, made here
+    (True) or read from a folder like CIFAR-10-C (its path). threads: of the CPU; they do not change the numbers, but
+    for networks with dropout. progress: a bar; None shows it on a terminal.
 
     A run whose loss is not finite is reported as failed, and its network has no mean. Raises ConfigError for options
     that do not exist, ArtifactError for a damaged file, DataError for data that do not fit it.
@@ -59,7 +62,7 @@ def evaluate(source: str | os.PathLike[str] | Distilled | sources.Source, real: 
     standardisation = standardisation or source.standardisation or "mtt"
     plan = schedule(protocol, standardisation, source.whole, rate if rate is not None else source.rate, epochs,
                     precision)
-    device = torch.device(device)
+    device = device_of(device)
     real = real.to(device)
     variants = None
     if corruptions is not False:
@@ -118,7 +121,7 @@ def _train_and_test(source: sources.Source, real: RealData, names: list[str], se
                     ) -> tuple[list[train.Run], dict[str, list[list[float]]] | None]:
     sets = {seed: source.images(seed, real, device) for seed in seeds}
     test = training.ImageSet(lambda index: real.normalised("test", index), real.test.labels)
-    hidden = None if progress is None else not progress
+    hidden = no_bar(progress)
     with Pool(device, threads) as pool:
         with tqdm(total=len(names) * len(seeds) * plan.epochs, desc="training", unit="epoch", disable=hidden,
                   leave=False) as bar:
@@ -163,6 +166,13 @@ def _robustness(trained: list[train.Run], corrupted: dict[str, list[list[float]]
         failed = any(run.failure is not None for run in trained if run.network_name == name)
         results.append(robustness.Robustness(name, clean, each, failed))
     return results
+
+
+def device_of(device: torch.device | str) -> torch.device:
+    """The device that `device` says, or the one that "auto" finds."""
+    from speedk.distillation.plan import chosen_device
+
+    return chosen_device("auto") if device == "auto" else torch.device(device)
 
 
 def device_name(device: torch.device) -> str:

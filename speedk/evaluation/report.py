@@ -8,7 +8,7 @@ import statistics
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from speedk.text import table
+from speedk.text import mean_std, table
 
 if TYPE_CHECKING:
     from speedk.evaluation.robustness import Robustness
@@ -93,11 +93,11 @@ class Report:
                          f"{self.seconds:,.0f} s on {self.device}"),
         ]
         text = [f"{name:<9} {value}" for name, value in lines]
-        rows = [["network", "parameters", "mean", "std", "runs"]]
+        rows = [["network", "parameters", "mean +- std", "runs"]]
         for r in self.results:
             runs = "  ".join("failed" if a is None else f"{a:.2f}" for a in r.accuracies)
-            rows.append([r.network, f"{r.parameters:,}", _number(r.mean), _number(r.std), runs])
-        text += ["", table(rows, numbers=(1, 2, 3))]
+            rows.append([r.network, f"{r.parameters:,}", mean_std(r.mean, r.std, len(r.seeds)), runs])
+        text += ["", table(rows, numbers=(1, 2))]
         text += [f"{r.network}, seed {seed}: {why}" for r in self.results for seed, why in r.failures.items()]
         if self.robustness:
             text += ["", f"corrupted test images, {self.corrupted_by}: the mean of five severities", "",
@@ -125,7 +125,7 @@ def _corrupted(found: list[Robustness]) -> str:
     """A row for each corruption, a column for each network."""
     rows = [["corruption", *(r.network for r in found)]]
     rows += [[name, *(_number(r.of(name)) for r in found)] for name in found[0].accuracies]
-    rows.append([f"mean of all {len(found[0].accuracies)}", *(f"{_number(r.mean)} +- {_number(r.std)}" for r in found)])
+    rows.append([f"mean of all {len(found[0].accuracies)}", *(mean_std(r.mean, r.std, len(r.clean)) for r in found)])
     rows.append(["as they are", *(_number(None if r.failed else statistics.fmean(r.clean)) for r in found)])
     return table(rows, range(1, len(rows[0])))
 

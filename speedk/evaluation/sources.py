@@ -158,7 +158,7 @@ def _elsewhere(path: str, said: dict[str, Any], real: RealData) -> DataError:
 
 
 def _shape(g: Geometry) -> str:
-    return f"{g.classes} classes of {g.channels}x{g.resolution}x{g.resolution}"
+    return f"{g.classes} classes of {g.shape}"
 
 
 def _brief(description: dict[str, Any]) -> str:

@@ -38,9 +38,8 @@ def read(path: Path, real: RealData, rate: float | None = None,
     for file in files:
         found = artifact.load(file)
         if dataclasses.replace(found.geometry, classes=real.geometry.classes) != real.geometry:
-            raise DataError(f"{file} holds images of {found.geometry.channels}x{found.geometry.resolution}x"
-                            f"{found.geometry.resolution}, but {real.name} has {real.geometry.channels}x"
-                            f"{real.geometry.resolution}x{real.geometry.resolution}")
+            raise DataError(f"{file} holds images of {found.geometry.shape}, but {real.name} has "
+                            f"{real.geometry.shape}")
         for name in found.class_names:
             if name not in known:
                 raise DataError(f"{file} holds the class {name!r}, which {real.name} does not have")

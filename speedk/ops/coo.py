@@ -7,11 +7,11 @@ from torch import Tensor
 
 from speedk.ops import arguments, dispatch, native, registered
 from speedk.ops.mhsc import fits_heads, mhsc_reference
-from speedk.ops.topk import fits_topk, holds_nan, topk_mask_reference, why_not_native_topk
+from speedk.ops.topk import fits_topk, select_natively, topk_mask_reference, why_not_native_topk
 
 
 def index_dtype(size: int) -> torch.dtype:
-    """The dtype that stores an index below `size`: uint8 up to 256, uint16 up to 65,536."""
+    """The dtype that stores an index below `size`: uint8 up to 256, uint16 up to 65,536. Raises ValueError beyond."""
     if size > 65536:
         raise ValueError(f"an index below {size} does not fit 16 bits")
     return torch.uint8 if size <= 256 else torch.uint16
@@ -19,13 +19,15 @@ def index_dtype(size: int) -> torch.dtype:
 
 @dispatch.public
 def coo_encode(scm: Tensor, k: int, *, check: bool | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """The k largest entries of each (image, head) as values and coordinates, in order of j K + k.
+    """The k largest entries of each (image, head) as values and coordinates, in order of j K + k: what is stored of the
+    bar-A of Eq. 6.
 
     Differentiable any number of times in the values.
 
     scm: [N, H, J, K] floating, any strides, J and K at most 65,536. Returns values [N, H, k] of scm's dtype, rows
     [N, H, k] (patches, below J) and cols [N, H, k] (tokens, below K); both indices share one dtype, uint8 where J and K
-    are at most 256, else uint16. k, ties, `check` and errors as for `topk_mask`.
+    are at most 256, else uint16. k, ties and `check` as for `topk_mask`.
+    Raises ValueError for k outside [0, J K], for J or K above 65,536 or, where checked, for a NaN.
     Backends: native (CPU, CUDA), torch.
     """
     _fits_encode(scm, k)
@@ -48,7 +50,7 @@ def coo_encode_reference(scm: Tensor, k: int, check: bool = True) -> tuple[Tenso
 
 @dispatch.public
 def coo_decode(values: Tensor, rows: Tensor, cols: Tensor, J: int, K: int, *, check: bool | None = None) -> Tensor:
-    """The dense codes [N, H, J, K] of stored entries; zero elsewhere. Entries of one coordinate add up.
+    """The dense codes [N, H, J, K] of stored entries (Section 2.2); zero elsewhere. Entries of one coordinate add up.
 
     Differentiable any number of times in the values.
 
@@ -82,13 +84,14 @@ def coo_decode_reference(values: Tensor, rows: Tensor, cols: Tensor, J: int, K: 
 
 @dispatch.public
 def mhsc_coo(values: Tensor, rows: Tensor, cols: Tensor, saet: Tensor, J: int, *, check: bool | None = None) -> Tensor:
-    """`mhsc` from stored entries: mhsc(coo_decode(values, rows, cols, J, K), saet), without the dense codes.
+    """`mhsc` (Eq. 3) from stored entries: mhsc(coo_decode(values, rows, cols, J, K), saet), without the dense codes.
 
     Differentiable once in values and saet (any number of times on the torch backend).
 
-    saet: [K, D] of the dtype of values, D a multiple of H; the rest, `check` and errors as for `coo_decode`.
+    saet: [K, D] of the dtype of values, D a multiple of H; the rest and `check` as for `coo_decode`.
     Returns [N, J, D]. Where saet is not finite, so are the results of the entries that use it; on the torch backend,
     whose dense product multiplies it by every zero, all results of its column are NaN.
+    Raises ValueError where shapes, dtypes or devices do not fit or, where checked, an index is out of range.
     Backends: Triton, native (CPU; float32 and float64), torch.
     """
     fits_mhsc_coo(values, rows, cols, saet, J)
@@ -156,9 +159,7 @@ _mhsc = dispatch.Op("mhsc_coo", triton=why_not_triton, native=why_not_native)
 def _coo_encode(scm: Tensor, k: int, check: bool, backend: str) -> tuple[Tensor, Tensor, Tensor]:
     _fits_encode(scm, k)
     values, rows, cols = _encoded(scm, k)
-    nan = native.topk(scm, k, values=values, rows=rows, cols=cols, check=check)
-    if check and nan:
-        raise holds_nan()
+    select_natively(scm, k, check, values=values, rows=rows, cols=cols)
     return values, rows, cols
 
 

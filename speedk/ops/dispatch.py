@@ -8,7 +8,7 @@ take these arguments, or None. Nothing here catches an error of a kernel: one th
 ValueError with the reason. `explain("mhsc", scm, saet)` lists the reasons. A backward pass is not strict about the ops
 that it calls beside its own kernel: `Op.prefer`.
 
-Under autocast every op computes in the widest dtype among its arguments, whatever its backend: `public`.
+Under autocast every op computes in the widest dtype among its arguments, whatever its backend: `autocast`.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
 
 from speedk.errors import ConfigError
+from speedk.ops.autocast import in_the_widest
 
 BACKENDS = ("triton", "native", "torch")
 WhyNot = Callable[..., "str | None"]
@@ -96,53 +97,10 @@ class _Asked(Exception):
 
 
 def public(function: Callable) -> Callable:
-    """An op as users call it: `explain` finds it by its name, and under autocast it computes as it would outside, in
-    the widest floating dtype among its arguments."""
-
-    @functools.wraps(function)
-    def op(*arguments: object, **keywords: object) -> object:
-        kind = _autocast_for((*arguments, *keywords.values()))
-        if kind is None:
-            return function(*arguments, **keywords)
-        dtypes = {t.dtype for t in _tensors((arguments, tuple(keywords.values()))) if t.is_floating_point()}
-        widest = functools.reduce(torch.promote_types, dtypes)
-        with torch.autocast(kind, enabled=False):
-            return function(*_cast(arguments, widest), **{name: _cast(x, widest) for name, x in keywords.items()})
-
+    """An op as users call it: `explain` finds it by its name, and autocast does not change what it computes."""
+    op = in_the_widest(function)
     _public[function.__name__] = op
     return op
-
-
-@torch.compiler.assume_constant_result
-def _has_autocast(kind: str) -> bool:
-    """A constant to `torch.compile`, which in PyTorch 2.11 cannot trace the question."""
-    return torch.amp.is_autocast_available(kind)
-
-
-def _autocast_for(arguments: tuple) -> str | None:
-    """The kind of device of the first floating tensor, where autocast is on for it."""
-    for argument in arguments:
-        if isinstance(argument, Tensor) and argument.is_floating_point():
-            kind = argument.device.type
-            on = _has_autocast(kind) and torch.is_autocast_enabled(kind)
-            return kind if on else None
-    return None
-
-
-def _tensors(argument: object) -> list[Tensor]:
-    """The tensors of an op's arguments, which may hold them in tuples and lists."""
-    if isinstance(argument, Tensor):
-        return [argument]
-    return [tensor for part in argument for tensor in _tensors(part)] if isinstance(argument, (tuple, list)) else []
-
-
-def _cast(argument: object, dtype: torch.dtype) -> object:
-    if isinstance(argument, Tensor):
-        return argument.to(dtype) if argument.is_floating_point() else argument
-    if isinstance(argument, (tuple, list)):
-        parts = [_cast(part, dtype) for part in argument]
-        return type(argument)(*parts) if hasattr(argument, "_fields") else type(argument)(parts)
-    return argument
 
 
 class use_backend:
@@ -150,6 +108,7 @@ class use_backend:
 
     `use_backend("native")` holds until the next call, `with use_backend("native"):` for its body; both for the whole
     process, as a backward pass runs in threads of its own. Of bodies that overlap the one entered last counts.
+    Raises ConfigError for another name; an op that cannot run there raises it, with the reason, when it is called.
     """
 
     def __init__(self, name: str | None) -> None:
@@ -185,7 +144,8 @@ def explain(op: str, *arguments: object, **keywords: object) -> dict[str, str]:
     """For each backend of `op`, first choice first: "chosen", "available", or the reason it cannot take `arguments`.
 
     Arguments are those of the op, and refused as the op refuses them; nothing is computed. Without arguments it tells
-    what holds for every input on the GPU, or on the CPU where there is none.
+    what holds for every input on the GPU, or on the CPU where there is none. Raises ValueError for an op that does not
+    exist.
     """
     if op not in _public:
         raise ValueError(f"{op!r} is not one of {', '.join(sorted(_public))}")
@@ -339,6 +299,11 @@ def gpu_too_old(device: int | None) -> str | None:
     if not torch.cuda.is_available() or _capability(device) >= LEAST_CAPABILITY:
         return None
     return "the extension needs a GPU of compute capability {}.{} or later".format(*LEAST_CAPABILITY)
+
+
+def why_not_native(*tensors: Tensor) -> str | None:
+    """The same for an op with both, by where the first tensor is."""
+    return (why_not_native_cuda if tensors[0].is_cuda else why_not_native_cpu)(*tensors)
 
 
 @torch.compiler.assume_constant_result

@@ -11,7 +11,7 @@ from torch import Tensor
 from speedk.ops import arguments, dispatch, native, registered
 from speedk.ops.coo import fits_mhsc_coo, mhsc_coo
 from speedk.ops.coo import why_not_triton as why_not_mhsc_coo
-from speedk.ops.freenet_block import NORMS, BlockWeights, fits_block, freenet_block, freenet_block_reference
+from speedk.ops.freenet_block import NORMS, PER_BLOCK, BlockWeights, fits_block, freenet_block, freenet_block_reference
 from speedk.ops.freenet_block import why_not_triton as why_not_block
 from speedk.ops.mhsc import fits_mhsc, mhsc, mhsc_reference
 from speedk.ops.mhsc import why_not_triton as why_not_mhsc
@@ -28,7 +28,7 @@ class FReeNetWeights(NamedTuple):
     channels: int  # C
     patch: int  # side of a patch, in pixels
     patches: int  # J
-    norm: str = "branch"
+    norm: str = "branch"  # where a block adds its state, as in `freenet_block`
 
 
 @dispatch.public
@@ -37,8 +37,10 @@ def freenet(scm: Tensor, saet: Tensor, weights: FReeNetWeights) -> Tensor:
 
     Differentiable once in scm, saet and weights (any number of times on the torch backend).
 
-    scm: [N, H, J, K]; saet: [K, D]. Returns [N, C, H, W], in the space the data were normalised to (not [0, 1]).
-    Raises ValueError where shapes or dtypes do not fit.
+    scm: [N, H, J, K] floating; saet: [K, D], D a multiple of H; weights: as `speedk.FReeNet.weights()` gives them; all
+    of one dtype, on one device, any strides. Returns [N, C, H, W] of that dtype, H = W = patch * sqrt(J), in the space
+    the data were normalised to (not [0, 1]).
+    Raises ValueError where shapes, dtypes or devices do not fit, or J is not a square number.
     Backends: Triton (as a composition of ops, of which `freenet_block` may have a CUDA kernel), native (CPU, float32:
     codes, blocks and projection in one pass over the tokens), torch.
     """
@@ -52,9 +54,16 @@ def freenet(scm: Tensor, saet: Tensor, weights: FReeNetWeights) -> Tensor:
 @dispatch.public
 def freenet_coo(values: Tensor, rows: Tensor, cols: Tensor, saet: Tensor, weights: FReeNetWeights, *,
                 check: bool | None = None) -> Tensor:
-    """`freenet` from stored entries ([N, H, k] each): the artifact's path, with no dense code matrix of its own.
+    """`freenet` from stored entries: the artifact's path, with no dense code matrix of its own.
 
-    `check` and errors as for `mhsc_coo`, the rest as for `freenet`.
+    Differentiable once in values, saet and weights (any number of times on the torch backend).
+
+    values: [N, H, k] floating; rows, cols: [N, H, k] of an integer dtype, below J and below K; saet: [K, D] and weights
+    as for `freenet`. check: whether an index out of range is looked for, as for `coo_decode`.
+    Returns [N, C, H, W], as `freenet` does.
+    Raises ValueError where shapes, dtypes or devices do not fit, J is not a square number or, where checked, an index
+    is out of range.
+    Backends: Triton (as a composition of ops), native (CPU, float32: `mhsc_coo`, then the rest in one pass), torch.
     """
     fits_mhsc_coo(values, rows, cols, saet, weights.patches)
     _fits_weights(weights.patches, saet, weights)
@@ -97,11 +106,11 @@ def _fits(inputs: Tensor, saet: Tensor | None, tensors: list[Tensor], channels: 
         raise ValueError(f"without SAETs the inputs must be features [N, J, D], got {tuple(inputs.shape)}")
     if saet is not None:
         fits_mhsc(inputs, saet)
-    if len(tensors) % 10 != 2:
-        raise ValueError(f"weights must be ten of each block and two, got {len(tensors)}")
+    if len(tensors) % PER_BLOCK != 2:
+        raise ValueError(f"weights must be {PER_BLOCK} of each block and two, got {len(tensors)}")
     tokens = {"features": inputs} if saet is None else {"saet": saet}
-    for start in range(0, len(tensors) - 2, 10):
-        fits_block(tensors[start:start + 10], **tokens)
+    for start in range(0, len(tensors) - 2, PER_BLOCK):
+        fits_block(tensors[start:start + PER_BLOCK], **tokens)
     _fits_last(inputs.shape[-2], *tensors[-2:], channels, patch, **tokens)
 
 
@@ -166,7 +175,7 @@ def _kept(inputs: Tensor, saet: Tensor | None, weights: list[Tensor]) -> int:
     """How many values are kept for the way back; the kernel says the same."""
     tokens = inputs.shape[0] * inputs.shape[-2]
     d = inputs.shape[-1] if saet is None else saet.shape[1]
-    return tokens * (len(weights) // len(BlockWeights._fields) * (2 * d + 2) + (0 if saet is None else d))
+    return tokens * (len(weights) // PER_BLOCK * (2 * d + 2) + (0 if saet is None else d))
 
 
 @registered.custom_op("speedk::freenet_bwd")
@@ -222,8 +231,8 @@ def _freenet_reference(coded: bool, channels: int, patch: int, sum_norm: bool, i
     weights = tensors[:-1] if coded else tensors
     features = mhsc_reference(inputs, tensors[-1]) if coded else inputs
     state = None
-    for start in range(0, len(weights) - 2, 10):
-        block = BlockWeights(*weights[start:start + 10])
+    for start in range(0, len(weights) - 2, PER_BLOCK):
+        block = BlockWeights(*weights[start:start + PER_BLOCK])
         state = freenet_block_reference(features, state, block, "sum" if sum_norm else "branch")
     return tokens_to_images_reference(state, *weights[-2:], channels, patch)
 

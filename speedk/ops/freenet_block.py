@@ -31,6 +31,10 @@ class BlockWeights(NamedTuple):
     norm2_bias: Tensor  # [D]
 
 
+PER_BLOCK = len(BlockWeights._fields)
+"""Tensors of BlockWeights."""
+
+
 @dispatch.public
 def freenet_block(features: Tensor, state: Tensor | None, weights: BlockWeights, norm: str = "branch") -> Tensor:
     """One recurrent block of Eq. 4.
@@ -81,8 +85,8 @@ def _fits(features: Tensor, state: Tensor | None, weights: Sequence[Tensor], nor
 def fits_block(weights: Sequence[Tensor], **tokens: Tensor) -> None:
     """Raise ValueError unless `weights` are those of a block for the D columns of the one tensor in `tokens`."""
     ((of, first),) = tokens.items()
-    if len(weights) != len(BlockWeights._fields):
-        raise ValueError(f"a block has the {len(BlockWeights._fields)} weights of BlockWeights, got {len(weights)}: "
+    if len(weights) != PER_BLOCK:
+        raise ValueError(f"a block has the {PER_BLOCK} weights of BlockWeights, got {len(weights)}: "
                          f"{[tuple(weight.shape) for weight in weights]}")
     D = first.shape[-1]
     row, square = (D,), (D, D)
@@ -159,7 +163,7 @@ def _backward(ctx, d_out: Tensor):
         tensors = [features, *weights] if state is None else [features, *weights, state]
         block = functools.partial(_in_torch, ctx.settings[0])
         d_features, *d_weights = dispatch.gradients_in_torch(block, tensors, d_out)
-        return d_features, None if state is None else d_weights[10], d_weights[:10], None, None
+        return d_features, None if state is None else d_weights[PER_BLOCK], d_weights[:PER_BLOCK], None, None
     d_features, d_state, d_matrices, d_vectors = _freenet_block_bwd(d_out, features, state, weights, *ctx.settings)
     matrices, vectors = iter(d_matrices.unbind()), iter(d_vectors.unbind())
     d_weights = [next(matrices if weight.ndim == 2 else vectors) for weight in weights]
@@ -168,8 +172,8 @@ def _backward(ctx, d_out: Tensor):
 
 def _in_torch(norm: str, features: Tensor, *weights: Tensor) -> Tensor:
     """The block with its state last, which may be missing."""
-    state = weights[10] if len(weights) > 10 else None
-    return freenet_block_reference(features, state, BlockWeights(*weights[:10]), norm)
+    state = weights[PER_BLOCK] if len(weights) > PER_BLOCK else None
+    return freenet_block_reference(features, state, BlockWeights(*weights[:PER_BLOCK]), norm)
 
 
 _freenet_block.register_autograd(_backward, setup_context=_save)

@@ -57,9 +57,7 @@ def _fits_backward(d_out: Tensor, x: Tensor, weight: Tensor, bias: Tensor, mean:
 def _why_not_native(x: Tensor, weight: Tensor, bias: Tensor) -> str | None:
     if x.dtype not in (native.DTYPES if x.is_cuda else native.WIDE):
         return f"{x.dtype} is computed in PyTorch"
-    if x.is_cuda:
-        return dispatch.why_not_native_cuda(x, weight, bias)
-    return dispatch.why_not_native_cpu(x, weight, bias)
+    return dispatch.why_not_native(x, weight, bias)
 
 
 _op = dispatch.Op("norm_act_pool", native=_why_not_native, cuda=True)

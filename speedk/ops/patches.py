@@ -69,7 +69,7 @@ def tokens_to_images(state: Tensor, weight: Tensor, bias: Tensor, channels: int,
     state: [N, J, D] floating, any strides, J a square number; weight: [L, D]; bias: [L]; L = patch * patch * channels.
     Where D is 0, each patch is the bias.
     Returns [N, C, H, W] with H = W = patch * sqrt(J).
-    Raises ValueError where the shapes or dtypes do not fit.
+    Raises ValueError where the shapes or dtypes do not fit, or J is not a square number.
     Backends: Triton (its gradients in float32 by CUDA where there is a kernel for the sizes), native (CPU, float32),
     torch.
     """

@@ -18,7 +18,8 @@ def topk_mask(scm: Tensor, k: int, *, check: bool | None = None) -> Tensor:
     default it is, but for a GPU under torch.compile or graph capture, and PyTorch's backend under transforms. That
     backend looks for none under torch.compile, even if asked. Where none is looked for, a NaN ranks below every number.
     Returns bool [N, H, J, K].
-    Raises ValueError for k outside [0, J K] or, where checked, for a NaN.
+    Raises ValueError for scm that is not floating or of another shape, for k outside [0, J K] or, where checked, for a
+    NaN.
     Backends: native (CPU, CUDA), torch.
     """
     fits_topk(scm, k)
@@ -33,8 +34,8 @@ def topk_mask(scm: Tensor, k: int, *, check: bool | None = None) -> Tensor:
 def sparsify(scm: Tensor, k: int, *, check: bool | None = None) -> Tensor:
     """scm with all but its k largest entries per (image, head) set to zero: the bar-A of Eq. 6.
 
-    Differentiable any number of times: the gradient passes through the entries that survive. Arguments, errors and
-    backends as for `topk_mask`.
+    Differentiable any number of times: the gradient passes through the entries that survive. Returns [N, H, J, K] of
+    scm's dtype. Arguments, backends and what it raises (ValueError) as for `topk_mask`.
     """
     fits_topk(scm, k)
     backend = _sparse.choose(scm, k)
@@ -47,7 +48,7 @@ def sparsify(scm: Tensor, k: int, *, check: bool | None = None) -> Tensor:
 def topk_mask_reference(scm: Tensor, k: int, check: bool = True) -> Tensor:
     n, h, j, tokens = scm.shape
     if check and torch.isnan(scm).any():
-        raise holds_nan()
+        raise _holds_nan()
     size = scm.detach().abs().nan_to_num(nan=-1, posinf=torch.inf)
     order = size.reshape(n, h, j * tokens).argsort(dim=-1, descending=True, stable=True)
     mask = torch.zeros_like(order, dtype=torch.bool)
@@ -63,8 +64,15 @@ def fits_topk(scm: Tensor, k: int) -> None:
         raise ValueError(f"k={k} is outside 0 to J K={size}")
 
 
-def holds_nan() -> ValueError:
+def _holds_nan() -> ValueError:
     return ValueError("scm holds a NaN: its largest entries are not defined")
+
+
+def select_natively(scm: Tensor, k: int, check: bool, **results: Tensor) -> None:
+    """Fill `results` as `native.topk` does. Raises ValueError where a NaN is looked for and found."""
+    nan = native.topk(scm, k, **results, check=check)
+    if check and nan:
+        raise _holds_nan()
 
 
 NATIVE_ENTRIES = 2**30
@@ -76,7 +84,7 @@ def why_not_native_topk(scm: Tensor, k: int) -> str | None:
         return f"{scm.dtype} is computed in PyTorch"
     if scm.shape[2] * scm.shape[3] > NATIVE_ENTRIES:
         return f"more than {NATIVE_ENTRIES:,} entries of a matrix are computed in PyTorch"
-    return dispatch.why_not_native_cuda(scm) if scm.is_cuda else dispatch.why_not_native_cpu(scm)
+    return dispatch.why_not_native(scm)
 
 
 _mask = dispatch.Op("topk_mask", native=why_not_native_topk, cuda=True)
@@ -87,9 +95,7 @@ _sparse = dispatch.Op("sparsify", native=why_not_native_topk, cuda=True)
 def _topk_mask(scm: Tensor, k: int, check: bool, backend: str) -> Tensor:
     fits_topk(scm, k)
     mask = torch.empty(scm.shape, dtype=torch.bool, device=scm.device)
-    nan = native.topk(scm, k, mask=mask, check=check)
-    if check and nan:
-        raise holds_nan()
+    select_natively(scm, k, check, mask=mask)
     return mask
 
 
@@ -102,9 +108,7 @@ def _(scm: Tensor, k: int, check: bool, backend: str) -> Tensor:
 def _sparsify(scm: Tensor, k: int, check: bool, backend: str) -> Tensor:
     fits_topk(scm, k)
     kept = torch.empty(scm.shape, dtype=scm.dtype, device=scm.device)
-    nan = native.topk(scm, k, dense=kept, check=check)
-    if check and nan:
-        raise holds_nan()
+    select_natively(scm, k, check, dense=kept)
     return kept
 
 

@@ -72,7 +72,7 @@ def _why_not_native(*tensors: Tensor | None) -> str | None:
     given = [tensor for tensor in tensors if tensor is not None]
     if given[0].dtype not in native.WIDE:
         return f"{given[0].dtype} is computed in PyTorch"
-    return (dispatch.why_not_native_cuda if given[0].is_cuda else dispatch.why_not_native_cpu)(*given)
+    return dispatch.why_not_native(*given)
 
 
 _op = dispatch.Op("unroll_step", native=_why_not_native, cuda=True)

@@ -154,8 +154,14 @@ def test_the_protocol_of_rows_without_a_recipe(run, tmp_path, capsys):
     words = ["T", "--row", "Random", "protocol=speed", "--protocol", "quick", "--runs", "1"]
     assert run(*words) == 0
     assert lines(tmp_path)[0]["protocol"]["standardisation"] == "speed"
+    capsys.readouterr()
     assert run("T", "--row", "Random", "--row", "Whole", "protocol=speed", "--dry-run") == 0
-    assert "--whole --dataset digits --networks mlp --standardisation speed" in capsys.readouterr().out
+    coreset, whole = capsys.readouterr().out.splitlines()
+    out = "runs/tables/digits-ipc1-random-protocol=speed-seed0"
+    assert coreset == (f"speedk coreset --dataset digits --ipc 1 --method random --out {out} && "
+                       f"speedk evaluate {out} --networks mlp --standardisation speed")
+    assert (tmp_path / out / "distilled.safetensors").exists()
+    assert whole == "speedk evaluate --whole --dataset digits --networks mlp --standardisation speed"
 
 
 def test_experts_count_as_distilling(run, tmp_path, capsys, monkeypatch):

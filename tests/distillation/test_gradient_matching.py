@@ -11,7 +11,7 @@ from toys import given_draws, make_real
 from speedk import networks
 from speedk.augment import dsa
 from speedk.distillation import loop
-from speedk.distillation.objectives import dc
+from speedk.distillation.objectives import dc, dm
 from speedk.distillation.recipe import resolve
 from speedk.errors import ConfigError
 from speedk.geometry import Geometry
@@ -66,6 +66,19 @@ def test_the_match_and_its_gradient(name, options, piece):
     assert math.isclose(float(got), float(expected.detach()), rel_tol=1e-12)
     torch.testing.assert_close(gradient, slope, rtol=1e-9, atol=1e-12)
     assert float(slope.abs().max()) > 1e-4
+
+
+@pytest.mark.parametrize("piece", [8, 2, 1], ids=["one piece", "four pieces", "walked twice"])
+def test_the_distance_of_embeddings_and_its_gradient(piece):
+    network = make_student("convnet", depth=2, width=6)
+    images = torch.randn(7, 3, 16, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    target = torch.linspace(-1, 1, network.features(images).shape[1], dtype=torch.float64)
+    leaf = images.clone().requires_grad_()
+    expected = (network.features(leaf).mean(dim=0) - target).square().sum()
+    slope, = torch.autograd.grad(expected, leaf)
+    got, gradient = dm._distance(network, images, target, None, piece)
+    assert math.isclose(float(got), float(expected.detach()), rel_tol=1e-12)
+    torch.testing.assert_close(gradient, slope, rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("name", ["dc", "dsa"])

@@ -26,7 +26,8 @@ from speedk.geometry import Geometry
 
 module = importlib.import_module("speedk.evaluation.continual")  # the package gives its function the same name
 NAMES = tuple("abcdef")
-SHORT = {"networks": ("mlp",), "runs": 2, "protocol": "quick", "epochs": 15, "steps": 3, "progress": False}
+SHORT = {"networks": ("mlp",), "runs": 2, "device": "cpu", "protocol": "quick", "epochs": 15, "steps": 3,
+         "progress": False}
 
 
 def make_real(seed: int = 0, names=NAMES) -> RealData:

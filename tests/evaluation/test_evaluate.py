@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import io
 import json
 import math
@@ -21,10 +22,10 @@ import speedk
 from speedk import data
 from speedk.data.normaliser import ChannelNormaliser
 from speedk.errors import ArtifactError, ConfigError, DataError
-from speedk.evaluation import real_images, sources, whole
-from speedk.evaluation.evaluate import device_name
+from speedk.evaluation import continual, real_images, sources, whole
+from speedk.evaluation.evaluate import device_name, device_of
 
-QUICK = {"networks": ("mlp",), "runs": 2, "protocol": "quick", "epochs": 4, "progress": False}
+QUICK = {"networks": ("mlp",), "runs": 2, "device": "cpu", "protocol": "quick", "epochs": 4, "progress": False}
 
 
 def evaluate(source, real, **options):
@@ -257,3 +258,12 @@ def test_options_that_do_not_exist(real):
 def test_a_gpu_is_named_as_torch_names_it(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"card {device.index}")
     assert device_name(torch.device("cuda", 1)) == "card 1" and device_name(torch.device("cpu")) == "CPU"
+
+
+@pytest.mark.parametrize("gpu", [True, False])
+def test_the_device_is_a_gpu_where_there_is_one(monkeypatch, gpu):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    for function in (speedk.evaluate, speedk.distill, continual):
+        said = inspect.signature(function).parameters["device"].default
+        assert said == "auto" and device_of(said).type == ("cuda" if gpu else "cpu")
+    assert device_of("cpu") == device_of(torch.device("cpu")) == torch.device("cpu")

@@ -22,7 +22,7 @@ from speedk.errors import ConfigError, DataError
 from speedk.evaluation import plots, robustness
 from speedk.workers import Pool
 
-SHORT = {"networks": ("mlp",), "runs": 2, "protocol": "quick", "epochs": 20, "progress": False}
+SHORT = {"networks": ("mlp",), "runs": 2, "device": "cpu", "protocol": "quick", "epochs": 20, "progress": False}
 
 
 @pytest.fixture(scope="module")

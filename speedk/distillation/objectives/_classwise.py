@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import functools
+from collections.abc import Callable, Iterable, Sequence
 from typing import ClassVar
 
 import torch
@@ -13,6 +14,9 @@ from speedk.augment import dsa
 from speedk.distillation.objectives.base import Objective
 from speedk.distillation.parameterizations.base import Parameterization, detached
 from speedk.workers import Pool
+
+HELD = 4
+"""Pieces of a class whose graph is held at once; a class of more is walked twice, a piece at a time."""
 
 
 class Classwise(Objective):
@@ -64,3 +68,35 @@ class Classwise(Objective):
 
     def artifact_fields(self) -> dict[str, float]:
         return {"lr": self.spec.lr}
+
+
+def summed(parts: Iterable[Sequence[Tensor]]) -> Sequence[Tensor]:
+    """The sum over parts of each of their tensors."""
+    return functools.reduce(lambda total, part: [a + b for a, b in zip(total, part)], parts)
+
+
+def of_means(loss: Callable[[Sequence[Tensor]], Tensor], terms: Callable[[Tensor], Sequence[Tensor]], images: Tensor,
+             piece: int) -> tuple[Tensor, Tensor]:
+    """`loss` of the means over `images` [n, C, H, W], and its gradient with respect to them. `terms` gives the sums
+    over a piece of them, with a graph where gradients are enabled.
+
+    piece: images of a piece. Where there are more than HELD pieces the means of all are found first, without a graph,
+    and the slopes d loss / d sums; then each piece gets d <slopes, its sums> / d images.
+    """
+    pieces = [part.requires_grad_() for part in images.detach().split(piece)]
+    if len(pieces) <= HELD:
+        with torch.enable_grad():
+            found = loss([total / len(images) for total in summed([terms(part) for part in pieces])])
+        return found.detach(), torch.cat(torch.autograd.grad(found, pieces))
+    with torch.no_grad():
+        sums = summed(terms(part) for part in images.split(piece))
+    with torch.enable_grad():
+        means = [(total / len(images)).requires_grad_() for total in sums]
+        found = loss(means)
+    slopes = [slope / len(images) for slope in torch.autograd.grad(found, means)]
+    gradients = []
+    for part in pieces:
+        with torch.enable_grad():
+            sums = terms(part)
+        gradients += torch.autograd.grad(sums, part, slopes)
+    return found.detach(), torch.cat(gradients)

@@ -12,16 +12,13 @@ from torch import Tensor, nn
 
 from speedk import networks, seeds, training
 from speedk.augment import dsa
-from speedk.distillation.objectives._classwise import Classwise
+from speedk.distillation.objectives._classwise import Classwise, of_means, summed
 from speedk.distillation.objectives.base import ObjectiveSpec
 from speedk.distillation.parameterizations.base import Parameterization
 from speedk.errors import ConfigError
 
 LOOPS = ((1, 1, 1), (10, 10, 50), (20, 20, 25), (30, 30, 20), (40, 40, 15), (50, 50, 10))
 """(ipc, outer, inner) of the original."""
-
-HELD = 4
-"""Pieces of a class whose second-order graph is held at once; a class of more is walked twice, a piece at a time."""
 
 SHARE = 32
 """Images whose gradient is one piece of work, at least."""
@@ -107,10 +104,10 @@ class GradientMatching(Classwise):
         weights = matched(student)
         parts = [(label, part) for label in labels for part in real[label].split(max(SHARE, piece))]
         sums = pool.map(_summed, [(student, weights, part, label, draws[label], piece) for label, part in parts])
-        targets: dict[int, list[Tensor]] = {}
+        targets: dict[int, Sequence[Tensor]] = {}
         for (label, _), of_part in zip(parts, sums, strict=True):
             so_far = targets.get(label)
-            targets[label] = of_part if so_far is None else [a + b for a, b in zip(so_far, of_part)]
+            targets[label] = of_part if so_far is None else summed([so_far, of_part])
         means = {label: [g / len(real[label]) for g in targets[label]] for label in labels}
         return pool.map(match, [(student, decoded[label], label, means[label], draws[label], piece)
                                 for label in labels])
@@ -156,37 +153,17 @@ def match(student: nn.Module, images: Tensor, label: int, target: list[Tensor], 
           piece: int) -> tuple[Tensor, Tensor]:
     """The distance of one class's mean gradient from `target`, and its gradient with respect to `images` [n, C, H, W].
 
-    piece: images that go through the student at a time. Where there are more than HELD pieces the gradient G of all is
-    found first and its slope V = d distance / d G; then each piece's images get d <V, G> / d images.
+    piece: images that go through the student at a time.
     """
     weights = matched(student)
-    pieces = [part.detach().requires_grad_() for part in images.split(piece)]
-    if len(pieces) <= HELD:
-        with torch.enable_grad():
-            parts = [_gradient(student, weights, part, label, draw, True) for part in pieces]
-            loss = distance([sum(of[1:], of[0]) / len(images) for of in zip(*parts)], target)
-        return loss.detach(), torch.cat(torch.autograd.grad(loss, pieces))
-    whole = [g / len(images) for g in _summed(student, weights, images, label, draw, piece)]
-    with torch.enable_grad():
-        whole = [g.requires_grad_() for g in whole]
-        loss = distance(whole, target)
-    slopes = [slope / len(images) for slope in torch.autograd.grad(loss, whole)]
-    gradients = []
-    for part in pieces:
-        with torch.enable_grad():
-            found = _gradient(student, weights, part, label, draw, True)
-        gradients += torch.autograd.grad(found, part, slopes)
-    return loss.detach(), torch.cat(gradients)
+    return of_means(lambda means: distance(means, target),
+                    lambda part: _gradient(student, weights, part, label, draw, torch.is_grad_enabled()), images, piece)
 
 
 def _summed(student: nn.Module, weights: list[Tensor], images: Tensor, label: int, draw: dsa.Draw | None,
-            piece: int) -> list[Tensor]:
+            piece: int) -> Sequence[Tensor]:
     """The gradient of the summed cross-entropy of all images, `piece` of them at a time."""
-    total: list[Tensor] = []
-    for part in images.split(piece):
-        found = _gradient(student, weights, part, label, draw)
-        total = [a + b for a, b in zip(total, found)] if total else list(found)
-    return total
+    return summed(_gradient(student, weights, part, label, draw) for part in images.split(piece))
 
 
 def _gradient(student: nn.Module, weights: list[Tensor], images: Tensor, label: int, draw: dsa.Draw | None,

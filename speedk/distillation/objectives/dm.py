@@ -10,13 +10,10 @@ from torch import Tensor, nn
 
 from speedk import seeds
 from speedk.augment import dsa
-from speedk.distillation.objectives._classwise import Classwise
+from speedk.distillation.objectives._classwise import Classwise, of_means
 from speedk.distillation.objectives.base import ObjectiveSpec
 from speedk.distillation.parameterizations.base import Parameterization
 from speedk.errors import ConfigError
-
-HELD = 4
-"""Pieces of a class whose graph is held at once; a class of more is walked twice, a piece at a time."""
 
 
 @dataclass(frozen=True)
@@ -81,21 +78,8 @@ def _features(student: nn.Module, images: Tensor, draw: dsa.Draw | None) -> Tens
 def _distance(student: nn.Module, images: Tensor, target: Tensor, draw: dsa.Draw | None,
               piece: int) -> tuple[Tensor, Tensor]:
     """||target - mean embedding||^2 of one class, and its gradient with respect to the class's images."""
-    pieces = [part.requires_grad_() for part in images.split(piece)]
-    if len(pieces) <= HELD:
-        with torch.enable_grad():
-            mean = sum(_features(student, part, draw) for part in pieces) / len(images)
-            loss = (mean - target).square().sum()
-        return loss.detach(), torch.cat(torch.autograd.grad(loss, pieces))
-    with torch.no_grad():
-        mean = sum(_features(student, part, draw) for part in pieces) / len(images)
-    slope = 2 * (mean - target) / len(images)
-    gradients = []
-    for part in pieces:
-        with torch.enable_grad():
-            along = (_features(student, part, draw) * slope).sum()
-        gradients += torch.autograd.grad(along, part)
-    return (mean - target).square().sum(), torch.cat(gradients)
+    return of_means(lambda means: (means[0] - target).square().sum(), lambda part: [_features(student, part, draw)],
+                    images, piece)
 
 
 PLUGIN = DistributionMatching

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
@@ -14,11 +13,8 @@ from speedk.errors import ConfigError, DataError
 from speedk.evaluation.paper import published
 from speedk.files import locked, write_atomic
 from speedk.registry import nearest
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
+from speedk.text import mean_std
+from speedk.toml import tomllib
 
 UNPUBLISHED = "unpublished"
 """Stands for the number of a row that is ours: its runs belong beside the paper's."""
@@ -256,10 +252,8 @@ def _shown(cell: Cell, line: Mapping[str, Any] | None) -> str:
 
 
 def accuracy(line: Mapping[str, Any]) -> str:
-    """Mean and deviation in per cent; one run has no deviation."""
-    if line["mean"] is None:
-        return "failed"
-    return f"{line['mean']:.1f}" + (f"±{line['std']:.1f}" if line["runs"] > 1 else " (one run)")
+    """Mean and deviation in per cent, as the paper writes them."""
+    return mean_std(line["mean"], line["std"], line["runs"], digits=1, sign="±")
 
 
 def _details(measured: Sequence[tuple[Cell, Mapping[str, Any]]]) -> str:
