@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 RUNS = 5
 """Networks that each published number is the mean of."""
 
+RATE = 0.01
+"""They are trained at this, or where the objective is tm at the rate it learned."""
+
 
 def settings(target: Target, changed: Mapping[str, Any]) -> dict[str, Any]:
     """The fields of a recipe's run whose published values are known, as it has them; of any other run none."""
@@ -46,6 +49,8 @@ def differences(target: Target, line: Mapping[str, Any]) -> list[str]:
     found += [_said("protocol", how, wanted)] if (how := protocol["standardisation"]) != wanted else []
     if protocol["name"] not in ("paper", "whole"):
         found.append(f"{protocol['epochs']:,} epochs of evaluation")
+    if target.kind == "recipe" and target.objective != "tm" and protocol["rate"] != RATE:  # tm learns its rate
+        found.append(f"evaluation at {_said('rate', protocol['rate'], RATE)}")
     if (precision := protocol.get("precision", "float32")) != "float32":
         found.append(f"evaluation in {precision}")
     if line["runs"] < RUNS:

@@ -231,8 +231,12 @@ def _gains(found: Table, last: Mapping[tuple[str, str, str], Mapping[str, Any]])
         gain = pair[1]["mean"] - pair[0]["mean"]
         spread = pair[0]["std"] + pair[1]["std"]
         alone = 1 in (pair[0]["runs"], pair[1]["runs"])
-        rows.append([plain, cell.column, theirs, f"{gain:+.1f}", "no gain" if gain <= 0 else "of one run" if alone else
-                     "within the deviations" if gain <= spread else ""])  # fmt: skip
+        notes = ["no gain" if gain <= 0 else "of one run" if alone else "within the deviations" if gain <= spread else
+                 ""]  # fmt: skip
+        rates = [line["protocol"]["rate"] for line in pair]
+        if rates[0] != rates[1] and pair[0]["objective"] != "tm":  # which learns them
+            notes.append(f"evaluated at rates of {rates[0]:g} and {rates[1]:g}")
+        rows.append([plain, cell.column, theirs, f"{gain:+.1f}", ", ".join(filter(None, notes))])
     if not rows:
         return ""
     head = ["row", "column", "SPEED's gain, published", "measured", ""]
@@ -262,7 +266,7 @@ def _details(measured: Sequence[tuple[Cell, Mapping[str, Any]]]) -> str:
     for cell, line in measured:
         version = f"{line['version']} {line['commit']}".strip()
         budget = f"{line['numbers'] / line['budget']:.0%}" if line["budget"] else "-"
-        protocol = f"{line['protocol']['name']}, {line['protocol']['standardisation']}"
+        protocol = "{name}, {standardisation}, rate {rate:.3g}".format(**line["protocol"])
         rows.append([line["row"], line["column"], accuracy(line), str(line["runs"]), f"{line['numbers']:,}", budget,
                      f"{line['steps']:,}", f"{line['distil_seconds'] / 60:,.1f} min", line["device"], line["split"],
                      protocol, str(line["seed"]), version, line["date"],
