@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from unrolled import STUDENTS, gradients, plainly, problem
 
 import speedk
@@ -90,6 +91,39 @@ def test_what_does_not_fit_is_said_in_a_line():
         assert "\n" not in str(caught.value)
     with torch.inference_mode(), pytest.raises(ConfigError, match="torch.inference_mode forbids: take torch.no_grad"):
         speedk.unroll(student, theta, images, labels, schedule, lr)
+
+
+class Apart(nn.Module):
+    """A student whose parameter is used by `how` alone; the images' path to the loss is there in any case."""
+
+    per_sample = True
+
+    def __init__(self, how):
+        super().__init__()
+        self.linear, self.how = nn.Linear(64, 3), how
+
+    def forward(self, images):
+        return self.how(self.linear, images.flatten(1))
+
+
+@pytest.mark.parametrize("how", [
+    lambda linear, x: checkpoint(linear, x, use_reentrant=True),
+    lambda linear, x: F.linear(x, linear.weight.data, linear.bias.data),
+    lambda linear, x: x[:, :3] * 2,
+], ids=["reentrant checkpoint", "data", "unused"])
+def test_a_loss_that_hangs_on_the_images_alone_is_refused(how):
+    student = Apart(how)
+    theta, images, labels, schedule, lr, _ = problem(student)
+    with pytest.raises(ConfigError, match="the loss hangs on no parameter of the student"):
+        speedk.unroll(student, theta, images, labels, schedule, lr)
+
+
+def test_a_parameter_beside_the_path_has_a_gradient_of_zero():
+    student = Apart(lambda linear, x: x @ linear.weight.T)
+    theta, images, labels, schedule, lr, direction = problem(student)
+    end = speedk.unroll(student, theta, images, labels, schedule, lr)
+    assert torch.equal(end[-3:], theta[-3:]) and not torch.equal(end, theta)
+    assert torch.equal(gradients(end, direction, (theta,))[0][-3:], direction[-3:])
 
 
 @pytest.mark.parametrize(("label", "message"), [

@@ -28,6 +28,9 @@ GRAPH_PIECE_PIXELS = 16 * 32 * 32
 """Count x height x width of one thread's piece of a batch, whose graph is differentiated again: 16 images of 32 x 32,
 so that a batch of 64 keeps four cores busy. Their activations stay in the caches; smaller pieces save no more."""
 
+NO_PATH = ("the loss hangs on no parameter of the student: compute it from the logits, by operations that can be "
+           "differentiated")
+
 Augment = Callable[[Tensor, int], Tensor]
 Loss = Callable[[Tensor, Tensor], Tensor]
 
@@ -193,9 +196,12 @@ class Training:
             if share != 1:
                 loss = loss * share
             trained = [p for p, is_trained in zip(parameters, self.trained, strict=True) if is_trained]
-            found = iter(torch.autograd.grad(loss, trained, create_graph=True, materialize_grads=True))
-            gradients = tuple(next(found) if is_trained else torch.zeros_like(p)
-                              for p, is_trained in zip(parameters, self.trained, strict=True))
+            reached = torch.autograd.grad(loss, trained, create_graph=True, allow_unused=True)
+            if all(g is None for g in reached):  # the loss hangs on the images alone
+                raise ConfigError(NO_PATH)
+            found = iter(reached)
+            gradients = [next(found) if is_trained else None for is_trained in self.trained]
+            gradients = [torch.zeros_like(p) if g is None else g for g, p in zip(gradients, parameters, strict=True)]
         flat = torch.cat([g.detach().flatten() for g in gradients])
         edges = [get_gradient_edge(g) if g.requires_grad else None for g in gradients]
         return _Piece(parameters, images, labels, edges, saved), flat
@@ -295,8 +301,7 @@ def _check_loss(loss: Any) -> None:
         got = f"{loss.dtype} {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
         raise ConfigError(f"loss must give a scalar tensor, got {got}: take the mean over the batch")
     if not loss.requires_grad:
-        raise ConfigError("the loss hangs on no parameter of the student: compute it from the logits, by operations "
-                          "that can be differentiated")
+        raise ConfigError(NO_PATH)
 
 
 def alike(a: Tensor, b: Tensor) -> bool:
