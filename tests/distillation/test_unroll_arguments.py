@@ -126,6 +126,28 @@ def test_a_parameter_beside_the_path_has_a_gradient_of_zero():
     assert torch.equal(gradients(end, direction, (theta,))[0][-3:], direction[-3:])
 
 
+@pytest.mark.parametrize(("answer", "got"), [
+    (lambda logits: {"logits": logits}, "dict"),
+    (lambda logits: logits.sum(), r"torch.float64 \(\)"),
+    (lambda logits: logits[0], r"torch.float64 \(3,\)"),
+    (lambda logits: logits[:2], r"torch.float64 \(2, 3\)"),
+], ids=["dict", "scalar", "vector", "short"])
+def test_an_answer_that_is_no_logits_needs_a_loss_of_ones_own(answer, got):
+    student = Apart(lambda linear, x: answer(linear(x)))
+    theta, images, labels, schedule, lr, direction = problem(student, soft=False)
+    with pytest.raises(ConfigError, match=rf"the student must give logits \[B, classes\], B = 4 here, got {got}"):
+        speedk.unroll(student, theta, images, labels, schedule, lr)
+
+    def loss(given, labels):
+        return (given["logits"] if isinstance(given, dict) else given).square().sum()
+
+    leaves = (theta, images, lr)
+    want = gradients(plainly(student, theta, images, labels, schedule, lr, 0.9, loss=loss), direction, leaves)
+    got = gradients(speedk.unroll(student, theta, images, labels, schedule, lr, loss=loss), direction, leaves)
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+
+
 @pytest.mark.parametrize(("label", "message"), [
     (-100, "there is a label -100: labels are 0 to classes - 1"),  # cross entropy leaves it out, pieces would not
     (3, "there is a label 3 but the student gives 3 logits: labels are 0 to 2"),

@@ -189,8 +189,9 @@ class Training:
             images, labels = images.requires_grad_(needs[0]), labels.requires_grad_(needs[1])
             with torch.autocast(**self._autocast):
                 logits = self._call(student, parameters, images)
-                self.classes = logits.shape[-1]
-                self.check_labels()
+                if self.loss is None:  # one of your own may take what it likes
+                    self.classes = _classes(logits, labels)
+                    self.check_labels()
                 loss = (self.loss or F.cross_entropy)(logits, labels)
             _check_loss(loss)
             if share != 1:
@@ -296,12 +297,26 @@ def per_sample(student: nn.Module, loss: Loss | None) -> bool:
     return loss is None and bool(getattr(student, "per_sample", False)) and separable(student)
 
 
+def _classes(logits: Any, labels: Tensor) -> int:
+    """The number of classes of what a student gives for a batch, checked: cross entropy follows."""
+    if (not isinstance(logits, Tensor) or not logits.is_floating_point() or logits.dim() != 2
+            or len(logits) != len(labels)):
+        raise ConfigError(f"the student must give logits [B, classes], B = {len(labels)} here, got {_told(logits)}: a "
+                          "loss of your own may take others")
+    if labels.dim() == 2 and labels.shape[1] != logits.shape[1]:
+        raise ConfigError(f"labels are of {labels.shape[1]} classes but the student gives {logits.shape[1]} logits")
+    return logits.shape[1]
+
+
 def _check_loss(loss: Any) -> None:
     if not isinstance(loss, Tensor) or loss.numel() != 1:
-        got = f"{loss.dtype} {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
-        raise ConfigError(f"loss must give a scalar tensor, got {got}: take the mean over the batch")
+        raise ConfigError(f"loss must give a scalar tensor, got {_told(loss)}: take the mean over the batch")
     if not loss.requires_grad:
         raise ConfigError(NO_PATH)
+
+
+def _told(value: Any) -> str:
+    return f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
 
 
 def alike(a: Tensor, b: Tensor) -> bool:
