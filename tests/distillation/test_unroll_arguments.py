@@ -179,6 +179,20 @@ def test_a_schedule_may_be_a_generator_of_lists_or_one_tensor():
         assert torch.equal(speedk.unroll(student, theta, images, labels, schedule, lr), want)
 
 
+@pytest.mark.parametrize("kind", [torch.Tensor, np.ndarray])
+def test_a_schedule_that_is_changed_in_place_is_the_one_that_ran(kind):
+    student = STUDENTS["mlp"]()
+    theta, images, labels, schedule, lr, direction = problem(student)
+    if kind is np.ndarray:
+        schedule = [index.numpy() for index in schedule]
+    leaves = (theta, images, labels, lr)
+    want = gradients(speedk.unroll(student, *leaves[:3], schedule, lr), direction, leaves)
+    end = speedk.unroll(student, *leaves[:3], schedule, lr)
+    for index in schedule:
+        index[:] = 0
+    assert all(map(torch.equal, gradients(end, direction, leaves), want))
+
+
 @pytest.mark.parametrize("number", [np.int64(20_000), np.float32(2e4), 20_000])
 def test_memory_may_be_any_number(number):
     student = STUDENTS["mlp"]()

@@ -202,7 +202,7 @@ def _rate(lr: Tensor | float, theta: Tensor) -> Tensor:
 
 def _indices(index: Tensor | Sequence[int], step: int) -> Tensor:
     try:
-        return torch.as_tensor(index)
+        return torch.as_tensor(index).clone()  # the way back goes by it, whatever becomes of the caller's
     except (TypeError, ValueError, RuntimeError):
         raise ConfigError(f"schedule[{step}] must be int64 [B], or a sequence of ints, got {type(index).__name__}"
                           ) from None
