@@ -145,6 +145,7 @@ class Training:
         if self.augment is not None:
             with torch.enable_grad(), saved or contextlib.nullcontext():
                 augmented = self.augment(source, step)
+            _check_augmented(augmented, source)
         return Batch(source, augmented, labels, saved)
 
     def graph(self, batch: Batch, theta: Tensor, needs: tuple[bool, bool], pool: Pool | Alone, measure: bool = False,
@@ -295,6 +296,15 @@ def _address(tensor: Tensor) -> int:
 def per_sample(student: nn.Module, loss: Loss | None) -> bool:
     """Whether each sample counts for itself in a step, and nothing in it is random but augmentation."""
     return loss is None and bool(getattr(student, "per_sample", False)) and separable(student)
+
+
+def _check_augmented(augmented: Any, source: Tensor) -> None:
+    if (not isinstance(augmented, Tensor) or not augmented.is_floating_point()
+            or augmented.shape[:1] != source.shape[:1]):
+        raise ConfigError(f"augment must give a batch of {len(source)} images, floating point, got {_told(augmented)}")
+    if source.requires_grad and not augmented.requires_grad:
+        raise ConfigError("the images require a gradient, but what augment gives does not hang on those it was given: "
+                          "augment them by operations that can be differentiated")
 
 
 def _classes(logits: Any, labels: Tensor) -> int:
