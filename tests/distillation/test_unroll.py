@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import random
 import threading
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -130,6 +132,35 @@ def test_each_step_draws_its_own_and_the_same_on_the_way_back():
     assert back[1] == drawn[1][::-1]
     for there, again in zip((drawn[0], *drawn[2:]), (back[0], *back[2:]), strict=True):
         assert all(torch.equal(a, b) for a, b in zip(there, again[::-1], strict=True))
+
+
+@pytest.mark.parametrize("draw", [random.random, lambda: np.random.rand(), lambda: np.random.normal()],
+                         ids=["random", "numpy", "numpy normal"])
+def test_what_python_and_numpy_draw_is_replayed(draw):
+    """In an augmentation and in a loss; and the generators are left as they were."""
+    student = STUDENTS["mlp"]()
+    theta, images, labels, schedule, lr, direction = problem(student)
+    leaves, drawn, kept = (theta, images, labels, lr), [], []
+
+    def augment(batch, step):
+        drawn.append(draw())
+        return batch * (1 + drawn[-1])
+
+    def loss(logits, labels):
+        kept.append(draw())
+        return (1 + kept[-1]) * torch.nn.functional.cross_entropy(logits, labels)
+
+    results = []
+    for memory in ("full", "constant"):
+        torch.manual_seed(5)
+        before = random.getstate(), np.random.get_state()[1:]
+        end = speedk.unroll(student, *leaves[:3], schedule, lr, augment=augment, loss=loss, memory=memory)
+        results.append(gradients(end, direction, leaves))
+        after = random.getstate(), np.random.get_state()[1:]
+        assert after[0] == before[0] and all(np.array_equal(a, b) for a, b in zip(after[1], before[1], strict=True))
+    assert all(map(torch.equal, *results))
+    for values in (drawn, kept):
+        assert len(set(values[:6])) == 6 and values[:6] == values[6:12] == values[:11:-1]
 
 
 @pytest.mark.parametrize("memory", ["constant", 20_000, "full"])

@@ -42,14 +42,15 @@ def unroll(student: nn.Module, theta: Tensor, images: Tensor, labels: Tensor, sc
     schedule: int64 index tensors [B_t] (or sequences of ints) into images, one a step; an index may come twice.
     lr: a scalar tensor (or a number). momentum: 0 up to, not including, 1.
     augment: `augment(images [B_t, C, H, W], step) -> images`, differentiable once. It is called again in the backward
-    pass and must do the same then: it may depend on `step` and draw from torch's default generators, which are
-    seeded for each step; `dsa_steps(seed)` makes one.
+    pass and must do the same then: it may depend on `step` and draw from the global generators of torch, numpy
+    (`np.random.rand`) and Python's `random`, which are seeded for each step; `dsa_steps(seed)` makes one.
     loss: `loss(logits, labels)`, a scalar; cross entropy, mean over the batch, unless given.
     memory: "constant" builds each step's graph again in the backward pass; "full" keeps them all; a number of bytes
     keeps as many as fit in that. All give the same bits on the CPU, and on a GPU where no operation of the student, the
     loss or `augment` adds in an order of its own there (docs/unroll.md).
 
-    Random numbers of dropout and augmentation follow from one draw of torch's default CPU generator.
+    Random numbers of dropout and augmentation follow from one draw of torch's default CPU generator; but for that, all
+    global generators are afterwards as they were.
     A student that says `per_sample = True` (no operation of it mixes the samples of a batch, it draws no random numbers
     but in dropout modules, and it reads nothing that changes but its own attributes and PyTorch's settings) is trained
     faster, unless it has such dropout or a `loss` is given: on the CPU on pieces of the batch in threads, where the

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import random
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -118,6 +120,7 @@ class Training:
         self._modes = [(module, module.training) for module in student.modules()]
         self._graph_bytes: dict[torch.Size, int] = {}  # of the pieces' graphs, by the shape of the batch
         self._seed = int(torch.randint(2**62, ()))
+        self._draws = not self.per_sample or augment is not None  # random numbers, in a step
         kind = device.type
         self._autocast = {"device_type": kind, "dtype": torch.get_autocast_dtype(kind),
                           "enabled": torch.is_autocast_enabled(kind), "cache_enabled": False}
@@ -126,7 +129,8 @@ class Training:
     def running(self, again: bool = False) -> Iterator[Pool | Alone]:
         """Where steps are built and differentiated, forward and backward (`again`) alike; gives what runs the
         pieces."""
-        with networks.twice_differentiable(), repeatable(self.device), _in_modes(self._modes), self._pool as pool:
+        with (networks.twice_differentiable(), repeatable(self.device), _in_modes(self._modes), self._chance(),
+              self._pool as pool):
             yield pool
 
     def build(self, step: int, theta: Tensor, images: Tensor, labels: Tensor, needs: tuple[bool, bool],
@@ -230,12 +234,28 @@ class Training:
                               "unrolled: put those modules in eval mode, or take a norm without running statistics")
 
     @contextlib.contextmanager
+    def _chance(self) -> Iterator[None]:
+        """Python's and numpy's generators, which steps seed, are afterwards as they were. Once for all steps: numpy
+        takes a tenth of a millisecond for it."""
+        if not self._draws:
+            yield
+            return
+        states = random.getstate(), np.random.get_state()
+        try:
+            yield
+        finally:
+            random.setstate(states[0])
+            np.random.set_state(states[1])
+
+    @contextlib.contextmanager
     def _replayed(self, step: int) -> Iterator[None]:
         """Random numbers that follow from the step alone."""
-        if self.per_sample and self.augment is None:  # nothing draws any
+        if not self._draws:
             yield
             return
         seed = seeds.derive(self._seed, "unroll", step)
+        random.seed(seed)
+        np.random.seed(seed % 2**32)
         with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
             torch.random.default_generator.manual_seed(seed)
             if self.device.type == "cuda":
