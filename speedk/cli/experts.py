@@ -16,8 +16,9 @@ if TYPE_CHECKING:
 HELP = "Train the expert trajectories that trajectory matching needs, or print what a folder of them holds."
 EPILOG = """\
 `speedk distill --objective tm` makes what it needs of them by itself; this makes them beforehand, in another place
-(--out), or in several processes at once, which share the work where they are given one folder. What is there is kept:
-the same command goes on after an interruption, and a larger --count or --epochs extends a folder.
+(--out), or in several processes at once, which share the work where they are given one folder. Ctrl-C and SIGTERM keep
+every finished epoch, a kill all but those of the last half minute: the same command goes on. A larger --count or
+--epochs extends a folder; what is there is kept.
 
 examples:
   speedk experts --dataset cifar10 --ipc 1 --count 20
