@@ -86,7 +86,7 @@ def _train(args: argparse.Namespace) -> int:
     epochs = spec.epochs if args.epochs is None else args.epochs
     folder = ExpertFolder.create(args.out or experts.place(identity), identity)
     need = experts.missing(folder, spec.expert_count, epochs)
-    seconds = need * len(real.train) * experts.image_seconds(identity.network, real.geometry, made.device)
+    seconds = need and need * experts.epoch_seconds(identity, real, spec.expert_count, made.device)
     print(table([
         ("data", f"{real.name}, split {real.split}, {len(real.train):,} training images"
                  + (f"; {real.note}" if real.note else "")),

@@ -110,7 +110,8 @@ class TrajectoryMatching(Objective):
         said = f"{count} experts of {self.spec.epochs} epochs{how} from {path}"
         if not need:
             return f"{said}: all are there", 0.0
-        each = experts.image_seconds(self.spec.network, self.real.geometry, self.device) * len(self.real.train)
+        identity = folder.identity if folder is not None else expert_identity(self.spec, self.real)
+        each = experts.epoch_seconds(identity, self.real, count, self.device)
         disk = 4e-6 * count * (self.spec.epochs + 1) * networks.parameter_count(self._student)
         return (f"{said}: {need:,} of {count * self.spec.epochs:,} epochs are to be trained, {disk:,.1f} MB of disk in "
                 "all"), need * each
