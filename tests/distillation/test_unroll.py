@@ -184,6 +184,30 @@ def test_the_mode_of_the_start_counts(memory, now, later):
     assert bool(student[1].num_batches_tracked == 0)
 
 
+def test_autocast_is_that_of_the_call():
+    """A step that is built again is the one that ran, augmentation included, whatever the backward pass is set to."""
+    student = STUDENTS["mlp"]()
+    theta, images, labels, schedule, lr, direction = problem(student, torch.float32, soft=False)
+    leaves, seen = (theta, images, lr), set()
+    student.register_forward_hook(lambda module, given, logits: seen.add(logits.dtype))
+    mixed = torch.randn(8, 8, generator=torch.Generator().manual_seed(2))
+
+    def run(memory, inside):
+        seen.clear()
+        with torch.autocast("cpu", torch.bfloat16, enabled=inside):
+            end = speedk.unroll(student, theta, images, labels, schedule, lr, memory=memory,
+                                augment=lambda images, step: (images @ mixed).float())
+        with torch.autocast("cpu", torch.bfloat16, enabled=not inside):
+            found = [end.detach(), *gradients(end, direction, leaves)]
+        assert seen == {torch.bfloat16 if inside else torch.float32}
+        return found
+
+    plain, rounded = run("constant", False), run("constant", True)
+    assert all(map(torch.equal, rounded, run("full", True))) and all(map(torch.equal, plain, run("full", False)))
+    for a, b in zip(rounded, plain, strict=True):
+        assert a.dtype == torch.float32 and 0 < relative(a, b) < 0.1
+
+
 def test_a_loss_of_ones_own():
     student = STUDENTS["mlp"]()
     theta, images, labels, schedule, lr, direction = problem(student)

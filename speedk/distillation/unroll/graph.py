@@ -147,7 +147,7 @@ class Training:
         source = augmented = images.detach().index_select(0, index).requires_grad_(needs[0])
         labels, saved = labels.detach().index_select(0, index), Held() if measure else None
         if self.augment is not None:
-            with torch.enable_grad(), saved or contextlib.nullcontext():
+            with torch.enable_grad(), torch.autocast(**self._autocast), saved or contextlib.nullcontext():
                 augmented = self.augment(source, step)
             _check_augmented(augmented, source)
         return Batch(source, augmented, labels, saved)
@@ -189,15 +189,15 @@ class Training:
         be differentiable, and the bits must not depend on what is kept.
         """
         saved = Held()
-        with torch.enable_grad(), saved if note else contextlib.nullcontext():
+        # autocast around the gradient as well: it must not depend on what the backward pass, or a thread, is set to.
+        with torch.enable_grad(), torch.autocast(**self._autocast), saved if note else contextlib.nullcontext():
             parameters = [v.view(shape).requires_grad_() for v, shape in zip(values, self.shapes, strict=True)]
             images, labels = images.requires_grad_(needs[0]), labels.requires_grad_(needs[1])
-            with torch.autocast(**self._autocast):
-                logits = self._call(student, parameters, images)
-                if self.loss is None:  # one of your own may take what it likes
-                    self.classes = _classes(logits, labels)
-                    self.check_labels()
-                loss = (self.loss or F.cross_entropy)(logits, labels)
+            logits = self._call(student, parameters, images)
+            if self.loss is None:  # one of your own may take what it likes
+                self.classes = _classes(logits, labels)
+                self.check_labels()
+            loss = (self.loss or F.cross_entropy)(logits, labels)
             _check_loss(loss)
             if share != 1:
                 loss = loss * share
