@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import json
 import os
 import re
 import signal
-import time
 
 import pytest
 import torch
@@ -17,7 +15,6 @@ from toys import DEVICES, make_real
 
 import speedk
 from speedk import networks
-from speedk.data.normaliser import ChannelNormaliser
 from speedk.distillation import checkpoint, experts, loop
 from speedk.distillation import plan as plans
 from speedk.distillation import recipe as recipes
@@ -254,26 +251,13 @@ def test_what_it_needs_is_said_before_it_starts(real):
     said, seconds = objective.preparation()
     assert said.startswith("2 experts of 3 epochs from ") and "6 of 6 epochs are to be trained" in said
     assert seconds > 0
+    one = make_run(real, expert_count=1, max_start=1, expert_epochs=1).objective.preparation()[0]
+    assert one.startswith("1 expert of 1 epoch from ") and "1 of 1 epoch is to be trained" in one
     promised = float(re.search(r"([\d.]+) MB of disk in all", said)[1])
     objective.prepare()
     files = sum(file.stat().st_size for file in folder_of(real).path.glob("expert-*.safetensors"))
     assert promised == pytest.approx(files / 1e6, rel=0.1)
     assert objective.preparation()[0].endswith("all are there") and objective.preparation()[1] == 0
-
-
-class Slow(ChannelNormaliser):
-    def normalise(self, images):
-        time.sleep(2e-3 * len(images))
-        return super().normalise(images)
-
-
-def test_the_estimate_of_experts_knows_all_that_an_epoch_does(real, tmp_path):
-    """Images that take far longer to read than to train on, and the test after each epoch."""
-    slow = dataclasses.replace(real, normaliser=Slow((0.5,) * 3, (0.25,) * 3))
-    side_by_side = min(2, torch.get_num_threads())
-    least = 6 * 2e-3 * (len(real.train) + len(real.test)) / side_by_side
-    assert least < make_run(slow).objective.preparation()[1] < 3 * least
-    assert not list(tmp_path.rglob("expert-*"))
 
 
 def test_an_estimate_trains_no_experts_and_skips_nothing(real, tmp_path, monkeypatch):

@@ -25,6 +25,7 @@ from speedk.distillation.experts.folder import ExpertFolder, Identity
 from speedk.errors import ConfigError, TrainingError
 from speedk.geometry import Geometry
 from speedk.precision import dtype_of
+from speedk.text import counted
 from speedk.training import ImageSet, separable
 from speedk.workers import Pool, Stopped, single_threaded
 
@@ -148,9 +149,7 @@ def check_data(folder: ExpertFolder, real: RealData) -> None:
     """Raise ConfigError unless the experts of `folder` were trained on `real`, normalised as it is."""
     mine = dataclasses.replace(folder.identity, **dataclasses.asdict(real.geometry), data=real.fingerprint,
                                normaliser=real.normaliser.describe())
-    if wrong := folder.identity.difference(mine, ("classes", "channels", "resolution", "data", "normaliser")):
-        raise ConfigError(f"{folder.path} holds experts with {wrong}: they are for {folder.identity.dataset}, in that "
-                          "very form; choose another folder")
+    folder.check_data(mine)
 
 
 class _Work:
@@ -212,8 +211,8 @@ def _train(work: _Work, number: int, pool: Pool) -> None:
             loss = _epoch(work, student, seed, epoch, pool)
             theta = _flat(parameters)
             if not math.isfinite(loss) or not bool(theta.isfinite().all()):
-                raise TrainingError(f"expert {number} is not finite after {epoch + 1} epochs at a rate of "
-                                    f"{identity.rate:g}: lower it (expert_rate), in another folder")
+                raise TrainingError(f"expert {number} is not finite after {counted(epoch + 1, 'epoch')} at a rate "
+                                    f"of {identity.rate:g}: lower it (expert_rate), in another folder")
             accuracy = _accuracy(work, student, pool)
             last = theta
             rows.append(theta.to(dtype))
