@@ -81,7 +81,7 @@ def locked(path: str | os.PathLike[str], wait: bool = True) -> Iterator[bool]:
     to give.
     """
     try:
-        handle = os.open(path, os.O_RDONLY if os.path.isdir(path) else os.O_CREAT | os.O_RDWR)
+        handle = os.open(path, os.O_RDONLY if os.path.isdir(path) else os.O_CREAT | os.O_RDWR, 0o666)
     except OSError as error:
         raise unwritable(path, error) from None
     try:

@@ -15,6 +15,11 @@ def table(rows: Sequence[Sequence[str]], numbers: Sequence[int] = ()) -> str:
     return "\n".join(lines)
 
 
+def counted(number: int, what: str) -> str:
+    """'1 epoch', '2 epochs'."""
+    return f"{number:,} {what}" + ("" if number == 1 else "s")
+
+
 def duration(seconds: float) -> str:
     """Seconds in a unit that fits."""
     for size, unit in ((86400, "days"), (3600, "hours"), (60, "minutes")):

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import argparse
+import functools
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from speedk.cli import _options
 from speedk.errors import ConfigError
 from speedk.precision import PRECISIONS
 
 if TYPE_CHECKING:
+    from speedk.data import RealData
     from speedk.distillation.experts.folder import ExpertFolder
 
 HELP = "Train the expert trajectories that trajectory matching needs, or print what a folder of them holds."
 EPILOG = """\
 `speedk distill --objective tm` makes what it needs of them by itself; this makes them beforehand, in another place
-(--out), or in several processes at once, which share the work where they are given one folder. What is there is kept:
-the same command goes on after an interruption, and a larger --count or --epochs extends a folder.
+(--out), or in several processes at once, which share the work where they are given one folder. Ctrl-C and SIGTERM keep
+every finished epoch, a kill all but those of the last half minute: the same command goes on. A larger --count or
+--epochs extends a folder; what is there is kept.
 
 examples:
   speedk experts --dataset cifar10 --ipc 1 --count 20
@@ -61,7 +64,7 @@ def _train(args: argparse.Namespace) -> int:
     from speedk.distillation import recipe as recipes
     from speedk.distillation.experts.folder import ExpertFolder
     from speedk.distillation.objectives import tm
-    from speedk.text import duration, table
+    from speedk.text import counted, duration, table
 
     if args.precision != "float32" and args.out is None:
         raise ConfigError(f"--precision {args.precision} is for a folder of your own: say --out, and experts=DIR to "
@@ -79,22 +82,23 @@ def _train(args: argparse.Namespace) -> int:
     named = args.dataset or ("" if args.data else "digits")
     method = "speed" if recipes.find_row(named, args.ipc or 1, "speed") else "pixels"
     made = plans.plan(args.dataset, data=args.data, ipc=args.ipc, method=None if args.recipe else method,
-                      recipe=args.recipe, objective="tm", device=args.device, overrides=fields, progress=True)
+                      recipe=args.recipe, objective="tm", device=args.device, overrides=fields, progress=True,
+                      load=functools.partial(_load, args.out, fields))
     spec, real = made.recipe.objective, made.real
     identity = tm.expert_identity(spec, real, args.precision)
     epochs = spec.epochs if args.epochs is None else args.epochs
     folder = ExpertFolder.create(args.out or experts.place(identity), identity)
     need = experts.missing(folder, spec.expert_count, epochs)
-    seconds = need * len(real.train) * experts.image_seconds(identity.network, real.geometry, made.device)
+    seconds = need and need * experts.epoch_seconds(identity, real, spec.expert_count, made.device)
     print(table([
         ("data", f"{real.name}, split {real.split}, {len(real.train):,} training images"
                  + (f"; {real.note}" if real.note else "")),
-        ("experts", f"{spec.expert_count} of {identity.network}, {identity.parameters:,} parameters, {epochs} epochs "
-                    f"at {identity.rate:g}, batch {identity.batch}"
+        ("experts", f"{spec.expert_count} of {identity.network}, {identity.parameters:,} parameters, "
+                    f"{counted(epochs, 'epoch')} at {identity.rate:g}, batch {identity.batch}"
                     + (", standardised" if identity.standardise else "") + f", seed {identity.seed}"),
         ("folder", str(folder.path)),
-        ("to train", f"{need:,} of {spec.expert_count * epochs:,} epochs, about {duration(seconds)} on this "
-                     f"{made.device.type}"),
+        ("to train", f"{need:,} of {counted(spec.expert_count * epochs, 'epoch')}, about {duration(seconds)} on "
+                     f"this {made.device.type}"),
     ]), flush=True)
     bars = Bars()
     try:
@@ -107,6 +111,22 @@ def _train(args: argparse.Namespace) -> int:
         bars.close()
     print(f"\n{_summary(folder)}")
     return 0
+
+
+def _load(out: Path | None, fields: dict[str, Any], name: str | None, *where: Any, **how: Any) -> RealData:
+    """Read the data; but where `out` holds experts of other data, or of another network, say so before that takes its
+    time. `ExpertFolder.create` looks at the rest."""
+    from speedk import data
+    from speedk.data import catalogue
+    from speedk.distillation.experts.folder import IDENTITY_FILE, ExpertFolder
+
+    if out is not None and (out / IDENTITY_FILE).exists():
+        there, network = ExpertFolder.open(out).identity, fields.get("objective.network", fields.get("network"))
+        for wanted, found in ((name if there.dataset in catalogue.CATALOGUE else None, there.dataset),
+                              (network, there.network)):
+            if wanted and wanted != found:
+                raise ConfigError(f"{out} holds experts of {found}, not {wanted}: choose another folder")
+    return data.load(name, *where, **how)
 
 
 def _info(path: Path) -> int:

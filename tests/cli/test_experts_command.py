@@ -86,6 +86,21 @@ def test_a_rows_experts_have_the_epochs_that_speed_reads(folder, tmp_path, capsy
     assert f"{3 * epochs} of {3 * epochs} epochs" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(("arguments", "said"), [
+    (("--dataset", "cifar10", "--network", "mlp"), "holds experts of digits, not cifar10: choose another folder"),
+    (("--dataset", "digits", "--network", "convnet"), "holds experts of mlp, not convnet"),
+    (("--dataset", "digits", "network=convnet"), "holds experts of mlp, not convnet"),
+])
+def test_experts_of_other_data_are_seen_before_the_data_are_read(tmp_path, capsys, monkeypatch, arguments, said):
+    out = tmp_path / "experts"
+    assert speedk("experts", "--out", out, "--count", 1, "--epochs", 1, *SMALL) == 0
+    page = capsys.readouterr().out
+    assert "1 of mlp, " in page and "1 epoch at 0.1" in page and "1 of 1 epoch, about" in page
+    monkeypatch.setattr(data, "load", lambda *_, **options: pytest.fail("the data are read"))
+    assert speedk("experts", "--out", out, *arguments) == 1
+    assert said in capsys.readouterr().err
+
+
 def test_no_recipe_of_a_row_reads_more_than_speeds():
     read = {}
     for name in recipes.shipped():

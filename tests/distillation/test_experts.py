@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 import threading
+import time
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from speedk import networks, seeds
 from speedk.data.normaliser import ChannelNormaliser
 from speedk.distillation import experts
 from speedk.distillation.experts.folder import ExpertFolder, Identity
+from speedk.distillation.objectives import tm
 from speedk.errors import ArtifactError, ConfigError, TrainingError
 
 
@@ -225,6 +227,10 @@ def test_other_data_are_refused(real, tmp_path):
     other = make_real(resolution=8, count=8, seed=1)
     with pytest.raises(ConfigError, match=r"data=[0-9a-f]{12}\.\.\., not"):
         experts.train(folder, other, 1, 2)
+    with pytest.raises(ConfigError, match=r"data=[0-9a-f]{12}\.\.\., not .*: they are for stripes"):  # not the rate
+        make(tmp_path, other, network="convnet", rate=0.2)
+    with pytest.raises(ConfigError, match="network=mlp, not convnet"):
+        make(tmp_path, real, network="convnet", rate=0.2)
     whiter = dataclasses.replace(real, normaliser=ChannelNormaliser((0.1,) * 3, (0.25,) * 3))
     with pytest.raises(ConfigError, match=r"normaliser=\{kind: channel, mean: \[0.5, .* not .*0\.1"):
         experts.check_data(folder, whiter)
@@ -295,9 +301,27 @@ def test_a_damaged_folder_is_one_line(real, tmp_path):
 
 
 def test_an_expert_that_diverges_says_so(real, tmp_path):
-    with pytest.raises(TrainingError, match="is not finite after 1 epochs at a rate of 1e\\+30: lower it"):
+    with pytest.raises(TrainingError, match="is not finite after 1 epoch at a rate of 1e\\+30: lower it"):
         make(tmp_path, real, count=1, rate=1e30)
     assert ExpertFolder.open(tmp_path).epochs(0) == -1
+
+
+class Slow(ChannelNormaliser):
+    def normalise(self, images):
+        time.sleep(2e-3 * len(images))
+        return super().normalise(images)
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_the_estimate_knows_all_that_an_epoch_does(real, monkeypatch, tmp_path, count):
+    """Images that take far longer to read than to train on, and the test after each epoch."""
+    monkeypatch.setenv("SPEEDK_CACHE", str(tmp_path))
+    slow = dataclasses.replace(real, normaliser=Slow((0.5,) * 3, (0.25,) * 3))
+    spec = tm.Spec(network="mlp", max_start=2, expert_count=count)
+    _, seconds = tm.TrajectoryMatching(spec, slow, 0, torch.device("cpu")).preparation()
+    least = 3 * count * 2e-3 * (len(real.train) + len(real.test)) / min(count, torch.get_num_threads())
+    assert least < seconds < 3 * least
+    assert not list(tmp_path.iterdir())
 
 
 def test_what_cannot_be_is_refused(real, tmp_path):
@@ -305,7 +329,7 @@ def test_what_cannot_be_is_refused(real, tmp_path):
         with pytest.raises(ConfigError):
             Identity.of(real, **wrong)
     folder = make(tmp_path, real, count=1, epochs=1)
-    with pytest.raises(ConfigError, match=r"has 1 epochs, not 2: extend it"):
+    with pytest.raises(ConfigError, match=r"has 1 epoch, not 2: extend it"):
         folder.snapshot(0, 2)
     with pytest.raises(ConfigError, match="nothing to train"):
         experts.train(folder, real, 0, 1)

@@ -126,6 +126,20 @@ def test_batches_are_pieces_of_permutations():
     assert [len(part) for part in tm.batches(3, 4, 2, torch.Generator())] == [3, 3]
 
 
+@pytest.mark.parametrize("max_start", [1, 3])
+def test_every_start_below_max_start_is_drawn(real, max_start):
+    objective = make_run(real, max_start=max_start, expert_count=1).objective
+    objective.prepare()
+    starts = [objective._experts.snapshot(0, epoch) for epoch in range(max_start)]
+    drawn = set()
+    for step in range(40):
+        start, target = objective._drawn(torch.Generator().manual_seed(step))
+        epoch, = (e for e, there in enumerate(starts) if torch.equal(start, there))
+        assert torch.equal(target, objective._experts.snapshot(0, epoch + 2))
+        drawn.add(epoch)
+    assert drawn == set(range(max_start))
+
+
 @pytest.mark.parametrize("method", ["pixels", "speed"])
 def test_matching_lowers_the_loss(real, tmp_path, method):
     rates = {"pixels": {"rates.pixels": 100.0}, "speed": {"optimizer": "adam", "rates.scm": 0.05}}[method]
@@ -237,6 +251,8 @@ def test_what_it_needs_is_said_before_it_starts(real):
     said, seconds = objective.preparation()
     assert said.startswith("2 experts of 3 epochs from ") and "6 of 6 epochs are to be trained" in said
     assert seconds > 0
+    one = make_run(real, expert_count=1, max_start=1, expert_epochs=1).objective.preparation()[0]
+    assert one.startswith("1 expert of 1 epoch from ") and "1 of 1 epoch is to be trained" in one
     promised = float(re.search(r"([\d.]+) MB of disk in all", said)[1])
     objective.prepare()
     files = sum(file.stat().st_size for file in folder_of(real).path.glob("expert-*.safetensors"))
@@ -279,6 +295,7 @@ def test_a_good_step_forgets_the_failures(real):
     fresh = make_run(real, synthetic_lr=100.0, synthetic_lr_floor=0.01)
     fresh.objective.load_state_dict(state)
     assert fresh.objective.state_dict() == state
+    assert state["skipped"] == fresh.objective.skipped == numbers["skipped"]  # a resumed run goes on counting
 
 
 def test_images_that_are_not_finite_stop_the_run(real):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import random
 import threading
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -132,6 +134,35 @@ def test_each_step_draws_its_own_and_the_same_on_the_way_back():
         assert all(torch.equal(a, b) for a, b in zip(there, again[::-1], strict=True))
 
 
+@pytest.mark.parametrize("draw", [random.random, lambda: np.random.rand(), lambda: np.random.normal()],
+                         ids=["random", "numpy", "numpy normal"])
+def test_what_python_and_numpy_draw_is_replayed(draw):
+    """In an augmentation and in a loss; and the generators are left as they were."""
+    student = STUDENTS["mlp"]()
+    theta, images, labels, schedule, lr, direction = problem(student)
+    leaves, drawn, kept = (theta, images, labels, lr), [], []
+
+    def augment(batch, step):
+        drawn.append(draw())
+        return batch * (1 + drawn[-1])
+
+    def loss(logits, labels):
+        kept.append(draw())
+        return (1 + kept[-1]) * torch.nn.functional.cross_entropy(logits, labels)
+
+    results = []
+    for memory in ("full", "constant"):
+        torch.manual_seed(5)
+        before = random.getstate(), np.random.get_state()[1:]
+        end = speedk.unroll(student, *leaves[:3], schedule, lr, augment=augment, loss=loss, memory=memory)
+        results.append(gradients(end, direction, leaves))
+        after = random.getstate(), np.random.get_state()[1:]
+        assert after[0] == before[0] and all(np.array_equal(a, b) for a, b in zip(after[1], before[1], strict=True))
+    assert all(map(torch.equal, *results))
+    for values in (drawn, kept):
+        assert len(set(values[:6])) == 6 and values[:6] == values[6:12] == values[:11:-1]
+
+
 @pytest.mark.parametrize("memory", ["constant", 20_000, "full"])
 @pytest.mark.parametrize("now,later", [(True, False), (False, True)])
 def test_the_mode_of_the_start_counts(memory, now, later):
@@ -151,6 +182,30 @@ def test_the_mode_of_the_start_counts(memory, now, later):
         assert modes == [module.training for module in student.modules()]
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
     assert bool(student[1].num_batches_tracked == 0)
+
+
+def test_autocast_is_that_of_the_call():
+    """A step that is built again is the one that ran, augmentation included, whatever the backward pass is set to."""
+    student = STUDENTS["mlp"]()
+    theta, images, labels, schedule, lr, direction = problem(student, torch.float32, soft=False)
+    leaves, seen = (theta, images, lr), set()
+    student.register_forward_hook(lambda module, given, logits: seen.add(logits.dtype))
+    mixed = torch.randn(8, 8, generator=torch.Generator().manual_seed(2))
+
+    def run(memory, inside):
+        seen.clear()
+        with torch.autocast("cpu", torch.bfloat16, enabled=inside):
+            end = speedk.unroll(student, theta, images, labels, schedule, lr, memory=memory,
+                                augment=lambda images, step: (images @ mixed).float())
+        with torch.autocast("cpu", torch.bfloat16, enabled=not inside):
+            found = [end.detach(), *gradients(end, direction, leaves)]
+        assert seen == {torch.bfloat16 if inside else torch.float32}
+        return found
+
+    plain, rounded = run("constant", False), run("constant", True)
+    assert all(map(torch.equal, rounded, run("full", True))) and all(map(torch.equal, plain, run("full", False)))
+    for a, b in zip(rounded, plain, strict=True):
+        assert a.dtype == torch.float32 and 0 < relative(a, b) < 0.1
 
 
 def test_a_loss_of_ones_own():

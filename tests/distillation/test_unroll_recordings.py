@@ -301,3 +301,19 @@ def test_recordings_go_with_their_student(device, monkeypatch):
     del student
     gc.collect()
     assert not replay._of_students and not any(ref() for ref in kept)
+
+
+def test_a_student_that_leaves_its_parameters_is_refused_where_steps_were_recorded(device):
+    class Leaving(Own):
+        apart = False
+
+        def forward(self, images):
+            return images.flatten(1)[:, :3] if self.apart else super().forward(images)
+
+    student = Leaving()
+    leaves, schedule, direction = given(student, device)
+    results(student, leaves, schedule, direction)
+    assert recorded(student)
+    student.apart = True
+    with pytest.raises(ConfigError, match="the loss hangs on no parameter of the student"):
+        results(student, leaves, schedule, direction)

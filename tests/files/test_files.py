@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from speedk.errors import TrainingError
-from speedk.files import check_writable, sweep, write_atomic
+from speedk.files import check_writable, locked, sweep, write_atomic
 
 
 def names(folder):
@@ -42,6 +42,12 @@ def test_new_file_has_the_usual_mode(tmp_path):
     (tmp_path / "plain").write_bytes(b"")
     write_atomic(tmp_path / "atomic", b"")
     assert (tmp_path / "atomic").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+def test_a_lock_file_has_the_usual_mode(tmp_path):
+    (tmp_path / "plain").write_bytes(b"")
+    with locked(tmp_path / "lock") as mine:
+        assert mine and (tmp_path / "lock").stat().st_mode == (tmp_path / "plain").stat().st_mode
 
 
 @pytest.mark.parametrize("error", [RuntimeError("boom"), KeyboardInterrupt()])

@@ -6,6 +6,7 @@ so an expert that was interrupted, or is wanted for more epochs, goes on from it
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
 import threading
@@ -18,18 +19,23 @@ import torch
 from torch import Tensor, nn
 
 from speedk import networks, seeds, training
-from speedk.data import RealData, cache
+from speedk.data import RealData, Subset, cache
 from speedk.distillation import signals
 from speedk.distillation.experts.folder import ExpertFolder, Identity
 from speedk.errors import ConfigError, TrainingError
 from speedk.geometry import Geometry
 from speedk.precision import dtype_of
+from speedk.text import counted
 from speedk.training import ImageSet, separable
 from speedk.workers import Pool, Stopped, single_threaded
 
 TEST_IMAGES = 1000
 """Test images (evenly spaced) that the accuracy after each epoch is taken on: a part, as it is for information only
 and all of them would take a tenth of the time."""
+
+MEASURE_SECONDS = 1.0
+"""What is measured for an estimate grows no more once three of its stretches take this long."""
+_STRETCH = 16  # images of the first stretch, for each thread
 
 SAVE_SECONDS = 30.0
 POLL_SECONDS = 0.5
@@ -67,6 +73,47 @@ def image_seconds(network: str, geometry: Geometry, device: torch.device | str =
     return min(times) / count
 
 
+def epoch_seconds(identity: Identity, real: RealData, count: int, device: torch.device | str = "cpu") -> float:
+    """Seconds that each epoch adds where `count` experts are trained, its test included: measured on a stretch of one,
+    of two batches where they take no longer than a moment."""
+    device, most = torch.device(device), min(2 * identity.batch, len(real.train))
+    student = networks.fresh(identity.network, real.geometry, 0, device)
+    with Pool(device) as pool:
+        runners = min(count, _side_by_side_at_most(student, pool))
+        students, images = [copy.deepcopy(student) for _ in range(runners)], min(most, _STRETCH * max(1, pool.threads))
+        with single_threaded(runners) as threads:
+            while True:
+                part = _first(real, images).to(device)
+                work = _Work(ExpertFolder(Path(), identity), part, 1, 1, lambda *_: None)
+                times = []
+                for _ in range(3):  # the first of which makes what is made once
+                    began = time.perf_counter()
+                    list(threads.map(lambda student, work=work: _stretch(work, student, pool), students))
+                    times.append(time.perf_counter() - began)
+                if images == most or sum(times) > MEASURE_SECONDS:
+                    return min(times) / runners * len(real.train) / images
+                images = min(most, 4 * images)
+
+
+def _first(real: RealData, images: int) -> RealData:
+    """The first `images` training images, and as large a part of the test images that a test takes."""
+    tests = max(1, round(min(TEST_IMAGES, len(real.test)) * images / len(real.train)))
+    train, test = (Subset(part.images[:rows], part.labels[:rows])
+                   for part, rows in ((real.train, images), (real.test, tests)))
+    return dataclasses.replace(real, train=train, test=test)
+
+
+def _stretch(work: _Work, student: nn.Module, pool: Pool) -> None:
+    """An epoch on what `work` has, and its test; nothing is kept."""
+    _epoch(work, student, 0, 0, pool)
+    _accuracy(work, student, pool)
+
+
+def _side_by_side_at_most(student: nn.Module, pool: Pool) -> int:
+    """Experts that are trained at once: one that draws or mixes has the threads for itself."""
+    return max(1, pool.threads) if separable(student) else 1
+
+
 def train(folder: ExpertFolder, real: RealData, count: int, epochs: int, device: torch.device | str = "cpu",
           threads: int | None = None, progress: OnEpoch = lambda *_: None) -> None:
     """Train until experts 0 .. count - 1 of `folder` have `epochs` epochs each; what is there stays.
@@ -90,9 +137,9 @@ def train(folder: ExpertFolder, real: RealData, count: int, epochs: int, device:
         if size != folder.identity.parameters:  # a class of the user's own, changed since
             raise ConfigError(f"{folder.path} holds experts of {folder.identity.parameters:,} parameters, but "
                               f"{folder.identity.network} has {size:,}: choose another folder")
-        alike = max(1, pool.threads) if separable(first) else 1
+        most = _side_by_side_at_most(first, pool)
         while waiting:
-            _side_by_side(work, waiting, pool, min(alike, len(waiting)))
+            _side_by_side(work, waiting, pool, min(most, len(waiting)))
             waiting = [number for number in waiting if folder.epochs(number) < epochs]
             if waiting:  # others are at it: wait until they are done, or dead
                 time.sleep(POLL_SECONDS)
@@ -102,9 +149,7 @@ def check_data(folder: ExpertFolder, real: RealData) -> None:
     """Raise ConfigError unless the experts of `folder` were trained on `real`, normalised as it is."""
     mine = dataclasses.replace(folder.identity, **dataclasses.asdict(real.geometry), data=real.fingerprint,
                                normaliser=real.normaliser.describe())
-    if wrong := folder.identity.difference(mine, ("classes", "channels", "resolution", "data", "normaliser")):
-        raise ConfigError(f"{folder.path} holds experts with {wrong}: they are for {folder.identity.dataset}, in that "
-                          "very form; choose another folder")
+    folder.check_data(mine)
 
 
 class _Work:
@@ -150,7 +195,6 @@ def _train(work: _Work, number: int, pool: Pool) -> None:
     dtype, seed = dtype_of(identity.precision), seeds.derive(identity.seed, "expert", number)
     student = networks.fresh(identity.network, work.geometry, seeds.derive(seed, "start"), device)
     parameters = list(student.parameters())
-    trained = [p for p in parameters if p.requires_grad]  # what is frozen keeps its value, in theta too
     losses: list[float] = []
     if folder.epochs(number) >= 0:
         record, last = folder.last(number)
@@ -161,21 +205,14 @@ def _train(work: _Work, number: int, pool: Pool) -> None:
     else:
         rows, accuracies = [_flat(parameters).to(dtype)], [_accuracy(work, student, pool)]
 
-    @torch.no_grad()
-    def update() -> None:
-        torch._foreach_add_(trained, [p.grad for p in trained], alpha=-identity.rate)
-
     saved, saved_at = len(losses), time.monotonic()
     try:
         for epoch in range(len(losses), work.epochs):
-            student.train()  # the test left it otherwise, and only in training is there dropout to seed
-            with training.seeded(student, seeds.derive(seed, "dropout", epoch), pool):
-                loss = training.epoch(student, work.train_set, seeds.generator(seed, "epoch", epoch), pool, update,
-                                      batch=identity.batch, augment=identity.augment, standardise=identity.standardise)
+            loss = _epoch(work, student, seed, epoch, pool)
             theta = _flat(parameters)
             if not math.isfinite(loss) or not bool(theta.isfinite().all()):
-                raise TrainingError(f"expert {number} is not finite after {epoch + 1} epochs at a rate of "
-                                    f"{identity.rate:g}: lower it (expert_rate), in another folder")
+                raise TrainingError(f"expert {number} is not finite after {counted(epoch + 1, 'epoch')} at a rate "
+                                    f"of {identity.rate:g}: lower it (expert_rate), in another folder")
             accuracy = _accuracy(work, student, pool)
             last = theta
             rows.append(theta.to(dtype))
@@ -188,6 +225,21 @@ def _train(work: _Work, number: int, pool: Pool) -> None:
     finally:
         if len(losses) > saved:
             folder.write(number, torch.stack(rows), last, losses, accuracies)
+
+
+def _epoch(work: _Work, student: nn.Module, seed: int, epoch: int, pool: Pool) -> float:
+    """Train a student for an epoch; returns the mean loss."""
+    identity = work.folder.identity
+    trained = [p for p in student.parameters() if p.requires_grad]  # what is frozen keeps its value, in theta too
+
+    @torch.no_grad()
+    def update() -> None:
+        torch._foreach_add_(trained, [p.grad for p in trained], alpha=-identity.rate)
+
+    student.train()  # the test left it otherwise, and only in training is there dropout to seed
+    with training.seeded(student, seeds.derive(seed, "dropout", epoch), pool):
+        return training.epoch(student, work.train_set, seeds.generator(seed, "epoch", epoch), pool, update,
+                              batch=identity.batch, augment=identity.augment, standardise=identity.standardise)
 
 
 def _flat(parameters: list[nn.Parameter]) -> Tensor:

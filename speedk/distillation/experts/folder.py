@@ -34,9 +34,11 @@ from speedk.errors import ArtifactError, ConfigError, TrainingError, one_line
 from speedk.files import locked, unwritable, write_atomic
 from speedk.geometry import Geometry
 from speedk.precision import PRECISIONS
+from speedk.text import counted
 
 FORMAT = 1
 IDENTITY_FILE = "experts.json"
+_OF_DATA = ("classes", "channels", "resolution", "data", "normaliser")
 _KINDS = {"str": (str,), "int": (int,), "bool": (bool,), "float": (float, int), "dict[str, Any]": (dict,)}
 _FILE = re.compile(r"expert-(\d{4,})\.safetensors")
 
@@ -165,9 +167,17 @@ class ExpertFolder:
                                           "that is new or empty")
                     write_atomic(path / IDENTITY_FILE, json.dumps(document, indent=1).encode() + b"\n")
                     found = identity
+        cls(path, found).check_data(identity)  # before how they were trained, which matters less
         if wrong := found.difference(identity):
             raise ConfigError(f"{path} holds experts with {wrong}: choose another folder")
         return cls(path, identity)
+
+    def check_data(self, wanted: Identity) -> None:
+        """Raise ConfigError where `wanted` is for other data than these experts, or for the same in another form."""
+        if wrong := self.identity.difference(wanted, _OF_DATA):
+            dataset = one_line(self.identity.dataset, 60)
+            raise ConfigError(f"{self.path} holds experts with {wrong}: they are for {dataset}, in that very form; "
+                              "choose another folder")
 
     def file(self, number: int) -> Path:
         return self.path / f"expert-{number:04d}.safetensors"
@@ -190,8 +200,8 @@ class ExpertFolder:
         with self._opened(number) as file:
             record = self._record(number, file)
             if not 0 <= epoch <= record.epochs:
-                raise ConfigError(f"{self.file(number)} has {record.epochs} epochs, not {epoch}: extend it with "
-                                  f"`speedk experts --epochs {epoch}`")
+                raise ConfigError(f"{self.file(number)} has {counted(record.epochs, 'epoch')}, not {epoch}: extend it "
+                                  f"with `speedk experts --epochs {epoch}`")
             row = file.get_slice("theta")[epoch : epoch + 1][0]
             self._check(number, epoch, row, record)
             return row.to(torch.float32, copy=True)

@@ -16,6 +16,7 @@ from speedk.distillation.objectives.base import ABSURD, Diverged, Objective, Obj
 from speedk.distillation.parameterizations.base import Parameterization, detached
 from speedk.distillation.unroll import dsa_steps, unroll
 from speedk.errors import ConfigError
+from speedk.text import counted
 from speedk.workers import Pool
 
 if TYPE_CHECKING:
@@ -123,13 +124,14 @@ class TrajectoryMatching(Objective):
         path, folder, count = self._find()
         need = experts.missing(folder, count, self.spec.epochs) if folder is not None else count * self.spec.epochs
         how = " on standardised batches" if self.spec.standardise else ""
-        said = f"{count} experts of {self.spec.epochs} epochs{how} from {path}"
+        said = f"{counted(count, 'expert')} of {counted(self.spec.epochs, 'epoch')}{how} from {path}"
         if not need:
             return f"{said}: all are there", 0.0
-        each = experts.image_seconds(self.spec.network, self.real.geometry, self.device) * len(self.real.train)
+        identity = folder.identity if folder is not None else expert_identity(self.spec, self.real)
+        each = experts.epoch_seconds(identity, self.real, count, self.device)
         disk = 4e-6 * count * (self.spec.epochs + 1) * networks.parameter_count(self._student)
-        return (f"{said}: {need:,} of {count * self.spec.epochs:,} epochs are to be trained, {disk:,.1f} MB of disk in "
-                "all"), need * each
+        todo = f"{need:,} of {counted(count * self.spec.epochs, 'epoch')} {'is' if need == 1 else 'are'} to be trained"
+        return f"{said}: {todo}, {disk:,.1f} MB of disk in all", need * each
 
     def prepare(self, progress: Progress | None = None) -> None:
         if self._experts is not None or self._pretended is not None:

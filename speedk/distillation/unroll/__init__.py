@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from speedk import seeds
 from speedk.augment import dsa
@@ -41,14 +42,15 @@ def unroll(student: nn.Module, theta: Tensor, images: Tensor, labels: Tensor, sc
     schedule: int64 index tensors [B_t] (or sequences of ints) into images, one a step; an index may come twice.
     lr: a scalar tensor (or a number). momentum: 0 up to, not including, 1.
     augment: `augment(images [B_t, C, H, W], step) -> images`, differentiable once. It is called again in the backward
-    pass and must do the same then: it may depend on `step` and draw from torch's default generators, which are
-    seeded for each step; `dsa_steps(seed)` makes one.
+    pass and must do the same then: it may depend on `step` and draw from the global generators of torch, numpy
+    (`np.random.rand`) and Python's `random`, which are seeded for each step; `dsa_steps(seed)` makes one.
     loss: `loss(logits, labels)`, a scalar; cross entropy, mean over the batch, unless given.
     memory: "constant" builds each step's graph again in the backward pass; "full" keeps them all; a number of bytes
     keeps as many as fit in that. All give the same bits on the CPU, and on a GPU where no operation of the student, the
     loss or `augment` adds in an order of its own there (docs/unroll.md).
 
-    Random numbers of dropout and augmentation follow from one draw of torch's default CPU generator.
+    Random numbers of dropout and augmentation follow from one draw of torch's default CPU generator; but for that, all
+    global generators are afterwards as they were.
     A student that says `per_sample = True` (no operation of it mixes the samples of a batch, it draws no random numbers
     but in dropout modules, and it reads nothing that changes but its own attributes and PyTorch's settings) is trained
     faster, unless it has such dropout or a `loss` is given: on the CPU on pieces of the batch in threads, where the
@@ -57,8 +59,9 @@ def unroll(student: nn.Module, theta: Tensor, images: Tensor, labels: Tensor, sc
     Returns theta_T [P]. Raises ConfigError where the arguments do not fit, and for a student whose buffers change as
     it trains (the running statistics of a batch norm), by name.
     """
-    schedule = [_indices(index, step) for step, index in enumerate(schedule)]
-    _check(student, theta, images, labels, schedule, momentum)
+    _check_where()
+    schedule = _batches(schedule)
+    _check(student, theta, images, labels, schedule, lr, momentum)
     lr = _rate(lr, theta)
     schedule = [index.to(images.device, non_blocking=True) for index in schedule]
     largest = _largest_label(labels) if loss is None else -1
@@ -192,17 +195,28 @@ def _limit(memory: str | int) -> float:
 
 def _rate(lr: Tensor | float, theta: Tensor) -> Tensor:
     try:
+        if isinstance(lr, Tensor) and lr.is_complex():  # which would lose its imaginary part
+            raise TypeError
         lr = torch.as_tensor(lr, dtype=theta.dtype, device=theta.device)
     except (TypeError, ValueError, RuntimeError):
-        raise ConfigError(f"lr must be a scalar tensor, or a number, got {type(lr).__name__}") from None
+        got = f"one that is {lr.dtype}" if isinstance(lr, Tensor) else type(lr).__name__
+        raise ConfigError(f"lr must be a real scalar tensor, or a number, got {got}") from None
     if lr.dim():
         raise ConfigError(f"lr must be a scalar, got {tuple(lr.shape)}")
     return lr
 
 
+def _batches(schedule: Iterable[Tensor]) -> list[Tensor]:
+    try:
+        batches = iter(schedule)
+    except TypeError:  # a scalar tensor has an __iter__, too
+        raise ConfigError(f"schedule must be index tensors, one a step, got {type(schedule).__name__}") from None
+    return [_indices(index, step) for step, index in enumerate(batches)]
+
+
 def _indices(index: Tensor | Sequence[int], step: int) -> Tensor:
     try:
-        return torch.as_tensor(index)
+        return torch.as_tensor(index).clone()  # the way back goes by it, whatever becomes of the caller's
     except (TypeError, ValueError, RuntimeError):
         raise ConfigError(f"schedule[{step}] must be int64 [B], or a sequence of ints, got {type(index).__name__}"
                           ) from None
@@ -221,14 +235,29 @@ def _largest_label(labels: Tensor) -> int:
     return largest
 
 
-def _check(student: nn.Module, theta: Tensor, images: Tensor, labels: Tensor, schedule: Sequence[Tensor],
-           momentum: float) -> None:
+def _check_where() -> None:
     if torch.is_inference_mode_enabled():
         raise ConfigError("each step is differentiated, which torch.inference_mode forbids: take torch.no_grad")
-    for name, tensor in (("theta", theta), ("images", images), ("labels", labels)):
+    if torch._C._are_functorch_transforms_active():
+        raise ConfigError("unroll cannot be called inside a transform of torch.func (grad, vmap, jvp, ...): take "
+                          "torch.autograd.grad of what it gives")
+
+
+def _check(student: nn.Module, theta: Tensor, images: Tensor, labels: Tensor, schedule: Sequence[Tensor],
+           lr: Tensor | float, momentum: float) -> None:
+    if not isinstance(student, nn.Module):
+        raise ConfigError(f"student must be a torch.nn.Module, got {type(student).__name__}")
+    for name, tensor in (("theta", theta), ("images", images), ("labels", labels), ("lr", lr)):
+        if not isinstance(tensor, Tensor):
+            if name == "lr":  # a number, or `_rate` says so
+                continue
+            raise ConfigError(f"{name} must be a tensor, got {type(tensor).__name__}")
         if tensor.is_inference():
             raise ConfigError(f"{name} was made in torch.inference_mode, and nothing can be differentiated through it: "
                               "clone it outside")
+        if forward_ad.unpack_dual(tensor).tangent is not None:
+            raise ConfigError(f"{name} has a tangent of forward-mode AD, which unroll has no rule for: take "
+                              "torch.autograd.grad of what it gives")
     if not any(p.requires_grad for p in student.parameters()):
         raise ConfigError("the student has no parameter that requires a gradient, so nothing of it is trained: say "
                           "student.requires_grad_()")
@@ -250,6 +279,8 @@ def _check(student: nn.Module, theta: Tensor, images: Tensor, labels: Tensor, sc
                           "one dtype")
     if not theta.device == images.device == labels.device:
         raise ConfigError(f"theta is on {theta.device}, images on {images.device}, labels on {labels.device}")
+    if not isinstance(momentum, numbers.Real):
+        raise ConfigError(f"momentum must be a number, got {type(momentum).__name__}")
     if not 0 <= momentum < 1:
         raise ConfigError(f"momentum={momentum} must be at least 0 and below 1")
     for step, index in enumerate(schedule):

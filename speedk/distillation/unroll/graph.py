@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import random
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -27,6 +29,9 @@ from speedk.workers import Pool
 GRAPH_PIECE_PIXELS = 16 * 32 * 32
 """Count x height x width of one thread's piece of a batch, whose graph is differentiated again: 16 images of 32 x 32,
 so that a batch of 64 keeps four cores busy. Their activations stay in the caches; smaller pieces save no more."""
+
+NO_PATH = ("the loss hangs on no parameter of the student: compute it from the logits, by operations that can be "
+           "differentiated")
 
 Augment = Callable[[Tensor, int], Tensor]
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -115,6 +120,7 @@ class Training:
         self._modes = [(module, module.training) for module in student.modules()]
         self._graph_bytes: dict[torch.Size, int] = {}  # of the pieces' graphs, by the shape of the batch
         self._seed = int(torch.randint(2**62, ()))
+        self._draws = not self.per_sample or augment is not None  # random numbers, in a step
         kind = device.type
         self._autocast = {"device_type": kind, "dtype": torch.get_autocast_dtype(kind),
                           "enabled": torch.is_autocast_enabled(kind), "cache_enabled": False}
@@ -123,7 +129,8 @@ class Training:
     def running(self, again: bool = False) -> Iterator[Pool | Alone]:
         """Where steps are built and differentiated, forward and backward (`again`) alike; gives what runs the
         pieces."""
-        with networks.twice_differentiable(), repeatable(self.device), _in_modes(self._modes), self._pool as pool:
+        with (networks.twice_differentiable(), repeatable(self.device), _in_modes(self._modes), self._chance(),
+              self._pool as pool):
             yield pool
 
     def build(self, step: int, theta: Tensor, images: Tensor, labels: Tensor, needs: tuple[bool, bool],
@@ -140,8 +147,9 @@ class Training:
         source = augmented = images.detach().index_select(0, index).requires_grad_(needs[0])
         labels, saved = labels.detach().index_select(0, index), Held() if measure else None
         if self.augment is not None:
-            with torch.enable_grad(), saved or contextlib.nullcontext():
+            with torch.enable_grad(), torch.autocast(**self._autocast), saved or contextlib.nullcontext():
                 augmented = self.augment(source, step)
+            _check_augmented(augmented, source)
         return Batch(source, augmented, labels, saved)
 
     def graph(self, batch: Batch, theta: Tensor, needs: tuple[bool, bool], pool: Pool | Alone, measure: bool = False,
@@ -181,21 +189,25 @@ class Training:
         be differentiable, and the bits must not depend on what is kept.
         """
         saved = Held()
-        with torch.enable_grad(), saved if note else contextlib.nullcontext():
+        # autocast around the gradient as well: it must not depend on what the backward pass, or a thread, is set to.
+        with torch.enable_grad(), torch.autocast(**self._autocast), saved if note else contextlib.nullcontext():
             parameters = [v.view(shape).requires_grad_() for v, shape in zip(values, self.shapes, strict=True)]
             images, labels = images.requires_grad_(needs[0]), labels.requires_grad_(needs[1])
-            with torch.autocast(**self._autocast):
-                logits = self._call(student, parameters, images)
-                self.classes = logits.shape[-1]
+            logits = self._call(student, parameters, images)
+            if self.loss is None:  # one of your own may take what it likes
+                self.classes = _classes(logits, labels)
                 self.check_labels()
-                loss = (self.loss or F.cross_entropy)(logits, labels)
+            loss = (self.loss or F.cross_entropy)(logits, labels)
             _check_loss(loss)
             if share != 1:
                 loss = loss * share
             trained = [p for p, is_trained in zip(parameters, self.trained, strict=True) if is_trained]
-            found = iter(torch.autograd.grad(loss, trained, create_graph=True, materialize_grads=True))
-            gradients = tuple(next(found) if is_trained else torch.zeros_like(p)
-                              for p, is_trained in zip(parameters, self.trained, strict=True))
+            reached = torch.autograd.grad(loss, trained, create_graph=True, allow_unused=True)
+            if all(g is None for g in reached):  # the loss hangs on the images alone
+                raise ConfigError(NO_PATH)
+            found = iter(reached)
+            gradients = [next(found) if is_trained else None for is_trained in self.trained]
+            gradients = [torch.zeros_like(p) if g is None else g for g, p in zip(gradients, parameters, strict=True)]
         flat = torch.cat([g.detach().flatten() for g in gradients])
         edges = [get_gradient_edge(g) if g.requires_grad else None for g in gradients]
         return _Piece(parameters, images, labels, edges, saved), flat
@@ -222,12 +234,28 @@ class Training:
                               "unrolled: put those modules in eval mode, or take a norm without running statistics")
 
     @contextlib.contextmanager
+    def _chance(self) -> Iterator[None]:
+        """Python's and numpy's generators, which steps seed, are afterwards as they were. Once for all steps: numpy
+        takes a tenth of a millisecond for it."""
+        if not self._draws:
+            yield
+            return
+        states = random.getstate(), np.random.get_state()
+        try:
+            yield
+        finally:
+            random.setstate(states[0])
+            np.random.set_state(states[1])
+
+    @contextlib.contextmanager
     def _replayed(self, step: int) -> Iterator[None]:
         """Random numbers that follow from the step alone."""
-        if self.per_sample and self.augment is None:  # nothing draws any
+        if not self._draws:
             yield
             return
         seed = seeds.derive(self._seed, "unroll", step)
+        random.seed(seed)
+        np.random.seed(seed % 2**32)
         with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
             torch.random.default_generator.manual_seed(seed)
             if self.device.type == "cuda":
@@ -290,13 +318,35 @@ def per_sample(student: nn.Module, loss: Loss | None) -> bool:
     return loss is None and bool(getattr(student, "per_sample", False)) and separable(student)
 
 
+def _check_augmented(augmented: Any, source: Tensor) -> None:
+    if (not isinstance(augmented, Tensor) or not augmented.is_floating_point()
+            or augmented.shape[:1] != source.shape[:1]):
+        raise ConfigError(f"augment must give a batch of {len(source)} images, floating point, got {_told(augmented)}")
+    if source.requires_grad and not augmented.requires_grad:
+        raise ConfigError("the images require a gradient, but what augment gives does not hang on those it was given: "
+                          "augment them by operations that can be differentiated")
+
+
+def _classes(logits: Any, labels: Tensor) -> int:
+    """The number of classes of what a student gives for a batch, checked: cross entropy follows."""
+    if (not isinstance(logits, Tensor) or not logits.is_floating_point() or logits.dim() != 2
+            or len(logits) != len(labels)):
+        raise ConfigError(f"the student must give logits [B, classes], B = {len(labels)} here, got {_told(logits)}: a "
+                          "loss of your own may take others")
+    if labels.dim() == 2 and labels.shape[1] != logits.shape[1]:
+        raise ConfigError(f"labels are of {labels.shape[1]} classes but the student gives {logits.shape[1]} logits")
+    return logits.shape[1]
+
+
 def _check_loss(loss: Any) -> None:
     if not isinstance(loss, Tensor) or loss.numel() != 1:
-        got = f"{loss.dtype} {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
-        raise ConfigError(f"loss must give a scalar tensor, got {got}: take the mean over the batch")
+        raise ConfigError(f"loss must give a scalar tensor, got {_told(loss)}: take the mean over the batch")
     if not loss.requires_grad:
-        raise ConfigError("the loss hangs on no parameter of the student: compute it from the logits, by operations "
-                          "that can be differentiated")
+        raise ConfigError(NO_PATH)
+
+
+def _told(value: Any) -> str:
+    return f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
 
 
 def alike(a: Tensor, b: Tensor) -> bool:
