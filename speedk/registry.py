@@ -29,9 +29,12 @@ def listed(package: str) -> list[str]:
 
 def described(package: str) -> list[tuple[str, str]]:
     """The plug-ins of the package of that name, each with the first line of its file's docstring; none is imported."""
-    folder, = importlib.util.find_spec(package).submodule_search_locations
-    lines = [(Path(folder) / f"{name}.py").read_text(encoding="utf-8").partition("\n")[0] for name in listed(package)]
-    return [(name, line.strip('"') if line.startswith('"""') else "") for name, line in zip(listed(package), lines)]
+    found = []
+    for name in listed(package):
+        files = [Path(folder) / f"{name}.py" for folder in importlib.util.find_spec(package).submodule_search_locations]
+        lines = [file.read_text(encoding="utf-8").partition("\n")[0] for file in files if file.is_file()]
+        found.append((name, lines[0].strip('"') if lines and lines[0].startswith('"""') else ""))
+    return found
 
 
 def _names(folders: Iterable[str]) -> list[str]:
@@ -57,9 +60,10 @@ def _wrong(plugin: object, name: str, interface: type) -> str:
     if not isinstance(plugin, type) or not issubclass(plugin, interface):
         return f"has no PLUGIN that is a subclass of {interface.__name__}"
     own = {key for kind in plugin.__mro__ if kind not in interface.__mro__ for key in vars(kind)}
-    if missing := [key for key in getattr(interface, "REQUIRED", ()) if key not in own]:
+    required = getattr(interface, "REQUIRED", ())
+    if missing := [key for key in required if key not in own]:
         return f"has a PLUGIN, {plugin.__name__}, that lacks {', '.join(missing)}"
-    if getattr(plugin, "name", name) != name:
+    if "name" in required and plugin.name != name:
         return f"has a PLUGIN with name = {plugin.name!r}, but a file's name is the plug-in's: {name!r}"
     fields = getattr(interface, "Spec", None)
     if fields and not (issubclass(plugin.Spec, fields) and "__dataclass_fields__" in vars(plugin.Spec)):

@@ -168,8 +168,9 @@ def _plans(args: argparse.Namespace, grid: list[dict[str, Any]]) -> list[Plan]:
 
 
 def _fixed(args: argparse.Namespace, fields: dict[str, Any], varied: list[str]) -> list[str]:
-    """What was said and is the same in all cells, as key=value, without the budget: see `_within`."""
-    options = {name: getattr(args, name) for name in ("ipc", "seed", "steps", "network")}
+    """What was said and is the same in all cells, as key=value, without what the recipe's name says, and the budget:
+    see `_within`."""
+    options = {name: getattr(args, name) for name in ("seed", "steps", "network")}
     said = {name: value for name, value in options.items() if value is not None} | fields
     return [f"{name}={said[name]}" for name in sorted(said) if name not in (*varied, "budget", "data.budget")]
 

@@ -106,38 +106,45 @@ def public(function: Callable) -> Callable:
 class use_backend:
     """Run every op on one backend from here on: "triton", "native" or "torch"; None goes back to choosing.
 
-    `use_backend("native")` holds until the next call, `with use_backend("native"):` for its body; both for the whole
-    process, as a backward pass runs in threads of its own. Of bodies that overlap the one entered last counts.
-    Raises ConfigError for another name; an op that cannot run there raises it, with the reason, when it is called.
+    `use_backend("native")` holds until the next call, inside a `with` to its end at most; `with use_backend("native"):`
+    for its body. Both for the whole process, as a backward pass runs in threads of its own. Of bodies that overlap the
+    one entered last counts. Raises ConfigError for another name; an op that cannot run there raises it, with the
+    reason, when it is called.
     """
 
     def __init__(self, name: str | None) -> None:
         if name is not None and name not in BACKENDS:
             raise ConfigError(f"backend {name!r} is not one of {', '.join(BACKENDS)}")
-        global _called
-        self.name, self._before, _called = name, _called.name if _called else None, self
+        self._name, self._around, self._mine = name, _bodies[-1], []
+        self._before, self._around.name, self._around.by = self._around.name, name, self
         _settle()
 
     def __enter__(self) -> use_backend:
-        if _called is self:  # it was meant for the body alone
-            use_backend(self._before)
-        _bodies.append(self)
+        if self._around.by is self:  # it was meant for the body alone
+            self._around.name, self._around.by = self._before, None
+        self._mine.append(_Body(self._name))
+        _bodies.append(self._mine[-1])
         _settle()
         return self
 
     def __exit__(self, *error: object) -> None:
-        _bodies.remove(self)
+        _bodies.remove(self._mine.pop())
         _settle()
 
 
-_called: use_backend | None = None  # the last that was called, and not entered
-_bodies: list[use_backend] = []  # those that are entered
+class _Body:
+    """Where a backend was asked for: the process, or the body of a `with`; and the call that changed it last."""
+
+    def __init__(self, name: str | None) -> None:
+        self.name, self.by = name, None
+
+
+_bodies = [_Body(None)]  # the process, and what is entered now
 
 
 def _settle() -> None:
     global _forced
-    last = _bodies[-1] if _bodies else _called
-    _forced = last.name if last else None
+    _forced = _bodies[-1].name
 
 
 def explain(op: str, *arguments: object, **keywords: object) -> dict[str, str]:
@@ -192,7 +199,7 @@ def _not_installed(table: Op, backend: str, device: str) -> str | None:
     if backend == "native" and device == "cpu":
         return native_missing() or (None if table.cpu else "the kernel is for the GPU")
     if backend == "native":
-        return native_missing() or ((native_cuda_missing() or gpu_too_old(None)) if table.cuda
+        return native_missing() or ((native_cuda_missing() or gpu_too_old(_current_gpu())) if table.cuda
                                     else "the kernel is for the CPU")
     return None
 
@@ -286,19 +293,24 @@ def why_not_native_cuda(*tensors: Tensor) -> str | None:
     return gpu_too_old(tensors[0].device.index) if tensors else None
 
 
+def _current_gpu() -> int:
+    return torch.cuda.current_device() if torch.cuda.is_available() else 0
+
+
 LEAST_CAPABILITY = (8, 0)
 """Of the architectures that CMakeLists.txt builds for."""
 
 
-_capability = functools.cache(torch.cuda.get_device_capability)
+@functools.cache
+def _too_old(device: int) -> bool:
+    return torch.cuda.is_available() and torch.cuda.get_device_capability(device) < LEAST_CAPABILITY
 
 
 @torch.compiler.assume_constant_result
-def gpu_too_old(device: int | None) -> str | None:
+def gpu_too_old(device: int) -> str | None:
     """Why no CUDA kernel of the extension runs on this GPU, or None; also where there is none to ask."""
-    if not torch.cuda.is_available() or _capability(device) >= LEAST_CAPABILITY:
-        return None
-    return "the extension needs a GPU of compute capability {}.{} or later".format(*LEAST_CAPABILITY)
+    found = "the extension needs a GPU of compute capability {}.{} or later".format(*LEAST_CAPABILITY)
+    return found if _too_old(device) else None
 
 
 def why_not_native(*tensors: Tensor) -> str | None:

@@ -79,13 +79,14 @@ class Registered(torch.library.CustomOpDef):
         self.of_lists = _function(name, forward_of_lists, backward_of_lists)
 
     def ends(self, op: str, times: str = "once") -> None:
-        """This is the last derivative that kernels have of `op`: the next one is refused, with what to do."""
+        """This is the last derivative that kernels have of `op`: the next one is refused, with what to do. By way of
+        the dispatcher alone: an autograd.Function would give what is in a returned list without the refusal."""
 
         def refuse(ctx, *gradients: Tensor | None) -> None:
             raise RuntimeError(f"{op} is differentiable {times} on this backend, and this goes beyond: "
                                'wrap the forward pass in `with speedk.use_backend("torch")`')
 
-        self.register_autograd(refuse)
+        super().register_autograd(refuse)
 
 
 def _function(name: str, forward: Callable, backward: Callable) -> type[torch.autograd.Function]:

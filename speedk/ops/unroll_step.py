@@ -116,4 +116,4 @@ def _backward(ctx, d_theta: Tensor, d_m: Tensor):
 
 
 _unroll_step.register_autograd(_backward, setup_context=_save)
-_unroll_step_adjoint.ends("unroll_step")
+_unroll_step_adjoint.ends("unroll_step, of which unroll_step_adjoint is the derivative,")

@@ -192,18 +192,20 @@ def test_autocast_is_that_of_the_call():
     student.register_forward_hook(lambda module, given, logits: seen.add(logits.dtype))
     mixed = torch.randn(8, 8, generator=torch.Generator().manual_seed(2))
 
-    def run(memory, inside):
+    def run(memory, inside, back=None):
         seen.clear()
         with torch.autocast("cpu", torch.bfloat16, enabled=inside):
             end = speedk.unroll(student, theta, images, labels, schedule, lr, memory=memory,
                                 augment=lambda images, step: (images @ mixed).float())
-        with torch.autocast("cpu", torch.bfloat16, enabled=not inside):
+        with torch.autocast("cpu", torch.bfloat16, enabled=not inside if back is None else back):
             found = [end.detach(), *gradients(end, direction, leaves)]
         assert seen == {torch.bfloat16 if inside else torch.float32}
         return found
 
     plain, rounded = run("constant", False), run("constant", True)
     assert all(map(torch.equal, rounded, run("full", True))) and all(map(torch.equal, plain, run("full", False)))
+    assert all(map(torch.equal, rounded, run("full", True, back=True)))
+    assert all(map(torch.equal, plain, run("full", False, back=False)))
     for a, b in zip(rounded, plain, strict=True):
         assert a.dtype == torch.float32 and 0 < relative(a, b) < 0.1
 

@@ -42,7 +42,7 @@ PRINTED = {
     "evaluate": lambda accuracies: str(report(accuracies)).partition("corrupted")[0],
     "evaluate, corrupted": lambda accuracies: str(report(accuracies)).partition("corrupted")[2],
     "continual": lambda accuracies: continual.text(continually(accuracies)),
-    "sweep": lambda accuracies: sweep._table([line(accuracies)]),
+    "sweep": lambda accuracies: sweep._table([line(accuracies)], ["k"]),
     "demo": lambda accuracies: demo._table({"SPEED": report(accuracies)}),
     "reproduce": lambda accuracies: tables.accuracy(line(accuracies)),
 }

@@ -86,15 +86,29 @@ def test_a_context_that_is_made_early():
         use_backend(None)
 
 
+def test_a_call_inside_a_body_holds_to_its_end():
+    with use_backend("torch"):
+        use_backend("native")
+        assert dispatch._forced == "native"
+        with use_backend("triton"):
+            assert dispatch._forced == "triton"
+        assert dispatch._forced == "native"
+        use_backend(None)
+        assert dispatch._forced is None
+    assert dispatch._forced is None
+
+
 def test_a_gpu_that_is_too_old(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(dispatch, "native_missing", lambda: None)
     monkeypatch.setattr(dispatch, "native_cuda_missing", lambda: None)
-    monkeypatch.setattr(dispatch, "_capability", lambda device: (7, 5))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    monkeypatch.setattr(dispatch, "_too_old", dispatch._too_old.__wrapped__)
     x = SimpleNamespace(is_cuda=True, device=torch.device("cuda", 0))
     assert "capability 8.0 or later" in dispatch.why_not_native_cuda(x)
     assert "capability 8.0 or later" in dispatch.installed("sparsify", "cuda")["native"]
-    monkeypatch.setattr(dispatch, "_capability", lambda device: (8, 6))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))
     assert dispatch.why_not_native_cuda(x) is None
     assert dispatch.installed("sparsify", "cuda")["native"] == "chosen"
 

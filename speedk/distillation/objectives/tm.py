@@ -279,7 +279,8 @@ def seconds(spec: Spec, real: RealData, device: torch.device) -> tuple[float, fl
     """About how long one iteration takes, and all with the experts, by a measured training step of the student."""
     image = experts.image_seconds(spec.network, real.geometry, device)
     iteration = spec.inner_steps * spec.batch * image * INNER_STEP
-    return iteration, spec.steps * iteration + spec.expert_count * spec.epochs * len(real.train) * image
+    epoch = experts.epoch_seconds(expert_identity(spec, real), real, spec.expert_count, device)
+    return iteration, spec.steps * iteration + spec.expert_count * spec.epochs * epoch
 
 
 def expert_identity(spec: Spec, real: RealData, precision: str = "float32") -> Identity:

@@ -50,7 +50,8 @@ class Batch:
         """A gradient in the augmented images, in those before. The graph between them is used up."""
         if along is None or self.augmented is self.source:
             return along
-        return torch.autograd.grad(self.augmented, self.source, along, materialize_grads=True)[0]
+        with _own_dtypes(self.source):
+            return torch.autograd.grad(self.augmented, self.source, along, materialize_grads=True)[0]
 
     def sizes(self) -> dict[int, int]:
         """Bytes of the storages that all this holds, by address."""
@@ -361,12 +362,19 @@ def _differentiate(piece: _Piece, direction: Tensor, need_theta: bool, retain: b
     leaves = [*(piece.parameters if need_theta else []), *(t for t in (piece.images, piece.labels) if t.requires_grad)]
     if leaves and pairs:
         gradients, directions = zip(*pairs, strict=True)
-        found = list(torch.autograd.grad(gradients, leaves, directions, retain_graph=retain, materialize_grads=True))
+        with _own_dtypes(direction):
+            found = torch.autograd.grad(gradients, leaves, directions, retain_graph=retain, materialize_grads=True)
+        found = list(found)
     else:  # a gradient that depends on nothing
         found = [torch.zeros_like(leaf) for leaf in leaves]
     along_labels = found.pop() if piece.labels.requires_grad else None
     along_images = found.pop() if piece.images.requires_grad else None
     return torch.cat([d.flatten() for d in found]) if need_theta else None, along_images, along_labels
+
+
+def _own_dtypes(tensor: Tensor) -> torch.autocast:
+    """What a graph was built with decides its dtypes: autocast where it is differentiated does not."""
+    return torch.autocast(tensor.device.type, enabled=False)
 
 
 def _sum(parts: Sequence[Tensor]) -> Tensor:
