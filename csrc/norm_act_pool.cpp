@@ -3,40 +3,20 @@
 // shapes alone: bits do not depend on the number of threads.
 #include "norm_act_pool.h"
 
+#include "norm_act_pool_sums.h"
 #include "parallel.h"
-#include "simd.h"
 
 namespace speedk {
 namespace SPEEDK_ISA {
 namespace {
 
-constexpr int64_t kLanes = 16;
-constexpr int64_t kStrip = 512;  // values of a row that are worked on at a time
-constexpr int kColumns = 2;      // vectors of channels that are worked on at a time
-constexpr int64_t kPiece = 32;   // values of a channel that are summed on their own
+constexpr int kColumns = 2;     // vectors of channels that are worked on at a time
+constexpr int64_t kPiece = 32;  // values of a channel that are summed on their own
 
 inline float inverse_root(float v) { return 1.0f / __builtin_sqrtf(v); }
 inline double inverse_root(double v) { return 1.0 / __builtin_sqrt(v); }
 
 // ---- [B, C, H, W]: the width is `Fixed` for the usual ones, so that short rows unroll ----
-
-// Adds up f(i) over i: strips in kLanes sums each, which the compiler can vectorise, then the lanes in pairs. A fixed
-// order, and short chains of roundings.
-template <class T, class F> inline T sum_over(int64_t count, F&& f) {
-  T total[kLanes] = {};
-  for (int64_t begin = 0; begin < count; begin += kStrip) {
-    const int64_t end = begin + kStrip < count ? begin + kStrip : count;
-    T lanes[kLanes] = {};
-    int64_t i = begin;
-    for (; i + kLanes <= end; i += kLanes)
-      for (int64_t l = 0; l < kLanes; ++l) lanes[l] += f(i + l);
-    for (; i < end; ++i) lanes[i % kLanes] += f(i);
-    for (int64_t l = 0; l < kLanes; ++l) total[l] += lanes[l];
-  }
-  for (int64_t half = kLanes / 2; half; half /= 2)
-    for (int64_t l = 0; l < half; ++l) total[l] += total[l + half];
-  return total[0];
-}
 
 // out = pool(f(i)) for i over a plane.
 template <class T, class Width, class F> inline void pool(int64_t H, Width W, T* out, F&& f) {
@@ -84,8 +64,9 @@ template <class T, class Width> struct Plane {
 
   void forward(void* out, void* mean, void* rstd) const {
     const T *x = of(j.x), n = static_cast<T>(size());
-    const T m = sum_over<T>(size(), [&](int64_t i) { return x[i]; }) / n;
-    const T variance = sum_over<T>(size(), [&](int64_t i) { return (x[i] - m) * (x[i] - m); }) / n;
+    const T rough = sum_over<T>(size(), [&](int64_t i) { return x[i]; }) / n;
+    const auto sums = sums_over<Spread, T>(size(), [&](auto& part, auto at) { part.add(at(x) - rough); });
+    const auto [m, variance] = Statistics<T>::of(rough, sums, n);
     const T r = inverse_root(variance + static_cast<T>(j.eps));
     static_cast<T*>(mean)[plane] = m;
     static_cast<T*>(rstd)[plane] = r;
@@ -98,9 +79,7 @@ template <class T, class Width> struct Plane {
     const T *x = of(j.x), m = norm.mean;
     T* g = of(d_x);
     spread_back(j.H, W, x, static_cast<const T*>(d_out) + pooled(), norm, g);
-    FirstSums<T> sums;
-    sums.g = sum_over<T>(size(), [&](int64_t i) { return g[i]; });
-    sums.gx = sum_over<T>(size(), [&](int64_t i) { return g[i] * (x[i] - m); });
+    const auto sums = sums_over<FirstSums, T>(size(), [&](auto& part, auto at) { part.add(at(g), at(x) - m); });
     const auto first = First<T>::of(norm, sums, static_cast<T>(size()));
     static_cast<T*>(d_weight)[plane] = first.d_weight;
     static_cast<T*>(d_bias)[plane] = first.d_bias;
@@ -112,11 +91,8 @@ template <class T, class Width> struct Plane {
     const T *x = of(j.x), *u = of(s.dd_x), m = norm.mean;
     T* g = of(s.d_x);
     spread_back(j.H, W, x, static_cast<const T*>(s.d_out) + pooled(), norm, g);
-    SecondSums<T> sums;
-    sums.g = sum_over<T>(size(), [&](int64_t i) { return g[i]; });
-    sums.gx = sum_over<T>(size(), [&](int64_t i) { return g[i] * (x[i] - m); });
-    sums.u = sum_over<T>(size(), [&](int64_t i) { return u[i]; });
-    sums.ux = sum_over<T>(size(), [&](int64_t i) { return u[i] * (x[i] - m); });
+    const auto sums =
+        sums_over<SecondSums, T>(size(), [&](auto& part, auto at) { part.add(at(g), at(u), at(x) - m); });
     const T count = static_cast<T>(size());
     const auto means = SecondMeans<T>::of(norm, sums, count);
     const T rest = sum_over<T>(size(), [&](int64_t i) { return means.rest(g[i], u[i], x[i] - m); });
@@ -191,38 +167,38 @@ template <class T, int n, bool partial> struct Columns {
     }
   }
 
+  SPEEDK_SHARED void add_spread(Spread<V> (&total)[n], const V (&mean)[n], const T* x) const {
+    sum_pieces(total, size(), kPiece, [&](Spread<V>(&part)[n], int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i)
+        for (int c = 0; c < n; ++c) part[c].add(get(x, i, c) - mean[c]);
+    });
+  }
+
   void forward(void* out, void* mean, void* rstd) const {
     const T* x = full(j.x);
     const V count = spread(static_cast<T>(size()));
-    V sum[n] = {}, square[n] = {};
-    sum_pieces(sum, size(), kPiece, [&](V(&part)[n], int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i)
-        for (int c = 0; c < n; ++c) part[c] += get(x, i, c);
-    });
-    for (int c = 0; c < n; ++c) sum[c] /= count;
-    sum_pieces(square, size(), kPiece, [&](V(&part)[n], int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) {
-        for (int c = 0; c < n; ++c) {
-          const V centred = get(x, i, c) - sum[c];
-          part[c] += centred * centred;
-        }
-      }
-    });
+    V rough[n] = {};  // first about zero, which gives the rough mean
+    Spread<V> about_zero[n] = {}, about_mean[n] = {};
+    add_spread(about_zero, rough, x);
+    for (int c = 0; c < n; ++c) rough[c] = about_zero[c].centred / count;
+    add_spread(about_mean, rough, x);
     for (int c = 0; c < n; ++c) {
-      V root = square[c] / count + static_cast<T>(j.eps);
+      const auto statistics = Statistics<V>::of(rough[c], about_mean[c], count);
+      V root = statistics.variance + static_cast<T>(j.eps);
       for (int l = 0; l < kWidth<T>; ++l) root[l] = inverse_root(root[l]);
-      put(plane(mean), 0, c, sum[c]);
+      put(plane(mean), 0, c, statistics.mean);
       put(plane(rstd), 0, c, root);
     }
     const Norms norm = norms(mean, rstd);
+    const int64_t step = j.C, below = j.W * step, h = j.H / 2, w = j.W / 2;  // in registers, whatever is stored
     T* to = small(out);
-    for (int64_t row = 0; row < j.H / 2; ++row) {
-      for (int64_t column = 0; column < j.W / 2; ++column) {
-        const int64_t i = 2 * (row * j.W + column);
+    for (int64_t row = 0; row < h; ++row) {
+      for (int64_t column = 0; column < w; ++column, to += step) {
+        const T* at = x + 2 * (row * below + column * step);
         for (int c = 0; c < n; ++c) {
-          const auto value = [&](int64_t at) { return relu(norm.c[c](get(x, at, c))); };
-          const V upper = value(i) + value(i + 1), lower = value(i + j.W) + value(i + j.W + 1);
-          put(to, row * (j.W / 2) + column, c, static_cast<T>(0.25) * (upper + lower));
+          const auto value = [&](const T* from) { return relu(norm.c[c](get(from, 0, c))); };
+          const V upper = value(at) + value(at + step), lower = value(at + below) + value(at + below + step);
+          put(to, 0, c, static_cast<T>(0.25) * (upper + lower));
         }
       }
     }

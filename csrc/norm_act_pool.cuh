@@ -150,11 +150,13 @@ __global__ void __launch_bounds__(32 * kTeamRows, kBlocks<T>)
   for (int i = p.there ? p.first : size; i < size; i += p.step) m += x[i];
   Team::template sum<A>(m);
   m /= static_cast<A>(size);
-  A variance = 0;
-  for (int i = p.there ? p.first : size; i < size; i += p.step) variance += (x[i] - m) * (x[i] - m);
-  Team::template sum<A>(variance);
+  Spread<A> sums{};
+  for (int i = p.there ? p.first : size; i < size; i += p.step) sums.add(x[i] - m);
+  Team::template sum<A>(sums);
   if (!p.there) return;
-  const A r = inverse_root(variance / static_cast<A>(size) + static_cast<A>(j.eps));
+  const auto statistics = Statistics<A>::of(m, sums, static_cast<A>(size));
+  m = statistics.mean;
+  const A r = inverse_root(statistics.variance + static_cast<A>(j.eps));
   if (p.first == 0) {
     static_cast<A*>(mean)[p.plane] = m;
     static_cast<A*>(rstd)[p.plane] = r;

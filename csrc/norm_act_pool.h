@@ -56,14 +56,34 @@ namespace {  // compiled once per instruction set
 template <class V> SPEEDK_SHARED V relu(V a) { return a < V{} ? V{} : a; }
 template <class V> SPEEDK_SHARED V through(V a, V slope) { return a <= V{} ? V{} : slope; }
 
-// a = scale x + shift is what the ReLU sees.
-template <class V> struct Norm {
-  V mean, rstd, scale, shift;
-  SPEEDK_SHARED static Norm of(V weight, V bias, V mean, V rstd) {
-    const V scale = weight * rstd;
-    return {mean, rstd, scale, bias - scale * mean};
+// Sums over a plane about a rough mean: of x - mean and of its square.
+template <class V> struct Spread {
+  V centred, square;
+  SPEEDK_SHARED void add(V value) {
+    centred += value;
+    square += value * value;
   }
-  SPEEDK_SHARED V operator()(V x) const { return scale * x + shift; }
+  SPEEDK_SHARED void operator+=(const Spread& other) {
+    centred += other.centred;
+    square += other.square;
+  }
+};
+
+// The sum of many values beside which their spread is small is off by more than the spread allows; that of what is left
+// of them about the rough mean is not, and corrects it. Rounding could take the variance below zero.
+template <class V> struct Statistics {
+  V mean, variance;
+  SPEEDK_SHARED static Statistics of(V mean, const Spread<V>& sums, V size) {
+    const V off = sums.centred / size;
+    return {mean + off, relu(sums.square / size - off * off)};
+  }
+};
+
+// a = scale (x - mean) + bias is what the ReLU sees: near the mean the difference is exact, as scale x is not.
+template <class V> struct Norm {
+  V mean, rstd, scale, bias;
+  SPEEDK_SHARED static Norm of(V weight, V bias, V mean, V rstd) { return {mean, rstd, weight * rstd, bias}; }
+  SPEEDK_SHARED V operator()(V x) const { return scale * (x - mean) + bias; }
 };
 
 // Sums over a plane, with g = d out / 4 where a > 0: of g and g (x - mean).

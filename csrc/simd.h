@@ -55,7 +55,7 @@ template <class T> SPEEDK_SHARED T sum_of(Simd<T> v) {
   for (int i = 0; i < kVectorBytes / 16; ++i) sums += parts[i];
   constexpr int left = 16 / static_cast<int>(sizeof(T));
   T sum = sums[0] + sums[left / 2];
-  if (left == 4) sum += sums[1] + sums[3];
+  if constexpr (left == 4) sum += sums[1] + sums[3];
   return sum;
 }
 

@@ -4,6 +4,7 @@ import forms
 import pytest
 import torch
 from support import LAYOUTS, assert_matches, built, compiles, on_backends, poisoned_memory, strided
+from torch.nn.functional import avg_pool2d, instance_norm, relu
 
 from speedk.ops import norm_act_pool
 from speedk.ops.dispatch import use_backend
@@ -18,6 +19,7 @@ SHAPES = [(2, 3, 8, 8), (1, 1, 7, 5), (3, 5, 2, 2), (2, 3, 2, 3), (1, 2, 33, 70)
 CHANNELS = [(2, 37, 7, 6), (1, 83, 3, 5), (2, 48, 16, 16), (2, 24, 33, 70), (1, 32, 4, 1030)]
 CASES = [*((s, torch.float64) for s in SHAPES + CHANNELS), *((s, torch.float32) for s in CHANNELS)]
 FORMATS = {"contiguous": torch.contiguous_format, "channels last": torch.channels_last}
+NAMES = ("out", "d_x", "d_weight", "d_bias", "d of d_out", "second d_x", "second d_weight")
 
 
 def inputs(shape, dtype=torch.float64):
@@ -62,12 +64,40 @@ def test_values_and_derivatives(shape, dtype, layout, backend):
         got = run(norm_act_pool, dtype, layout)
     library, exact = (run(forms.norm_act_pool, t, layout) for t in (dtype, torch.float64))
     torch.testing.assert_close(exact[0], by_loops(*leaves), rtol=1e-9, atol=1e-9)
-    names = ("out", "d_x", "d_weight", "d_bias", "d of d_out", "second d_x", "second d_weight")
-    for name, *triple in zip(names, got, library, exact, strict=True):
+    for name, *triple in zip(NAMES, got, library, exact, strict=True):
         if dtype == torch.float64:  # where the truth is no better than what is measured
             torch.testing.assert_close(triple[0], triple[2], rtol=1e-11, atol=1e-11)
         else:
             assert_matches(name, *triple)
+
+
+@built
+@pytest.mark.parametrize("layout", FORMATS)
+@pytest.mark.parametrize("spread", [0.1, 0.01, 0])
+def test_planes_far_from_zero(spread, layout):
+    """As exact as PyTorch's instance_norm, which sums in float64, up to planes that hold one value alone."""
+    torch.manual_seed(0)
+    offset = 10 if spread else torch.rand(1, 40, 1, 1) * 200 - 100
+    x = offset + spread * torch.randn(1, 40, 128, 128)
+    leaves = x, torch.rand(40) + 0.5, torch.full((40,), 12.0)  # no value at the ReLU's kink, where rounding decides
+    d_out, slopes = torch.randn(1, 40, 64, 64), [torch.randn_like(t) for t in leaves]
+
+    def by_instance_norm(x, weight, bias):
+        return avg_pool2d(relu(instance_norm(x, weight=weight, bias=bias)), 2)
+
+    def run(function, dtype, layout):
+        x, weight, bias, d = (t.to(dtype, copy=True) for t in (*leaves, d_out))
+        x = [t.requires_grad_() for t in (x.contiguous(memory_format=FORMATS[layout]), weight, bias)]
+        out = function(*x)
+        first = torch.autograd.grad(out, x, d.requires_grad_(), create_graph=True)
+        second = torch.autograd.grad(first, (d, *x[:2]), [t.to(dtype) for t in slopes])
+        return [t.detach() for t in (out, *first, *second)]
+
+    with use_backend("native"):
+        got = run(norm_act_pool, torch.float32, layout)
+    library, exact = run(by_instance_norm, torch.float32, "contiguous"), run(forms.norm_act_pool, torch.float64, layout)
+    for name, *triple in zip(NAMES, got, library, exact, strict=True):
+        assert_matches(name, *triple)
 
 
 def twin(dd_x, dd_weight, dd_bias, d_out, x, weight, bias, eps=1e-5):

@@ -86,6 +86,18 @@ def test_emulated_in_float32(emulated, monkeypatch):
     check((2, 32, 16, 16), torch.float32, "cpu", "contiguous")
 
 
+@built
+@pytest.mark.parametrize("layout", FORMATS)
+def test_emulated_far_from_zero(layout, emulated, monkeypatch):
+    """A plane that holds one value alone is normalised to the bias: rounding would be magnified 316 times."""
+    monkeypatch.setattr(native, "native", lambda: emulated)
+    x = (torch.rand(1, 8, 1, 1) * 200 - 100).repeat(1, 1, 64, 64).contiguous(memory_format=FORMATS[layout])
+    bias = torch.rand(8)
+    with use_backend("native"):
+        out = norm_act_pool(x, torch.ones(8), bias)
+    torch.testing.assert_close(out, bias[:, None, None].expand(1, 8, 32, 32))
+
+
 @pytest.mark.skipif(not torch.cuda.is_available() or not dispatch.native_cuda(), reason="there is no GPU")
 @pytest.mark.parametrize("layout", FORMATS)
 @pytest.mark.parametrize(("shape", "dtype"), CASES, ids=str)
