@@ -161,18 +161,19 @@ def _plans(args: argparse.Namespace, grid: list[dict[str, Any]]) -> list[Plan]:
             raise ConfigError(str(error) if str(error).startswith(cell) else f"{cell}: {error}") from None
         if args.out is None:  # named after the run, which is known now
             run = "-".join([f"sweep-{planned.recipe.about.name}", planned.recipe.objective_name, *varied,
-                            *_fixed(args, fields, varied)])
+                            *_fixed(args, fields, varied, planned.recipe.about.name)])
             planned = dataclasses.replace(planned, out=Path("runs") / flat(run) / out.name)
         made.append(_within(planned))
     return made
 
 
-def _fixed(args: argparse.Namespace, fields: dict[str, Any], varied: list[str]) -> list[str]:
+def _fixed(args: argparse.Namespace, fields: dict[str, Any], varied: list[str], recipe: str) -> list[str]:
     """What was said and is the same in all cells, as key=value, without what the recipe's name says, and the budget:
     see `_within`."""
-    options = {name: getattr(args, name) for name in ("seed", "steps", "network")}
+    options = {name: getattr(args, name) for name in ("ipc", "seed", "steps", "network")}
     said = {name: value for name, value in options.items() if value is not None} | fields
-    return [f"{name}={said[name]}" for name in sorted(said) if name not in (*varied, "budget", "data.budget")]
+    told = (*varied, "budget", "data.budget", *(["ipc"] if f"-ipc{args.ipc}-" in recipe else []))
+    return [f"{name}={said[name]}" for name in sorted(said) if name not in told]
 
 
 def _within(planned: Plan) -> Plan:

@@ -148,14 +148,14 @@ def test_a_grid_is_extended_by_a_cell_over_the_budget(run, tmp_path, capsys, mon
 def test_sweeps_that_differ_in_what_is_fixed_go_to_other_folders(folder, recipe, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
 
-    def out(*words):
-        assert main(["sweep", "k=2,6", "--data", str(folder), "--recipe", str(recipe), "--objective", "dm", "--dry-run",
-                     *words]) == 0
+    def out(*words, of=("--data", str(folder), "--recipe", str(recipe))):
+        assert main(["sweep", "k=2,6", *of, "--objective", "dm", "--dry-run", *words]) == 0
         return capsys.readouterr().out.partition("\nout ")[2].split()[0]
 
     assert out() == "runs/sweep-custom-dm-k"
     assert out("steps=3") == out("--steps", "3") == "runs/sweep-custom-dm-k-steps=3"
     assert out("R=1", "--ipc", "2", "--seed", "4") == "runs/sweep-custom-dm-k-R=1-ipc=2-seed=4"
+    assert out("--ipc", "1", of=("--dataset", "digits")) == "runs/sweep-digits-ipc1-speed-dm-k"  # the name has it
     assert out("budget=off") == "runs/sweep-custom-dm-k"  # so that it goes on with the cells that fit
     assert len(out(f"preview_every={'1' * 300}")) <= 205
 

@@ -155,7 +155,7 @@ def test_the_launcher_knows_what_there_is():
 def test_sizes_that_vary_are_traced(monkeypatch):
     """The choice asks for sizes, which need not be numbers to `torch.compile`. The GPU is one of little memory."""
     monkeypatch.setattr(dispatch, "why_not_native_cuda", lambda *tensors: None)
-    gpu = types.SimpleNamespace(major=8, shared_memory_per_block_optin=101_376)
+    gpu = types.SimpleNamespace(shared_memory_per_block_optin=101_376)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: gpu)
 
     def chosen(scm, saet, state, weight, patch):
