@@ -17,7 +17,6 @@ from speedk.schedule import STANDARDISATIONS
 
 if TYPE_CHECKING:
     from speedk.data import RealData
-    from speedk.distillation.recipe import Recipe
     from speedk.evaluation.paper.tables import Cell, Target
 
 HELP = "Run the rows of a table of the paper, and write what was published and what was measured."
@@ -179,11 +178,12 @@ def _check_changed(target: Target, changed: dict[str, Any]) -> None:
     """Raises ConfigError where `changed` says what the run does not have, or what cannot be run."""
     from speedk import networks
     from speedk.distillation import recipe as recipes
+    from speedk.evaluation.paper import published
 
     if fixed := {"name", "data.name", "ipc", "data.ipc"} & set(changed):
         raise ConfigError(f"{fixed.pop()} is not to be changed here: --column says the data set and the images a class")
     if target.kind == "recipe":
-        recipe = _resolved(target, changed)
+        recipe = published.resolved(target, changed)
         networks.given(recipe.objective.network)
         recipe.budget(recipes.geometry(recipe))
         return
@@ -197,17 +197,13 @@ def _check_changed(target: Target, changed: dict[str, Any]) -> None:
             raise ConfigError(f"epochs={value} must be a whole number of at least 1")
 
 
-def _resolved(target: Target, changed: dict[str, Any]) -> Recipe:
-    from speedk.distillation import recipe as recipes
-
-    return recipes.resolve(recipes.read(target.name), target.objective, {**dict(target.fields), **changed})
-
-
 def _portable(target: Target, changed: dict[str, Any]) -> dict[str, Any]:
     """`changed` without places on this machine, which the page of results is no place for."""
+    from speedk.evaluation.paper import published
+
     if target.kind != "recipe":
         return changed
-    local = _resolved(target, changed).objective.LOCAL
+    local = published.resolved(target, changed).objective.LOCAL
     return {name: value for name, value in changed.items() if name.rpartition(".")[2] not in local}
 
 

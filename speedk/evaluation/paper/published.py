@@ -21,11 +21,16 @@ RATE = 0.01
 """They are trained at this, or where the objective is tm at the rate it learned."""
 
 
+def resolved(target: Target, changed: Mapping[str, Any]) -> recipes.Recipe:
+    """The recipe of a target that is one, with its own fields and then those that are `changed`."""
+    return recipes.resolve(recipes.read(target.name), target.objective, {**dict(target.fields), **changed})
+
+
 def settings(target: Target, changed: Mapping[str, Any]) -> dict[str, Any]:
     """The fields of a recipe's run whose published values are known, as it has them; of any other run none."""
     if target.kind != "recipe":
         return {}
-    recipe = recipes.resolve(recipes.read(target.name), target.objective, {**dict(target.fields), **changed})
+    recipe = resolved(target, changed)
     fields = dataclasses.asdict(recipe.parameterization) | dataclasses.asdict(recipe.objective)
     return {name: fields[name] for name in (*_published(target), "R") if name in fields}
 
